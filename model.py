@@ -1,0 +1,924 @@
+"""
+The networks of SDXL and KOALA: U-Net, VAE, the KOALA surgery, features for distillation, weights in and out.
+
+KOALA   Lee et al., arXiv 2312.04005          SDXL   Podell et al., arXiv 2307.01952
+
+One U-Net is written here; every variant of it is a row of numbers in PRESETS. The stages have the paper's names:
+
+    noisy latent                                                            noise prediction
+       DW-1  R R v ........................ skips ........................ UP-3  R R R
+        DW-2  RT RT v .................................................. UP-2  RT RT RT ^
+         DW-3  RT RT ................................................. UP-1  RT RT RT ^
+                                       Mid  R T R
+
+    R  residual block       v  downsampler       ^  upsampler
+    T  transformer blocks, each self-attention (SA), cross-attention (CA), feed-forward (FFN):
+       in SDXL two at DW-2 and UP-2, ten at DW-3, Mid and UP-1
+
+KOALA (section 4.1) drops one RT pair of every stage, cuts the ten to six (1B) or five (700M), and Mid for 700M.
+Modules are named as in the official checkpoints, so those load directly: `down_blocks.1` is DW-2, `up_blocks.0`
+is UP-1, and a lone `to_out.0` or `ff.net.2` keeps its number from a dropout or activation that has no weights.
+
+Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled width.
+"""
+
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+# ------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """A U-Net of the Stable Diffusion family in numbers; the defaults are SDXL's."""
+
+    channels: tuple[int, ...] = (320, 640, 1280)  # width of each level, finest first
+    depths: tuple[int, ...] = (0, 2, 10)  # transformer blocks in each pair of a level; 0: residual blocks alone
+    mid_depth: int = 10                   # transformer blocks in Mid; 0: there is no Mid
+    pairs: int = 2                        # residual-transformer pairs in an encoder stage; a decoder has one more
+    heads: tuple[int, ...] = (5, 10, 20)  # attention heads at each level
+    context_dim: int = 2048               # D of the text sequence
+    pooled_dim: int = 1280                # P of the pooled text; 0: neither it nor the sizes are conditions
+    size_dim: int = 256                   # sinusoids for each of the six size and crop numbers
+    linear_projection: bool = True        # tokens enter and leave a transformer by linear layers, or convolutions
+    groups: int = 32                      # of every group norm
+    in_channels: int = 4
+    out_channels: int = 4
+    sample_size: int = 128                # latent height and width that it was trained for
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "UNetConfig":
+        """Reads an official unet/config.json; ValueError names what it asks for that this U-Net does not have."""
+        levels = len(config["block_out_channels"])
+        attention = ["CrossAttn" in block for block in config["down_block_types"]]
+        depths = per_level(config.get("transformer_layers_per_block", 1), levels)
+        heads = per_level(config.get("attention_head_dim", 8), levels)  # a number of heads, despite its name
+        added = config.get("addition_embed_type") is not None
+        size_dim = config["addition_time_embed_dim"] if added else 0
+        result = cls(
+            channels=tuple(config["block_out_channels"]),
+            depths=tuple(depth if attends else 0 for depth, attends in zip(depths, attention)),
+            mid_depth=depths[-1] if config.get("mid_block_type", MID_TYPE) else 0,
+            pairs=config.get("layers_per_block", 2),
+            heads=heads,
+            context_dim=config["cross_attention_dim"],
+            pooled_dim=config["projection_class_embeddings_input_dim"] - 6 * size_dim if added else 0,
+            size_dim=size_dim,
+            linear_projection=config.get("use_linear_projection", False),
+            groups=config.get("norm_num_groups", 32),
+            in_channels=config.get("in_channels", 4),
+            out_channels=config.get("out_channels", 4),
+            sample_size=config.get("sample_size", 128),
+        )
+        spelled_out = {"transformer_layers_per_block": list(depths), "attention_head_dim": list(heads)}
+        check_supported({**config, **spelled_out}, result.to_diffusers())
+        return result
+
+    def to_diffusers(self) -> dict:
+        """The official unet/config.json of this configuration."""
+        depths = [depth or 1 for depth in self.depths]  # the official files write an unused depth as 1
+        depths[-1] = self.depths[-1] or self.mid_depth or 1
+        if self.mid_depth not in (0, depths[-1]):
+            raise ValueError(f"the official format cannot say a depth of {depths[-1]} with {self.mid_depth} in Mid")
+        return {
+            "_class_name": "UNet2DConditionModel",
+            "act_fn": "silu",
+            "addition_embed_type": "text_time" if self.pooled_dim else None,
+            "addition_embed_type_num_heads": 64,
+            "addition_time_embed_dim": self.size_dim if self.pooled_dim else None,
+            "attention_head_dim": list(self.heads),
+            "attention_type": "default",
+            "block_out_channels": list(self.channels),
+            "conv_in_kernel": 3,
+            "conv_out_kernel": 3,
+            "cross_attention_dim": self.context_dim,
+            "down_block_types": ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in self.depths],
+            "downsample_padding": 1,
+            "flip_sin_to_cos": True,
+            "freq_shift": 0,
+            "in_channels": self.in_channels,
+            "layers_per_block": self.pairs,
+            "mid_block_scale_factor": 1,
+            "mid_block_type": MID_TYPE if self.mid_depth else None,
+            "norm_eps": 1e-05,
+            "norm_num_groups": self.groups,
+            "out_channels": self.out_channels,
+            "projection_class_embeddings_input_dim":
+                self.pooled_dim + 6 * self.size_dim if self.pooled_dim else None,
+            "resnet_out_scale_factor": 1.0,
+            "resnet_time_scale_shift": "default",
+            "sample_size": self.sample_size,
+            "time_embedding_type": "positional",
+            "transformer_layers_per_block": depths,
+            "up_block_types": ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in self.depths[::-1]],
+            "use_linear_projection": self.linear_projection,
+        }
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """An AutoencoderKL in numbers; the defaults are SDXL's."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
+    layers: int = 2                                   # residual blocks in an encoder level; a decoder's has one more
+    latent_channels: int = 4
+    groups: int = 32                                  # of every group norm
+    scaling_factor: float = 0.13025                   # the U-Net sees latents times this
+    force_upcast: bool = True                         # its activations overflow float16: run it in float32
+    sample_size: int = 1024                           # image height and width that it was trained for
+
+    @property
+    def downscale(self) -> int:
+        """Image pixels to one latent pixel, in height and in width."""
+        return 2 ** (len(self.channels) - 1)
+
+    @classmethod
+    def from_diffusers(cls, config: dict) -> "VAEConfig":
+        """Reads an official vae/config.json; ValueError names what it asks for that this VAE does not have."""
+        result = cls(
+            channels=tuple(config["block_out_channels"]),
+            layers=config.get("layers_per_block", 1),
+            latent_channels=config.get("latent_channels", 4),
+            groups=config.get("norm_num_groups", 32),
+            scaling_factor=config.get("scaling_factor", 0.18215),
+            force_upcast=config.get("force_upcast", True),
+            sample_size=config.get("sample_size", 32),
+        )
+        check_supported(config, result.to_diffusers())
+        return result
+
+    def to_diffusers(self) -> dict:
+        """The official vae/config.json of this configuration."""
+        return {
+            "_class_name": "AutoencoderKL",
+            "act_fn": "silu",
+            "block_out_channels": list(self.channels),
+            "down_block_types": ["DownEncoderBlock2D"] * len(self.channels),
+            "force_upcast": self.force_upcast,
+            "in_channels": 3,
+            "latent_channels": self.latent_channels,
+            "layers_per_block": self.layers,
+            "mid_block_add_attention": True,
+            "norm_num_groups": self.groups,
+            "out_channels": 3,
+            "sample_size": self.sample_size,
+            "scaling_factor": self.scaling_factor,
+            "up_block_types": ["UpDecoderBlock2D"] * len(self.channels),
+            "use_post_quant_conv": True,
+            "use_quant_conv": True,
+        }
+
+
+MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file means that has no `mid_block_type`; null means no Mid
+
+
+def per_level(value: int | list, levels: int) -> tuple:
+    """The official files give a number for all levels, or a list of one for each."""
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,) * levels
+
+
+def check_supported(read: dict, written: dict):
+    """Raises ValueError for every entry of a config.json that we would not have written. Null is false is absent."""
+    wrong = [f"{key}={value!r}" for key, value in read.items()
+             if not key.startswith("_") and (value or None) != (written.get(key) or None)]
+    if wrong:
+        raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
+
+
+PRESETS = {  #         transformer blocks   in Mid        pairs       parameters: Table 2's 2,567M, 1,161M and 782M
+    "sdxl": UNetConfig(depths=(0, 2, 10), mid_depth=10, pairs=2),  # 2,567,463,684
+    "1b":   UNetConfig(depths=(0, 2, 6),  mid_depth=6,  pairs=1),  # 1,161,184,324
+    "700m": UNetConfig(depths=(0, 2, 5),  mid_depth=0,  pairs=1),  #   782,822,724
+}
+
+
+def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
+    """
+    The KOALA surgery (section 4.1 and Table 2) on any teacher of SDXL's shape; `name` is "1b" or "700m".
+
+    Appendix B.2 swaps the depths of the two in one sentence; the paper's parameter totals settle it.
+    """
+    koala = PRESETS[name]
+    if teacher.pairs != 2 or not teacher.mid_depth:
+        raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in an encoder stage, and a Mid block")
+    lowest = min(koala.depths[-1], teacher.depths[-1])
+    return replace(teacher, depths=(*teacher.depths[:-1], lowest), mid_depth=min(koala.mid_depth, lowest), pairs=koala.pairs)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Parts that the U-Net and the VAE share
+
+
+class Recomputed(nn.Module):
+    """A part whose activations can be computed anew in the backward pass instead of being kept for it."""
+
+    checkpointing = "none"
+
+    def __call__(self, *args):
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
+            return super().__call__(*args)
+        # Non-reentrant, or a feature taken inside would come without a gradient. There is no dropout: no random state.
+        return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False,
+                          **CHECKPOINTING[self.checkpointing])
+
+
+COSTLY = {  # what "selective" checkpointing keeps: matrix products, convolutions and attention
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def keep_costly(context, op, *args, **kwargs) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in COSTLY else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTING = {
+    "none": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, keep_costly)},
+    "full": {},
+}
+
+
+class Downsample(nn.Module):
+    """Halves height and width by a convolution of stride 2; the VAE pads right and bottom alone."""
+
+    def __init__(self, channels: int, padding: int = 1):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.conv.padding[0] else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Nearest neighbours and a convolution, to `size` or else to twice the height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        return self.conv(F.interpolate(x, size, scale_factor=None if size else 2.0))
+
+
+class ResBlock(Recomputed):
+    """R: two convolutions with, in the U-Net, the time embedding added in between."""
+
+    def __init__(self, cin: int, cout: int, groups: int, eps: float, emb_dim: int | None = None):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, cin, eps)
+        self.conv1 = nn.Conv2d(cin, cout, 3, padding=1)
+        if emb_dim:
+            self.time_emb_proj = nn.Linear(emb_dim, cout)
+        self.norm2 = nn.GroupNorm(groups, cout, eps)
+        self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.conv_shortcut = nn.Conv2d(cin, cout, 1)
+        self.has_shortcut = cin != cout
+
+    def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))                    # (B, C, H, W)
+        if emb is not None:
+            h = h + self.time_emb_proj(emb)[:, :, None, None]    # (B, C, H, W) + (B, C, 1, 1)
+        h = self.conv2(F.silu(self.norm2(h)))                    # (B, C, H, W)
+        return h + (self.conv_shortcut(x) if self.has_shortcut else x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of x over `context`, or over itself (SA); its output is the feature of KOALA's loss."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias)
+        self.to_k = nn.Linear(context_dim or dim, dim, bias)
+        self.to_v = nn.Linear(context_dim or dim, dim, bias)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q = self.split(self.to_q(x))                             # (B, heads, T, D / heads)
+        k = self.split(self.to_k(context))                       # (B, heads, T or L, D / heads)
+        v = self.split(self.to_v(context))                       # (B, heads, T or L, D / heads)
+        h = F.scaled_dot_product_attention(q, k, v)              # (B, heads, T, D / heads)
+        return self.to_out[0](h.transpose(1, 2).flatten(2))      # (B, T, D)
+
+    def split(self, x: Tensor) -> Tensor:
+        B, T, D = x.shape
+        return x.view(B, T, self.heads, D // self.heads).transpose(1, 2)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The U-Net
+
+
+def sinusoids(numbers: Tensor, dim: int) -> Tensor:
+    """Numbers (N,) as cosines and sines of `dim` / 2 frequencies from 1 down to almost 1/10000: (N, dim), float32."""
+    frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float32, device=numbers.device) / (dim // 2))
+    angles = numbers.float()[:, None] * frequencies              # (N, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+class Embedding(nn.Module):
+    """Two linear layers that make sinusoids, or the added conditions, into the embedding the residual blocks read."""
+
+    def __init__(self, din: int, dout: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(din, dout)
+        self.linear_2 = nn.Linear(dout, dout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class GEGLU(nn.Module):
+    def __init__(self, din: int, dout: int):
+        super().__init__()
+        self.proj = nn.Linear(din, 2 * dout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """FFN: four times wider in the middle."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.ModuleList([GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net[2](self.net[0](x))
+
+
+class TransformerBlock(Recomputed):
+    """T: self-attention, cross-attention to the text, feed-forward, each added to what enters it."""
+
+    def __init__(self, dim: int, heads: int, context_dim: int):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.attn2 = nn.LayerNorm(dim), Attention(dim, heads, context_dim)
+        self.norm3, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        x = x + self.attn1(self.norm1(x))                        # (B, T, D)    SA
+        x = x + self.attn2(self.norm2(x), context)               # (B, T, D)    CA
+        return x + self.ff(self.norm3(x))                        # (B, T, D)    FFN
+
+
+class Transformer(nn.Module):
+    """A series of transformer blocks on the pixels of an image as tokens."""
+
+    def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
+        super().__init__()
+        self.linear = config.linear_projection
+        projection = nn.Linear if self.linear else partial(nn.Conv2d, kernel_size=1)
+        self.norm = nn.GroupNorm(config.groups, channels, 1e-6)
+        self.proj_in = projection(channels, channels)
+        self.transformer_blocks = nn.ModuleList(
+            [TransformerBlock(channels, heads, config.context_dim) for _ in range(depth)])
+        self.proj_out = projection(channels, channels)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        h = self.norm(x)                                         # (B, C, H, W)
+        h = self.proj_in(tokens(h)) if self.linear else tokens(self.proj_in(h))
+        for block in self.transformer_blocks:
+            h = block(h, context)                                # (B, T, C)
+        h = image(self.proj_out(h), H, W) if self.linear else self.proj_out(image(h, H, W))
+        return x + h                                             # (B, C, H, W)
+
+
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)                          # (B, C, H, W) -> (B, T, C)
+
+
+def image(x: Tensor, H: int, W: int) -> Tensor:
+    return x.transpose(1, 2).unflatten(2, (H, W))                # (B, T, C) -> (B, C, H, W)
+
+
+class Stage(nn.Module):
+    """Residual blocks, each from one width to another, with `transformers` of them followed by transformer blocks."""
+
+    def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int, config: UNetConfig):
+        super().__init__()
+        cout = widths[-1][1]
+        self.resnets = nn.ModuleList(
+            [ResBlock(din, dout, config.groups, 1e-5, 4 * config.channels[0]) for din, dout in widths])
+        self.attentions = nn.ModuleList(
+            [Transformer(cout, depth, heads, config) for _ in range(transformers)])
+
+    def pair(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        x = self.resnets[i](x, emb)                              # (B, C, H, W)    R
+        return self.attentions[i](x, context) if i < len(self.attentions) else x
+
+
+class DownStage(Stage):
+    """DW-i. Leaves every pair's output, and the downsampled one, as skips for the decoder."""
+
+    def __init__(self, cin: int, cout: int, depth: int, heads: int, config: UNetConfig, last: bool):
+        widths = [(cin if i == 0 else cout, cout) for i in range(config.pairs)]
+        super().__init__(widths, config.pairs if depth else 0, depth, heads, config)
+        self.downsamplers = nn.ModuleList([] if last else [Downsample(cout)])
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.pair(i, x, emb, context)                    # (B, C, H, W)
+            skips.append(x)
+        for downsample in self.downsamplers:
+            x = downsample(x)                                    # (B, C, H / 2, W / 2)
+            skips.append(x)
+        return x                                                 # LF
+
+
+class MidStage(Stage):
+    """Mid: a residual block, a transformer, a residual block."""
+
+    def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
+        super().__init__([(channels, channels)] * 2, 1, depth, heads, config)
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = self.pair(i, x, emb, context)                    # (B, C, H, W)
+        return x                                                 # LF
+
+
+class UpStage(Stage):
+    """UP-i. Every pair reads one skip more; `skip_widths` are theirs, in the order they are used."""
+
+    def __init__(self, cin: int, cout: int, skip_widths: list[int], depth: int, heads: int, config: UNetConfig,
+                 last: bool):
+        widths = [((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_widths)]
+        super().__init__(widths, len(widths) if depth else 0, depth, heads, config)
+        self.upsamplers = nn.ModuleList([] if last else [Upsample(cout)])
+
+    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+        for i in range(len(self.resnets)):
+            x = torch.cat([x, skips.pop()], dim=1)               # (B, C + C of the skip, H, W)
+            x = self.pair(i, x, emb, context)                    # (B, C, H, W)
+        for upsample in self.upsamplers:
+            x = upsample(x, skips[-1].shape[2:])                 # (B, C, 2H, 2W), or one less where the skip has
+        return x                                                 # LF
+
+
+class UNet(nn.Module):
+    """The noise prediction of SDXL, KOALA and their kind (Figures 2 and 3)."""
+
+    FOLDER, CONFIG = "unet", UNetConfig
+
+    def __init__(self, config: UNetConfig):
+        super().__init__()
+        self.config = config
+        channels, last = config.channels, len(config.channels) - 1
+        emb_dim = 4 * channels[0]
+
+        self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
+        self.time_embedding = Embedding(channels[0], emb_dim)
+        if config.pooled_dim:
+            self.add_embedding = Embedding(config.pooled_dim + 6 * config.size_dim, emb_dim)
+
+        self.down_blocks = nn.ModuleList()
+        x, skips = channels[0], [channels[0]]                    # widths, followed as `forward` follows tensors
+        for i, (cout, depth, heads) in enumerate(zip(channels, config.depths, config.heads)):
+            self.down_blocks.append(DownStage(x, cout, depth, heads, config, last=i == last))
+            x = cout
+            skips += [x] * (config.pairs + (i != last))
+
+        if config.mid_depth:
+            self.mid_block = MidStage(x, config.mid_depth, config.heads[-1], config)
+
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(channels))):
+            used = [skips.pop() for _ in range(config.pairs + 1)]
+            self.up_blocks.append(
+                UpStage(x, channels[i], used, config.depths[i], config.heads[i], config, last=i == 0))
+            x = channels[i]
+
+        self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], 1e-5)
+        self.conv_out = nn.Conv2d(channels[0], config.out_channels, 3, padding=1)
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None = None,
+                time_ids: Tensor | None = None) -> Tensor:
+        """
+        The noise in `sample`.
+
+        sample (B, 4, H, W) noisy latent; timestep (B,) or a single number, 0 to 999; context (B, L, D) text;
+        pooled (B, P) pooled text; time_ids (B, 6) original height and width, crop top and left, target height and
+        width, in pixels. The last two are for configurations with a `pooled_dim`. Returns (B, 4, H, W).
+        """
+        timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+        emb = self.time_embedding(sinusoids(timestep, self.config.channels[0]).to(sample.dtype))
+        if self.config.pooled_dim:
+            sizes = sinusoids(time_ids.flatten(), self.config.size_dim).view(len(sample), -1)
+            emb = emb + self.add_embedding(torch.cat([pooled, sizes.to(sample.dtype)], dim=1))
+        emb = F.silu(emb)                                        # (B, 4C), as every residual block reads it
+
+        x = self.conv_in(sample)                                 # (B, C, H, W)
+        skips = [x]
+        for stage in self.down_blocks:                           # DW-1, DW-2, DW-3
+            x = stage(x, emb, context, skips)                    # (B, C, H, W), (B, 2C, H/2, W/2), (B, 4C, H/4, W/4)
+        if self.config.mid_depth:                                # Mid
+            x = self.mid_block(x, emb, context)                  # (B, 4C, H/4, W/4)
+        for stage in self.up_blocks:                             # UP-1, UP-2, UP-3
+            x = stage(x, emb, context, skips)                    # (B, 4C, H/2, W/2), (B, 2C, H, W), (B, C, H, W)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 4, H, W)
+
+    def set_checkpointing(self, mode: str):
+        """What the backward pass recomputes: "none", "selective" (the cheap layers) or "full" (whole blocks)."""
+        for module in self.modules():
+            if isinstance(module, Recomputed):
+                module.checkpointing = mode
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From teacher to student: weights and features at the same block location
+
+
+def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
+    """
+    Where in the teacher a module or tensor of the student comes from.
+
+    Encoder stages keep the first pair of two, and decoder stages drop the middle one of three (section 4.1): pair 1
+    of a KOALA decoder stage is pair 2 of its teacher. All else keeps its name.
+    """
+    if student.pairs == teacher.pairs:
+        return path
+    return re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
+
+
+def inherit(student: UNet, teacher: UNet):
+    """Copies into each tensor of the student its teacher's at the same block location (section 5.1)."""
+    weights = teacher.state_dict()
+    student.load_state_dict(
+        {path: weights[teacher_path(path, student.config, teacher.config)] for path in student.state_dict()})
+
+
+def stages(config: UNetConfig) -> dict[str, str]:
+    """The paper's names of the stages that a U-Net has, in the order they run, and the paths of their modules."""
+    levels = range(len(config.channels))
+    return ({f"DW-{i + 1}": f"down_blocks.{i}" for i in levels}
+            | ({"Mid": "mid_block"} if config.mid_depth else {})
+            | {f"UP-{i + 1}": f"up_blocks.{i}" for i in levels})
+
+
+FEATURES = {  # the paper's feature types (section 4.2, F1), as patterns of module paths within a stage
+    "SA": r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn1",  # after its output projection, before the residual
+    "CA": r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn2",
+    "FFN": r"\.attentions\.\d+\.transformer_blocks\.\d+\.ff",
+    "Res": r"\.resnets\.\d+",
+    "LF": r"",                                                     # the stage itself: after its down- or upsampler
+}
+
+
+def feature_paths(unet: UNet, kind: str, stage: str) -> list[str]:
+    """Paths of the modules whose outputs are the features of this kind at this stage; empty if it has none."""
+    pattern = re.escape(stages(unet.config)[stage]) + FEATURES[kind]
+    return [path for path, _ in unet.named_modules() if re.fullmatch(pattern, path)]
+
+
+class Features:
+    """
+    The outputs of modules of a U-Net during a forward pass:
+
+        features = Features(unet, paths)
+        with features as captured:
+            unet(...)
+        captured[path]  # (B, T, D) or (B, C, H, W)
+
+    Outside of `with` nothing is kept, so that recomputation in the backward pass leaves no second copy. Works on
+    module objects: wrap or compile the U-Net afterwards. Raises RuntimeError if a module did not run.
+    """
+
+    def __init__(self, unet: UNet, paths: list[str]):
+        self.paths, self.captured = paths, None
+        for path in paths:
+            unet.get_submodule(path).register_forward_hook(partial(self.keep, path))
+
+    def keep(self, path: str, module: nn.Module, args: tuple, output: Tensor):
+        if self.captured is not None:
+            self.captured[path] = output
+
+    def __enter__(self) -> dict[str, Tensor]:
+        self.captured = {}
+        return self.captured
+
+    def __exit__(self, error, *rest):
+        captured, self.captured = self.captured, None
+        missing = [path for path in self.paths if path not in captured]
+        if missing and error is None:
+            raise RuntimeError(f"{len(missing)} features were asked for and not captured, the first {missing[0]}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The VAE
+
+
+class VAEAttention(Attention):
+    """One head over all the pixels of an image."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__(channels, heads=1, bias=True)
+        self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + image(super().forward(tokens(self.group_norm(x))), *x.shape[2:])
+
+
+class VAEStage(nn.Module):
+    """Residual blocks and then, except at the end of the way, a down- or upsampler."""
+
+    def __init__(self, cin: int, cout: int, layers: int, groups: int, **sampler: nn.Module):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(cin if i == 0 else cout, cout, groups, 1e-6) for i in range(layers)])
+        for name, module in sampler.items():
+            self.add_module(name, nn.ModuleList([module]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.children():
+            for module in part:
+                x = module(x)
+        return x
+
+
+class VAEMid(nn.Module):
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.resnets = nn.ModuleList([ResBlock(channels, channels, groups, 1e-6) for _ in range(2)])
+        self.attentions = nn.ModuleList([VAEAttention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        x, last = config.channels[0], len(config.channels) - 1
+        self.conv_in = nn.Conv2d(3, x, 3, padding=1)
+        self.down_blocks = nn.ModuleList()
+        for i, cout in enumerate(config.channels):
+            sampler = {} if i == last else {"downsamplers": Downsample(cout, padding=0)}
+            self.down_blocks.append(VAEStage(x, cout, config.layers, config.groups, **sampler))
+            x = cout
+        self.mid_block = VAEMid(x, config.groups)
+        self.conv_norm_out = nn.GroupNorm(config.groups, x, 1e-6)
+        self.conv_out = nn.Conv2d(x, 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)                                      # (B, C, H, W)
+        for stage in self.down_blocks:
+            x = stage(x)                                         # (B, C, H / 2, W / 2), ...
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 8, H / 8, W / 8)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        x = config.channels[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, x, 3, padding=1)
+        self.mid_block = VAEMid(x, config.groups)
+        self.up_blocks = nn.ModuleList()
+        for i, cout in reversed(list(enumerate(config.channels))):
+            sampler = {} if i == 0 else {"upsamplers": Upsample(cout)}
+            self.up_blocks.append(VAEStage(x, cout, config.layers + 1, config.groups, **sampler))
+            x = cout
+        self.conv_norm_out = nn.GroupNorm(config.groups, x, 1e-6)
+        self.conv_out = nn.Conv2d(x, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mid_block(self.conv_in(x))                      # (B, C, H / 8, W / 8)
+        for stage in self.up_blocks:
+            x = stage(x)                                         # (B, C, H / 4, W / 4), ...
+        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 3, H, W)
+
+
+class VAE(nn.Module):
+    """Images to latents and back. Images are in [-1, 1]; latents are not scaled by `config.scaling_factor` here."""
+
+    FOLDER, CONFIG = "vae", VAEConfig
+
+    def __init__(self, config: VAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, 8H, 8W) to the mean and the logarithm of the variance of their latents, each (B, 4, H, W)."""
+        mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, latent: Tensor) -> Tensor:
+        """Latents (B, 4, H, W) to images (B, 3, 8H, 8W)."""
+        return self.decoder(self.post_quant_conv(latent))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights in and out: the official layout, a folder with config.json and diffusion_pytorch_model.safetensors
+
+WEIGHTS = "diffusion_pytorch_model"
+HALF = (torch.float16, torch.bfloat16)
+
+
+def load_unet(source: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UNet:
+    """
+    The U-Net of a folder or hub id, from its unet/ if it has one, in `dtype` or else as stored.
+
+    Raises FileNotFoundError or ValueError whose one line says what is missing or wrong, and what to do.
+    """
+    return load(UNet, source, dtype, device)
+
+
+def load_vae(source: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> VAE:
+    """The VAE of a folder or hub id, from its vae/ if it has one; else as `load_unet`."""
+    return load(VAE, source, dtype, device)
+
+
+def save_unet(unet: UNet, folder: str | Path):
+    """Writes config.json and the weights in the official layout, as they are typed; diffusers reads them."""
+    save(unet, folder)
+
+
+def save_vae(vae: VAE, folder: str | Path):
+    """As `save_unet`."""
+    save(vae, folder)
+
+
+def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str) -> nn.Module:
+    path = find(source, f"{kind.FOLDER}/config.json", "config.json")
+    if path is None:
+        raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {described(source)}")
+    prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
+    try:
+        config = kind.CONFIG.from_diffusers(read_json(path))
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error}: it is not the config.json of a {kind.__name__}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+    weights = {}
+    for file in weight_files(source, prefix, dtype):
+        weights |= read_tensors(file, dtype, device)
+    # SDXL's VAE and older ones name the attention of the Mid block differently.
+    weights = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b",
+                      lambda old: old[1] + OLD_NAMES[old[2]], name): tensor for name, tensor in weights.items()}
+    with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
+        network = kind(config)
+    check_tensors(weights, network, path.parent)
+    network.load_state_dict(weights, strict=True, assign=True)
+    return network
+
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def find(source: str | Path, *names: str) -> Path | None:
+    """The first of these files that `source` has: a local folder if there is one, else a hub id. None if none."""
+    if Path(source).is_dir():
+        return next((path for name in names if (path := Path(source, name)).is_file()), None)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"no folder {source}; give a folder, or a hub id such as etri-vilab/koala-700m")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    for name in names:
+        try:
+            return Path(hf_hub_download(str(source), name, etag_timeout=5))
+        except LocalEntryNotFoundError:
+            unreachable = True  # nor is it in the local cache; another name may be
+        except EntryNotFoundError:
+            unreachable = False
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
+        except (HfHubHTTPError, OSError) as error:
+            raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
+    if unreachable:
+        raise FileNotFoundError(
+            f"{names[0]} of {source} is neither a local folder's nor in the hub's cache, and the hub is out of reach; "
+            f"where there is a network: hf download {source}, then give its folder or set HF_HOME")
+    return None
+
+
+def described(source: str | Path) -> str:
+    return f"the folder {source}" if Path(source).is_dir() else f"{source} on the hub"
+
+
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not JSON; fetch it anew") from None
+
+
+def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> list[Path]:
+    """The file or shards with the weights: of float16 if there are some and half precision is asked for."""
+    plain = [f"{prefix}{WEIGHTS}.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.json"]
+    half = [f"{prefix}{WEIGHTS}.fp16.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.fp16.json"]
+    path = find(source, *(half + plain if dtype in HALF else plain + half))
+    if path is None:
+        pickled = find(source, f"{prefix}{WEIGHTS}.bin", f"{prefix}{WEIGHTS}.fp16.bin")
+        hint = f"; {pickled.name} is a pickle and is not opened: convert it to safetensors" if pickled else ""
+        raise FileNotFoundError(f"no {plain[0]} in {described(source)}{hint}")
+    if (".fp16." in path.name) != (dtype in HALF):
+        print(f"{described(source)}: using {prefix}{path.name}", file=sys.stderr)
+    if path.suffix != ".json":
+        return [path]
+    shards = sorted(set(read_json(path)["weight_map"].values()))
+    files = [find(source, prefix + shard) for shard in shards]
+    if None in files:
+        raise FileNotFoundError(f"no {prefix}{shards[files.index(None)]}, named in {path.name}, in {described(source)}")
+    return files
+
+
+def read_tensors(path: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is broken or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            head = file.read(64).lstrip().lower()
+        kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file it stands for: run git lfs pull",
+                 b"<": "an HTML page: fetch the file itself", b"pk\x03\x04": "a pickle, and is not opened",
+                 b"\x80": "a pickle, and is not opened"}
+        what = next((what for start, what in kinds.items() if head.startswith(start)), None)
+        raise ValueError(f"{path} is {what or f'cut or damaged, fetch it anew ({one_line(error)})'}") from None
+
+
+def check_tensors(weights: dict[str, Tensor], network: nn.Module, where: Path):
+    """Raises ValueError unless names, shapes and types are those of the network, and all numbers are finite."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    wrong = {"missing": [name for name in shapes if name not in found],
+             "unexpected": [name for name in found if name not in shapes],
+             "of another shape": [name for name in shapes if name in found and found[name] != shapes[name]]}
+    if any(wrong.values()):
+        counts = "; ".join(f"{len(names)} {what} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
+                           for what, names in wrong.items() if names)
+        hint = ""
+        if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
+            hint = "; these are names of the single-file format: get the model as a folder in diffusers' layout"
+        elif fits := [name for name, config in PRESETS.items() if found == meta_shapes(config)]:
+            hint = f"; the file fits {fits[0]}, its config.json does not"
+        raise ValueError(f"the weights in {where} do not fit their config.json: {counts}{hint}")
+    for name, tensor in weights.items():
+        if tensor.dtype not in (torch.float32, *HALF):
+            raise ValueError(f"the weights in {where} have the type {tensor.dtype} ({name}); float32, float16 or bfloat16 is read")
+        if not all(bound.isfinite() for bound in tensor.aminmax()):
+            raise ValueError(f"the weights in {where} have NaN or infinite numbers ({name}): fetch or train them anew")
+
+
+def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors of a U-Net, without making them."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in UNet(config).state_dict().items()}
+
+
+def save(network: nn.Module, folder: str | Path):
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    write(Path(folder, f"{WEIGHTS}.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
+    config = json.dumps(network.config.to_diffusers(), indent=2, sort_keys=True) + "\n"
+    write(Path(folder, "config.json"), lambda path: path.write_text(config))
+
+
+def write(path: Path, make):
+    """Makes a file by `make(temporary path)`, then puts it in its place: at any moment it is the old or the new one."""
+    beside = path.parent / ".writing"
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    beside.mkdir(parents=True)
+    try:
+        make(beside / path.name)
+        with open(beside / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(beside / path.name, 0o644)
+        os.replace(beside / path.name, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
