@@ -1,42 +1,452 @@
+"""
+Text to image with SDXL, KOALA or the embedded toy: Euler sampling with classifier-free guidance.
+
+    python sample.py --prompt "a red circle left of a blue square"
+    python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
+    python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
+
+Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same noise in each
+row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Preset(NamedTuple):
+    """Where a model is, and how its makers sample it."""
+
+    source: str
+    steps: int = 25
+    guidance: float = 7.5
+    spacing: str | None = None  # of the timesteps; None: as the model's scheduler_config.json says
+
+
+PRESETS = {
+    "toy": Preset(str(Path(__file__).parent / "toy" / "checkpoint"), guidance=5.0),
+    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
+    "1b": Preset("etri-vilab/koala-1b"),
+    "700m": Preset("etri-vilab/koala-700m"),
+    "1b-llava-cap": Preset("etri-vilab/koala-1b-llava-cap"),
+    "700m-llava-cap": Preset("etri-vilab/koala-700m-llava-cap"),
+    # The scheduler files of these say "leading"; their cards and demo set "trailing" by hand.
+    "lightning-1b": Preset("etri-vilab/koala-lightning-1b", 10, 3.5, "trailing"),
+    "lightning-700m": Preset("etri-vilab/koala-lightning-700m", 10, 3.5, "trailing"),
+}
+
+
+def preset(name: str) -> Preset:
+    """The preset of a name above or of its hub id; anything else, a hub id or folder, is sampled as SDXL is."""
+    return PRESETS.get(name) or next((p for p in PRESETS.values() if p.source == str(name)), Preset(str(name)))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line comes before the heavy imports, so that a slip in it is told at once
+
+
+def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
+    """A type for argparse: a finite number within bounds, and a multiple of something."""
+    def parse(text: str):
+        value = kind(text)
+        if not (math.isfinite(value) and low <= value <= high):
+            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        if value % multiple:
+            below = value - value % multiple
+            near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
+        return value
+    parse.__name__ = "number"
+    return parse
+
+
+def parser_of(description: str) -> argparse.ArgumentParser:
+    """A parser that shows defaults, and tells mistakes in one line."""
+    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        pass
+    parser = argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    return parser
+
+
+def command_line() -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    size = number(int, 8, 8192, multiple=8)
+    add = parser.add_argument
+    add("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw; several for several rows")
+    add("--model", nargs="+", default=["toy"], metavar="NAME", help=f"{', '.join(PRESETS)}, a hub id or a folder")
+    add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
+    add("--negative", metavar="TEXT", help="what not to draw")
+    add("--steps", type=number(int, 1, 1000), help="Euler steps, if not the model's preset")
+    add("--guidance", type=number(float, 1), help="classifier-free guidance, 1 for none, if not the model's preset")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the initial noise")
+    add("--count", type=number(int, 1, 1000), default=1, help="pictures of each prompt, with seeds SEED, SEED+1, ...")
+    add("--height", type=size, help="in pixels, if not the model's own")
+    add("--width", type=size, help="in pixels, if not the model's own")
+    add("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--device", help="default: a GPU if there is one")
+    add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
+    add("--compile", action="store_true", help="torch.compile the U-Net")
+    add("--out", type=Path, default=Path("sample.png"), metavar="PNG", help="the picture to write")
+    args = parser.parse_args()
+    if not all(prompt.strip() for prompt in args.prompt):
+        parser.error("--prompt is empty; say what to draw")
+    if args.out.suffix != ".png":
+        parser.error(f"--out {args.out} does not end in .png")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = command_line()
+
+import json
+import os
+import resource
+import time
+
 import torch
-from torch import Tensor
+from PIL import Image, PngImagePlugin
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import model
+
+# ------------------------------------------------------------------------------------------------------------
+# Noise
 
 
 class Schedule:
     """
-    The noise of Stable Diffusion: z_t = sqrt(a_t) z + sqrt(1 - a_t) noise, for t = 0 .. 999 (equation 1's z_t).
+    The noise of Stable Diffusion, z_t = sqrt(a_t) z + sqrt(1 - a_t) noise for t = 0, ..., 999.
 
-    Seen as in Karras et al. (arXiv 2206.00364), z_t / sqrt(a_t) = z + sigma_t noise with sigma_t^2 = (1 - a_t) / a_t.
+    Karras et al. (arXiv 2206.00364) would write z_t / sqrt(a_t) = z + sigma_t noise: sigma_t^2 = (1 - a_t) / a_t.
+    Made from a scheduler_config.json; ValueError names what it asks for that is not here.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, spacing: str | None = None):
+        known = {"beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
+                 "timestep_spacing": ["leading", "trailing", "linspace"]}
+        config = {"prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0} | config
+        for key, values in known.items():
+            if config.get(key) not in values:
+                raise ValueError(f"unsupported {key}={config.get(key)!r}, known: {', '.join(values)}")
         start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
         self.alphas = (1 - betas).cumprod(0)                     # a_t, (1000,)
-        self.sigmas = (1 / self.alphas - 1).sqrt()               # (1000,)
-        self.spacing, self.offset = config["timestep_spacing"], config["steps_offset"]
+        self.all_sigmas = (1 / self.alphas - 1).sqrt()           # sigma_t, (1000,)
+        self.spacing = spacing or config["timestep_spacing"]
+        self.offset = config["steps_offset"]
         self.prediction = config["prediction_type"]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t of latents z and noise, each (B, C, H, W), at timesteps (B,)."""
-        alphas = self.alphas[timesteps.cpu()].to(latents)[:, None, None, None]
-        return alphas.sqrt() * latents + (1 - alphas).sqrt() * noise
+        """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
+        alphas = self.alphas.to(latents.device)[timesteps, None, None, None]
+        return alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
 
-    def timesteps(self, steps: int) -> Tensor:
-        """The timesteps at which a sampler of that many steps asks the network, noisiest first: (steps,) float64."""
+    def timesteps(self, steps: int) -> list[float]:
+        """Where a sampler of `steps` steps asks the network, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
         count = len(self.alphas)
         if self.spacing == "linspace":
-            return torch.linspace(0, count - 1, steps, dtype=torch.float64).flip(0)
+            return torch.linspace(0, count - 1, steps, dtype=torch.float64).flip(0).tolist()
         if self.spacing == "leading":
-            return (torch.arange(steps) * (count // steps)).flip(0).double() + self.offset
-        return torch.arange(count, 0, -count / steps, dtype=torch.float64).round() - 1  # trailing
+            return [float(i * (count // steps) + self.offset) for i in reversed(range(steps))]
+        return [float(round(count - i * count / steps) - 1) for i in range(steps)]  # trailing
+
+    def sigmas(self, timesteps: list[float]) -> list[float]:
+        """The noise at each timestep, between two by interpolation, and the final 0."""
+        last = len(self.all_sigmas) - 1
+        low = [min(int(t), last) for t in timesteps]
+        return [torch.lerp(self.all_sigmas[i], self.all_sigmas[min(i + 1, last)], t - i).item()
+                for i, t in zip(low, timesteps)] + [0.0]
+
+    def initial_scale(self, sigmas: list[float]) -> float:
+        """What the first noise is multiplied by; only "leading" counts the image that would be under it."""
+        return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
-def euler(denoise, noise: Tensor, schedule: Schedule, steps: int, guidance: float) -> Tensor:
+def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
+    """
+    Euler's method (Karras et al., Algorithm 1 without churn) from noise (B, C, H, W) of variance 1 to latents.
+
+    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. The sigmas are
+    numbers on the host: nothing here waits for the device.
+    """
     timesteps = schedule.timesteps(steps)
-    sigmas = [schedule.sigmas[int(t)].item() for t in timesteps] + [0.0]
-    x = noise * (sigmas[0] ** 2 + 1) ** 0.5
-    for t, sigma, following in zip(timesteps.tolist(), sigmas, sigmas[1:]):
-        d = denoise(x / (sigma**2 + 1) ** 0.5, t)
-        x = x + (following - sigma) * d
+    sigmas = schedule.sigmas(timesteps)
+    x = noise * schedule.initial_scale(sigmas)
+    for t, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:]):
+        scale = 1 / math.sqrt(sigma**2 + 1)                      # sqrt(a_t)
+        d = predict(x * scale, t)                                # (x - denoised) / sigma, which is the noise
+        if schedule.prediction == "v_prediction":                # v = sqrt(a_t) noise - sqrt(1 - a_t) z
+            d = d * scale + x * (sigma * scale**2)
+        x = x + (next_sigma - sigma) * d
     return x
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Text
+
+
+class TextEncoder(nn.Module):
+    """SDXL's two CLIP text encoders and their tokenizers, as one."""
+
+    def __init__(self, source: str, dtype: torch.dtype):
+        super().__init__()
+        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+        for name, kind in kinds.items():
+            half = dtype in model.HALF and model.find(source, f"{name}/model.fp16.safetensors")
+            self.add_module(name, kind.from_pretrained(
+                source, subfolder=name, dtype=dtype, use_safetensors=True, variant="fp16" if half else None))
+        self.tokenizers = [CLIPTokenizer.from_pretrained(source, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
+
+    def ids(self, prompts: list[str], tokenizer) -> Tensor:
+        """Token ids (B, L), padded. Tells what it cuts off; ValueError for words that a small vocabulary lacks."""
+        if len(tokenizer) < 1000:
+            check_words(prompts, tokenizer)
+        length = tokenizer.model_max_length
+        for ids in tokenizer(prompts).input_ids if tokenizer is self.tokenizers[0] else []:
+            if len(ids) > length:
+                cut = tokenizer.decode(ids[length - 1:-1])
+                print(f"warning: a prompt is longer than the {length - 2} tokens CLIP reads; cut: {cut!r}", file=sys.stderr)
+        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
+                         return_tensors="pt").input_ids
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """The text sequence (B, L, D), both encoders' second-to-last layers, and the second's pooled output (B, P)."""
+        states = []
+        for tokenizer, encoder in zip(self.tokenizers, (self.text_encoder, self.text_encoder_2)):
+            output = encoder(self.ids(prompts, tokenizer).to(encoder.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+        return torch.cat(states, dim=2), output.text_embeds
+
+
+def check_words(prompts: list[str], tokenizer):
+    ends = [token for token in tokenizer.get_vocab() if token.endswith("</w>")]
+    words = sorted(end[:-4] for end in ends if not any(longer != end and longer.endswith(end) for longer in ends))
+    unknown = sorted(set(" ".join(prompts).lower().split()) - set(words))
+    if unknown:
+        raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows {', '.join(words)}. "
+                         f"A real one knows more: --model 700m")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pipeline
+
+
+class Pipeline:
+    """
+    Prompts in, images out; made by `load_pipeline`.
+
+    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not kept, so that
+    there is one at a time, and images are decoded one by one in tiles.
+    """
+
+    def __init__(self, loaders: dict, preset: Preset, schedule: Schedule, downscale: int, zero_negative: bool,
+                 device: str, low_memory: bool):
+        self.loaders, self.preset, self.schedule, self.downscale = loaders, preset, schedule, downscale
+        self.zero_negative, self.device, self.low_memory = zero_negative, device, low_memory
+
+    def __getattr__(self, name: str) -> nn.Module:
+        if name not in ("text", "unet", "vae"):
+            raise AttributeError(name)
+        network = self.loaders[name]()
+        if not self.low_memory:
+            setattr(self, name, network)
+        return network
+
+    @torch.inference_mode()
+    def __call__(self, prompts: list[str], negative: str | None = None, steps: int | None = None,
+                 guidance: float | None = None, seed: int | list[int] = 0, height: int | None = None,
+                 width: int | None = None, progress: str | None = None) -> list[Image.Image]:
+        """
+        One RGB image for each prompt, from noise that a CPU generator with its seed draws.
+
+        None stands for the model's preset, and for no negative prompt; height and width are in pixels. `progress`
+        names a progress bar. Raises ValueError for words or sizes that the model lacks, and for images that are not
+        finite.
+        """
+        steps, guidance = steps or self.preset.steps, guidance or self.preset.guidance
+        seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        conditions = self.encode(prompts, negative if guidance > 1 else None)
+        latents = self.denoise(*conditions, steps, guidance, seeds, height, width, progress)
+        return [image for latent in latents for image in self.decode(latent)]
+
+    def encode(self, prompts: list[str], negative: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Text sequences (N, L, D) and pooled texts (N, P), of the prompts and then of the negative prompt."""
+        text = self.text
+        context, pooled = text(prompts)
+        if negative is None and self.zero_negative:              # SDXL's force_zeros_for_empty_prompt
+            return context, pooled, torch.zeros_like(context), torch.zeros_like(pooled)
+        context_0, pooled_0 = text([negative or ""])
+        return context, pooled, context_0.expand_as(context), pooled_0.expand_as(pooled)
+
+    def denoise(self, context: Tensor, pooled: Tensor, context_0: Tensor, pooled_0: Tensor, steps: int, guidance: float,
+                seeds: list[int], height: int | None, width: int | None, progress: str | None) -> list[Tensor]:
+        """Latents of all images, in batches of about a megapixel, (B, 4, H, W) each."""
+        unet = self.unet
+        height, width = (side or unet.config.sample_size * self.downscale for side in (height, width))
+        if height % self.downscale or width % self.downscale:
+            raise ValueError(f"{height} x {width} is not a multiple of {self.downscale}, this VAE's factor")
+        shape = (unet.config.in_channels, height // self.downscale, width // self.downscale)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        batches = range(0, len(seeds), batch := max(1, min(32, 2**20 // (height * width))))
+        dtype, latents = next(unet.parameters()).dtype, []
+        with tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None) as bar:
+            for i in batches:
+                x = noise[i:i + batch].to(self.device)
+                c, p = context[i:i + batch].to(dtype), pooled[i:i + batch].to(dtype)
+                if guided := guidance > 1:                       # both halves in one batch
+                    c = torch.cat([context_0[i:i + batch].to(dtype), c])
+                    p = torch.cat([pooled_0[i:i + batch].to(dtype), p])
+                # Original size, crop, target size: an image of this size, from its top left corner.
+                time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(c), 6)
+
+                def predict(x: Tensor, t: float) -> Tensor:
+                    bar.update()
+                    x = x.to(dtype)
+                    noise = unet(torch.cat([x, x]) if guided else x, t, c, p, time_ids).float()
+                    if not guided:
+                        return noise
+                    free, led = noise.chunk(2)                   # classifier-free guidance (Ho and Salimans, 2022)
+                    return free + guidance * (led - free)
+
+                latents.append(euler(predict, x, self.schedule, steps))
+        return latents
+
+    def decode(self, latents: Tensor) -> list[Image.Image]:
+        """Images of scaled latents (B, 4, H, W)."""
+        vae = self.vae
+        latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+        if self.low_memory:
+            pixels = torch.cat([decode_tiled(vae, latent[None]) for latent in latents])
+        else:
+            pixels = vae.decode(latents)
+        if not pixels.isfinite().all():
+            raise ValueError("the image is not finite: sample with --precision fp32, or check the U-Net's weights")
+        pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255    # (B, 3, H, W)
+        return [Image.fromarray(image) for image in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def decode_tiled(vae: model.VAE, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
+    """An image (1, 3, H, W) of a latent, tile by tile; where two tiles overlap, one fades into the other."""
+    scale, (H, W) = vae.config.downscale, latent.shape[2:]
+    if max(H, W) <= tile:
+        return vae.decode(latent)
+    image = torch.zeros(1, 3, H * scale, W * scale, device=latent.device)
+    total = torch.zeros_like(image[:, :1])
+    starts = lambda size: [*range(0, max(size - tile, 0), tile - overlap), max(size - tile, 0)]
+    for y in starts(H):
+        for x in starts(W):
+            pixels = vae.decode(latent[:, :, y:y + tile, x:x + tile]).float()
+            fade = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in pixels.shape[2:]]
+            fade = [torch.minimum(up, up.flip(0)) for up in fade]
+            weight = (fade[0][:, None] * fade[1]).float()
+            area = (..., slice(y * scale, y * scale + pixels.shape[2]), slice(x * scale, x * scale + pixels.shape[3]))
+            image[area] += pixels * weight
+            total[area] += weight
+    return image / total
+
+
+def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype | None = None,
+                  device: str | None = None, low_memory: bool = False, compile: bool = False) -> Pipeline:
+    """
+    The pipeline of a preset's name, a hub id or a folder in the official layout.
+
+    `unet` is a folder or hub id to take the U-Net from instead; `dtype` is float16 on a GPU and float32 elsewhere if
+    None. Raises FileNotFoundError or ValueError, whose one line says what is missing or wrong, and what to do.
+    """
+    chosen = preset(name)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    files = {key: model.find(chosen.source, key) for key in (
+        "model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json",
+        "text_encoder_2/config.json", "tokenizer/vocab.json", "tokenizer_2/vocab.json")}
+    if missing := [key for key, path in files.items() if path is None]:
+        made = "; python -m toy.make makes it again" if name == "toy" else ""
+        raise FileNotFoundError(f"no {', '.join(missing)} in {model.described(chosen.source)}{made}")
+
+    def load_unet() -> model.UNet:
+        network = model.load_unet(unet or chosen.source, dtype, device).to(memory_format=torch.channels_last)
+        if compile:
+            network.compile()
+        return network
+
+    def load_vae() -> model.VAE:
+        network = model.load_vae(chosen.source, torch.float32, device).to(memory_format=torch.channels_last)
+        return network if network.config.force_upcast else network.to(dtype)
+
+    pipeline = Pipeline(
+        {"text": lambda: TextEncoder(chosen.source, dtype).to(device), "unet": load_unet, "vae": load_vae},
+        chosen, Schedule(model.read_json(files["scheduler/scheduler_config.json"]), chosen.spacing),
+        downscale=2 ** (len(model.read_json(files["vae/config.json"])["block_out_channels"]) - 1),
+        zero_negative=model.read_json(files["model_index.json"]).get("force_zeros_for_empty_prompt", True),
+        device=device, low_memory=low_memory)
+    if not low_memory:
+        pipeline.unet, pipeline.vae, pipeline.text  # whatever is wrong with them is told now
+    return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def sheet(rows: list[list[Image.Image]]) -> Image.Image:
+    """Images of one size as one picture."""
+    width, height = rows[0][0].size
+    picture = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            picture.paste(image, (x * width, y * height))
+    return picture
+
+
+def peak_memory(device: str) -> str:
+    if device.startswith("cuda"):
+        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+
+
+def main(args: argparse.Namespace):
+    if not args.out.parent.is_dir():
+        raise FileNotFoundError(f"--out: there is no folder {args.out.parent}")
+    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK):
+        raise PermissionError(f"--out: {args.out} cannot be written")
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[args.precision]
+    prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
+    seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
+    columns, settings = [], []
+    for name in args.model:
+        pipeline = load_pipeline(name, args.unet, dtype, args.device, args.low_memory, args.compile)
+        start = time.perf_counter()
+        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width, progress=name)
+        columns.append(images)
+        settings.append({
+            "model": name, "unet": args.unet, "prompt": args.prompt, "negative": args.negative, "seed": args.seed,
+            "count": args.count, "steps": args.steps or pipeline.preset.steps,
+            "guidance": args.guidance or pipeline.preset.guidance, "spacing": pipeline.schedule.spacing,
+            "height": images[0].height, "width": images[0].width, "precision": args.precision})
+        print(f"{name}: {len(images)} image(s), {images[0].width} x {images[0].height}, {settings[-1]['steps']} steps, "
+              f"guidance {settings[-1]['guidance']}, {pipeline.schedule.spacing}, seed {args.seed}: "
+              f"{time.perf_counter() - start:.1f} s, peak {peak_memory(pipeline.device)}")
+    text = PngImagePlugin.PngInfo()
+    text.add_text("settings", json.dumps(settings))
+    picture = sheet([list(row) for row in zip(*columns)])
+    model.write(args.out, lambda path: picture.save(path, pnginfo=text))
+    print(args.out)
+
+
+if __name__ == "__main__":
+    try:
+        main(ARGS)
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; lower --height and --width, or use --low-memory or --precision fp16")
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
