@@ -605,17 +605,23 @@ class Features:
         captured[path]  # (B, T, D) or (B, C, H, W)
 
     Outside of `with` nothing is kept, so that recomputation in the backward pass leaves no second copy. Works on
-    module objects: wrap or compile the U-Net afterwards. Raises RuntimeError if a module did not run.
+    module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends, and `with` is left, when
+    all are captured. Raises RuntimeError if a module did not run.
     """
 
-    def __init__(self, unet: UNet, paths: list[str]):
-        self.paths, self.captured = paths, None
+    class Stop(Exception):
+        pass
+
+    def __init__(self, unet: UNet, paths: list[str], stop: bool = False):
+        self.paths, self.stop, self.captured = paths, stop, None
         for path in paths:
             unet.get_submodule(path).register_forward_hook(partial(self.keep, path))
 
     def keep(self, path: str, module: nn.Module, args: tuple, output: Tensor):
         if self.captured is not None:
             self.captured[path] = output
+            if self.stop and len(self.captured) == len(self.paths):
+                raise self.Stop
 
     def __enter__(self) -> dict[str, Tensor]:
         self.captured = {}
@@ -626,6 +632,7 @@ class Features:
         missing = [path for path in self.paths if path not in captured]
         if missing and error is None:
             raise RuntimeError(f"{len(missing)} features were asked for and not captured, the first {missing[0]}")
+        return error is self.Stop
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -765,18 +772,22 @@ def save_vae(vae: VAE, folder: str | Path):
     save(vae, folder)
 
 
-def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str) -> nn.Module:
+def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig, Path]:
+    """The configuration of a UNet or VAE of a folder or hub id, and where it was found."""
     path = find(source, f"{kind.FOLDER}/config.json", "config.json")
     if path is None:
         raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {described(source)}")
-    prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
     try:
-        config = kind.CONFIG.from_diffusers(read_json(path))
+        return kind.CONFIG.from_diffusers(read_json(path)), path
     except KeyError as error:
         raise ValueError(f"{path} has no {error}: it is not the config.json of a {kind.__name__}") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
+
+def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str) -> nn.Module:
+    config, path = read_config(kind, source)
+    prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
     weights = {}
     for file in weight_files(source, prefix, dtype):
         weights |= read_tensors(file, dtype, device)

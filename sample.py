@@ -5,13 +5,14 @@ Text to image with SDXL, KOALA or the embedded toy: Euler sampling with classifi
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
     python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
 
-Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same noise in each
-row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
+Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same noise
+in each row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
 """
 
 import argparse
 import math
 import sys
+import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ PRESETS = {
 
 def preset(name: str) -> Preset:
     """The preset of a name above or of its hub id; anything else, a hub id or folder, is sampled as SDXL is."""
-    return PRESETS.get(name) or next((p for p in PRESETS.values() if p.source == str(name)), Preset(str(name)))
+    by_source = {preset.source: preset for preset in PRESETS.values()}
+    return PRESETS.get(name) or by_source.get(str(name)) or Preset(str(name))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,8 +53,9 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     """A type for argparse: a finite number within bounds, and a multiple of something."""
     def parse(text: str):
         value = kind(text)
-        if not (math.isfinite(value) and low <= value <= high):
-            raise argparse.ArgumentTypeError(f"{text} is not within {low} and {high}")
+        if not (low <= value <= high and value < math.inf):
+            bounds = f"at least {low}" if high == math.inf else f"within {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         if value % multiple:
             below = value - value % multiple
             near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
@@ -65,7 +68,8 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
 def parser_of(description: str) -> argparse.ArgumentParser:
     """A parser that shows defaults, and tells mistakes in one line."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        pass
+        def _get_help_string(self, action):
+            return super()._get_help_string(action) if action.default else action.help
     parser = argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     return parser
@@ -76,15 +80,18 @@ def command_line() -> argparse.Namespace:
     size = number(int, 8, 8192, multiple=8)
     add = parser.add_argument
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw; several for several rows")
-    add("--model", nargs="+", default=["toy"], metavar="NAME", help=f"{', '.join(PRESETS)}, a hub id or a folder")
+    add("--model", nargs="+", default=["toy"], metavar="NAME",
+        help=f"{', '.join(PRESETS)}, a hub id or a folder; several for several columns (default: toy)")
     add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
     add("--negative", metavar="TEXT", help="what not to draw")
-    add("--steps", type=number(int, 1, 1000), help="Euler steps, if not the model's preset")
-    add("--guidance", type=number(float, 1), help="classifier-free guidance, 1 for none, if not the model's preset")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the initial noise")
-    add("--count", type=number(int, 1, 1000), default=1, help="pictures of each prompt, with seeds SEED, SEED+1, ...")
-    add("--height", type=size, help="in pixels, if not the model's own")
-    add("--width", type=size, help="in pixels, if not the model's own")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the model's preset")
+    add("--guidance", type=number(float, 1), metavar="X",
+        help="classifier-free guidance, 1 for none, if not the model's preset")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
+    add("--count", type=number(int, 1, 1000), default=1, metavar="N",
+        help="pictures of each prompt, with seeds SEED, SEED+1, ...")
+    add("--height", type=size, metavar="N", help="in pixels, if not the (first) model's own")
+    add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
     add("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 elsewhere")
     add("--device", help="default: a GPU if there is one")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
@@ -93,8 +100,15 @@ def command_line() -> argparse.Namespace:
     args = parser.parse_args()
     if not all(prompt.strip() for prompt in args.prompt):
         parser.error("--prompt is empty; say what to draw")
-    if args.out.suffix != ".png":
-        parser.error(f"--out {args.out} does not end in .png")
+    for name in args.model:
+        if name not in PRESETS and "/" not in name and not Path(name).is_dir():
+            parser.error(f"--model {name} is neither {', '.join(PRESETS)}, nor a folder, nor a hub id")
+    if args.out.suffix != ".png" or args.out.is_dir():
+        parser.error(f"--out {args.out} is not the name of a .png file")
+    try:
+        tempfile.TemporaryFile(dir=args.out.parent).close()
+    except OSError as error:
+        sys.exit(f"error: --out: nothing can be written in the folder {args.out.parent} ({error.strerror})")
     return args
 
 
@@ -102,7 +116,6 @@ if __name__ == "__main__":
     ARGS = command_line()
 
 import json
-import os
 import resource
 import time
 
@@ -121,17 +134,24 @@ class Schedule:
     """
     The noise of Stable Diffusion, z_t = sqrt(a_t) z + sqrt(1 - a_t) noise for t = 0, ..., 999.
 
-    Karras et al. (arXiv 2206.00364) would write z_t / sqrt(a_t) = z + sigma_t noise: sigma_t^2 = (1 - a_t) / a_t.
+    Karras et al. (arXiv 2206.00364) would write z_t / sqrt(a_t) = z + sigma_t noise, sigma_t^2 = (1 - a_t) / a_t.
     Made from a scheduler_config.json; ValueError names what it asks for that is not here.
     """
 
+    CHOICES = {"prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": ["linspace", "leading", "trailing"],
+               "beta_schedule": ["scaled_linear"], "interpolation_type": ["linear"], "timestep_type": ["discrete"],
+               "final_sigmas_type": ["zero"]} | dict.fromkeys(
+        ["trained_betas", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas",
+         "use_beta_sigmas", "sigma_min", "sigma_max"], [None, False])
+
     def __init__(self, config: dict, spacing: str | None = None):
-        known = {"beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
-                 "timestep_spacing": ["leading", "trailing", "linspace"]}
-        config = {"prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0} | config
-        for key, values in known.items():
-            if config.get(key) not in values:
-                raise ValueError(f"unsupported {key}={config.get(key)!r}, known: {', '.join(values)}")
+        absent = {"beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, "steps_offset": 0}
+        absent |= {key: choices[0] for key, choices in self.CHOICES.items()} | {"beta_schedule": "linear"}
+        config = absent | config
+        for key, choices in self.CHOICES.items():
+            if config[key] not in choices:
+                raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported; "
+                                 f"known: {', '.join(map(str, choices))}")
         start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
         self.alphas = (1 - betas).cumprod(0)                     # a_t, (1000,)
@@ -145,8 +165,15 @@ class Schedule:
         alphas = self.alphas.to(latents.device)[timesteps, None, None, None]
         return alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
 
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network is asked for at z_t: the noise, or v."""
+        if self.prediction == "epsilon":
+            return noise
+        alphas = self.alphas.to(latents.device)[timesteps, None, None, None]
+        return alphas.sqrt().to(latents) * noise - (1 - alphas).sqrt().to(latents) * latents
+
     def timesteps(self, steps: int) -> list[float]:
-        """Where a sampler of `steps` steps asks the network, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
+        """Where `steps` steps ask the network, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
         count = len(self.alphas)
         if self.spacing == "linspace":
             return torch.linspace(0, count - 1, steps, dtype=torch.float64).flip(0).tolist()
@@ -170,8 +197,8 @@ def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
     """
     Euler's method (Karras et al., Algorithm 1 without churn) from noise (B, C, H, W) of variance 1 to latents.
 
-    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. The sigmas are
-    numbers on the host: nothing here waits for the device.
+    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. The sigmas
+    are numbers on the host: nothing here waits for the device.
     """
     timesteps = schedule.timesteps(steps)
     sigmas = schedule.sigmas(timesteps)
@@ -194,25 +221,34 @@ class TextEncoder(nn.Module):
 
     def __init__(self, source: str, dtype: torch.dtype):
         super().__init__()
-        from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         for name, kind in kinds.items():
-            half = dtype in model.HALF and model.find(source, f"{name}/model.fp16.safetensors")
-            self.add_module(name, kind.from_pretrained(
-                source, subfolder=name, dtype=dtype, use_safetensors=True, variant="fp16" if half else None))
-        self.tokenizers = [CLIPTokenizer.from_pretrained(source, subfolder=name) for name in ("tokenizer", "tokenizer_2")]
+            plain, half = f"{name}/model.safetensors", f"{name}/model.fp16.safetensors"
+            path = model.find(source, *([half, plain] if dtype in model.HALF else [plain, half]))
+            if path is None:
+                raise FileNotFoundError(f"no {plain} in {model.described(source)}")
+            encoder, found = kind.from_pretrained(
+                None, config=CLIPTextConfig.from_pretrained(path.parent), state_dict=model.read_tensors(path),
+                dtype=dtype, output_loading_info=True)
+            if found["missing_keys"]:
+                raise ValueError(f"the weights in {path.parent} lack {', '.join(sorted(found['missing_keys']))}")
+            self.add_module(name, encoder)
+        self.tokenizers = [CLIPTokenizer.from_pretrained(source, subfolder=name)
+                           for name in ("tokenizer", "tokenizer_2")]
 
     def ids(self, prompts: list[str], tokenizer) -> Tensor:
         """Token ids (B, L), padded. Tells what it cuts off; ValueError for words that a small vocabulary lacks."""
         if len(tokenizer) < 1000:
             check_words(prompts, tokenizer)
         length = tokenizer.model_max_length
-        for ids in tokenizer(prompts).input_ids if tokenizer is self.tokenizers[0] else []:
-            if len(ids) > length:
-                cut = tokenizer.decode(ids[length - 1:-1])
-                print(f"warning: a prompt is longer than the {length - 2} tokens CLIP reads; cut: {cut!r}", file=sys.stderr)
+        if tokenizer is self.tokenizers[0]:
+            for ids in tokenizer(list(dict.fromkeys(prompts))).input_ids:
+                if len(ids) > length:
+                    print(f"warning: a prompt is longer than the {length - 2} tokens that CLIP reads; cut: "
+                          f"{tokenizer.decode(ids[length - 1:-1])!r}", file=sys.stderr)
         return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
                          return_tensors="pt").input_ids
 
@@ -243,14 +279,14 @@ class Pipeline:
     """
     Prompts in, images out; made by `load_pipeline`.
 
-    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not kept, so that
-    there is one at a time, and images are decoded one by one in tiles.
+    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not kept, so
+    that there is one at a time, and images are decoded one by one in tiles.
     """
 
     def __init__(self, loaders: dict, preset: Preset, schedule: Schedule, downscale: int, zero_negative: bool,
-                 device: str, low_memory: bool):
+                 dtype: torch.dtype, device: str, low_memory: bool):
         self.loaders, self.preset, self.schedule, self.downscale = loaders, preset, schedule, downscale
-        self.zero_negative, self.device, self.low_memory = zero_negative, device, low_memory
+        self.zero_negative, self.dtype, self.device, self.low_memory = zero_negative, dtype, device, low_memory
 
     def __getattr__(self, name: str) -> nn.Module:
         if name not in ("text", "unet", "vae"):
@@ -268,13 +304,18 @@ class Pipeline:
         One RGB image for each prompt, from noise that a CPU generator with its seed draws.
 
         None stands for the model's preset, and for no negative prompt; height and width are in pixels. `progress`
-        names a progress bar. Raises ValueError for words or sizes that the model lacks, and for images that are not
-        finite.
+        names a progress bar. Raises ValueError for words or sizes that the model lacks, for as many seeds as there
+        are no prompts for, and for images that are not finite.
         """
-        steps, guidance = steps or self.preset.steps, guidance or self.preset.guidance
+        steps = self.preset.steps if steps is None else steps
+        guidance = self.preset.guidance if guidance is None else guidance
         seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
+        if not prompts or len(seeds) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
         conditions = self.encode(prompts, negative if guidance > 1 else None)
         latents = self.denoise(*conditions, steps, guidance, seeds, height, width, progress)
+        if self.low_memory:
+            latents = [torch.cat(latents)]                       # the VAE is loaded once
         return [image for latent in latents for image in self.decode(latent)]
 
     def encode(self, prompts: list[str], negative: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -286,13 +327,18 @@ class Pipeline:
         context_0, pooled_0 = text([negative or ""])
         return context, pooled, context_0.expand_as(context), pooled_0.expand_as(pooled)
 
-    def denoise(self, context: Tensor, pooled: Tensor, context_0: Tensor, pooled_0: Tensor, steps: int, guidance: float,
-                seeds: list[int], height: int | None, width: int | None, progress: str | None) -> list[Tensor]:
+    def denoise(self, context: Tensor, pooled: Tensor, context_0: Tensor, pooled_0: Tensor, steps: int,
+                guidance: float, seeds: list[int], height: int | None, width: int | None,
+                progress: str | None) -> list[Tensor]:
         """Latents of all images, in batches of about a megapixel, (B, 4, H, W) each."""
         unet = self.unet
         height, width = (side or unet.config.sample_size * self.downscale for side in (height, width))
         if height % self.downscale or width % self.downscale:
             raise ValueError(f"{height} x {width} is not a multiple of {self.downscale}, this VAE's factor")
+        reads, given = (unet.config.context_dim, unet.config.pooled_dim), (context.shape[2], pooled.shape[1])
+        if reads != given:
+            raise ValueError(f"the U-Net reads texts of widths {reads}, and the text encoders give {given}: "
+                             f"it belongs to another --model")
         shape = (unet.config.in_channels, height // self.downscale, width // self.downscale)
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         batches = range(0, len(seeds), batch := max(1, min(32, 2**20 // (height * width))))
@@ -305,7 +351,7 @@ class Pipeline:
                     c = torch.cat([context_0[i:i + batch].to(dtype), c])
                     p = torch.cat([pooled_0[i:i + batch].to(dtype), p])
                 # Original size, crop, target size: an image of this size, from its top left corner.
-                time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device).expand(len(c), 6)
+                time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(c), device=self.device)
 
                 def predict(x: Tensor, t: float) -> Tensor:
                     bar.update()
@@ -313,8 +359,8 @@ class Pipeline:
                     noise = unet(torch.cat([x, x]) if guided else x, t, c, p, time_ids).float()
                     if not guided:
                         return noise
-                    free, led = noise.chunk(2)                   # classifier-free guidance (Ho and Salimans, 2022)
-                    return free + guidance * (led - free)
+                    free, led = noise.chunk(2)
+                    return free + guidance * (led - free)        # Ho and Salimans, arXiv 2207.12598
 
                 latents.append(euler(predict, x, self.schedule, steps))
         return latents
@@ -328,7 +374,7 @@ class Pipeline:
         else:
             pixels = vae.decode(latents)
         if not pixels.isfinite().all():
-            raise ValueError("the image is not finite: sample with --precision fp32, or check the U-Net's weights")
+            raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
         pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255    # (B, 3, H, W)
         return [Image.fromarray(image) for image in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -344,10 +390,11 @@ def decode_tiled(vae: model.VAE, latent: Tensor, tile: int = 64, overlap: int = 
     for y in starts(H):
         for x in starts(W):
             pixels = vae.decode(latent[:, :, y:y + tile, x:x + tile]).float()
-            fade = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in pixels.shape[2:]]
-            fade = [torch.minimum(up, up.flip(0)) for up in fade]
-            weight = (fade[0][:, None] * fade[1]).float()
-            area = (..., slice(y * scale, y * scale + pixels.shape[2]), slice(x * scale, x * scale + pixels.shape[3]))
+            h, w = pixels.shape[2:]
+            fade = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in (h, w)]
+            down, across = (torch.minimum(up, up.flip(0)).float() for up in fade)
+            weight = down[:, None] * across                      # (h, w)
+            area = (..., slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
             image[area] += pixels * weight
             total[area] += weight
     return image / total
@@ -364,9 +411,14 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     chosen = preset(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
+        raise ValueError(f"the device {device} cannot be used: {model.one_line(error)}") from None
     files = {key: model.find(chosen.source, key) for key in (
         "model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json",
-        "text_encoder_2/config.json", "tokenizer/vocab.json", "tokenizer_2/vocab.json")}
+        "text_encoder_2/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json",
+        "tokenizer_2/merges.txt")}
     if missing := [key for key, path in files.items() if path is None]:
         made = "; python -m toy.make makes it again" if name == "toy" else ""
         raise FileNotFoundError(f"no {', '.join(missing)} in {model.described(chosen.source)}{made}")
@@ -386,7 +438,7 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
         chosen, Schedule(model.read_json(files["scheduler/scheduler_config.json"]), chosen.spacing),
         downscale=2 ** (len(model.read_json(files["vae/config.json"])["block_out_channels"]) - 1),
         zero_negative=model.read_json(files["model_index.json"]).get("force_zeros_for_empty_prompt", True),
-        device=device, low_memory=low_memory)
+        dtype=dtype, device=device, low_memory=low_memory)
     if not low_memory:
         pipeline.unet, pipeline.vae, pipeline.text  # whatever is wrong with them is told now
     return pipeline
@@ -412,28 +464,32 @@ def peak_memory(device: str) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
 
 
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
 def main(args: argparse.Namespace):
-    if not args.out.parent.is_dir():
-        raise FileNotFoundError(f"--out: there is no folder {args.out.parent}")
-    if not os.access(args.out if args.out.exists() else args.out.parent, os.W_OK):
-        raise PermissionError(f"--out: {args.out} cannot be written")
-    dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, None: None}[args.precision]
+    """Samples, writes the sheet with its settings, and tells what was used."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
+    height, width = args.height, args.width
     columns, settings = [], []
     for name in args.model:
-        pipeline = load_pipeline(name, args.unet, dtype, args.device, args.low_memory, args.compile)
+        pipeline = load_pipeline(
+            name, args.unet, PRECISIONS.get(args.precision), args.device, args.low_memory, args.compile)
         start = time.perf_counter()
-        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width, progress=name)
+        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, progress=name)
+        seconds = time.perf_counter() - start
         columns.append(images)
-        settings.append({
-            "model": name, "unet": args.unet, "prompt": args.prompt, "negative": args.negative, "seed": args.seed,
-            "count": args.count, "steps": args.steps or pipeline.preset.steps,
-            "guidance": args.guidance or pipeline.preset.guidance, "spacing": pipeline.schedule.spacing,
-            "height": images[0].height, "width": images[0].width, "precision": args.precision})
-        print(f"{name}: {len(images)} image(s), {images[0].width} x {images[0].height}, {settings[-1]['steps']} steps, "
-              f"guidance {settings[-1]['guidance']}, {pipeline.schedule.spacing}, seed {args.seed}: "
-              f"{time.perf_counter() - start:.1f} s, peak {peak_memory(pipeline.device)}")
+        width, height = images[0].size                           # of all columns: the same noise for every model
+        used = {"model": [name], "steps": args.steps or pipeline.preset.steps,
+                "guidance": args.guidance or pipeline.preset.guidance, "height": height, "width": width,
+                "precision": {dtype: name for name, dtype in PRECISIONS.items()}[pipeline.dtype],
+                "device": pipeline.device}
+        settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
+        print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
+              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, {used['precision']}: "
+              f"{seconds:.1f} s, peak {peak_memory(pipeline.device)}")
+        del pipeline                                             # before the next is loaded
     text = PngImagePlugin.PngInfo()
     text.add_text("settings", json.dumps(settings))
     picture = sheet([list(row) for row in zip(*columns)])
@@ -444,9 +500,11 @@ def main(args: argparse.Namespace):
 if __name__ == "__main__":
     try:
         main(ARGS)
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --height and --width, or use --low-memory or --precision fp16")
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {model.one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        sys.exit("error: out of memory; lower --height and --width, or use --low-memory or --precision fp16")
     except KeyboardInterrupt:
         sys.exit(130)

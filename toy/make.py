@@ -142,6 +142,12 @@ def main():
     parser.add_argument("--out", type=Path, default=Path("runs/toy"))
     args = parser.parse_args()
 
+    import os
+    import torch.distributed as dist
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
     torch.manual_seed(0)
     write_tokenizers(args.out)
     tokenizers = [CLIPTokenizer.from_pretrained(args.out / name) for name in ("tokenizer", "tokenizer_2")]
@@ -185,28 +191,36 @@ def main():
         (args.out / "state.tmp").replace(state_file)
 
     schedule = Schedule(SCHEDULER)
-    bar = tqdm(range(start, args.steps), "U-Net", initial=start, total=args.steps)
+    bar = tqdm(range(start, args.steps), "U-Net", initial=start, total=args.steps, disable=rank > 0, mininterval=5)
     smooth = None
     for step in bar:
         if (args.out / "steps").exists():
             args.steps = int((args.out / "steps").read_text())
         if step >= args.steps:
             break
-        torch.manual_seed(step)
-        images, captions = pictures(range(step * args.batch, (step + 1) * args.batch))
+        torch.manual_seed(step * world + rank)
+        share = args.batch // world
+        first = step * args.batch + rank * share
+        images, captions = pictures(range(first, first + share))
         mean, logvar = vae.encode(images.contiguous(memory_format=torch.channels_last))
         latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * scaling
         ids = [t(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids for t in tokenizers]
-        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (args.batch,))
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (share,))
         # Cosine-free: constant, then down to zero at the end.
         rate = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.decay * args.steps))
         optimizer.param_groups[0]["lr"] = rate
-        prediction = toy(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, torch.rand(args.batch) < 0.1)
+        prediction = toy(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, torch.rand(share) < 0.1)
         # What a caption decides is decided at high noise, where the plain loss is tiny: the weight of Karras et al., capped.
-        weight = (1 + (schedule.sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
+        weight = (1 + (schedule.all_sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
         loss = (weight * (prediction - noise).square().mean((1, 2, 3))).mean()
         optimizer.zero_grad()
         loss.backward()
+        if world > 1:
+            grads = [p.grad for p in toy.parameters() if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads])
+            dist.all_reduce(flat)
+            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(part.view_as(g) / world)
         norm = nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
         optimizer.step()
         decay = min(0.996, (step + 1) / (step + 10))
@@ -214,9 +228,9 @@ def main():
             torch._foreach_lerp_(list(ema.values()), [p.detach() for p in toy.parameters()], 1 - decay)
         smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
         bar.set_postfix(loss=f"{smooth:.4f}", norm=f"{norm:.2f}", rate=f"{rate:.1e}")
-        if (step + 1) % 100 == 0 or step + 1 == args.steps:
+        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == args.steps):
             save(step + 1)
-        if (step + 1) % 250 == 0:
+        if rank == 0 and (step + 1) % 250 == 0:
             own = {name: p.detach().clone() for name, p in toy.named_parameters()}
             with torch.no_grad():
                 for name, p in toy.named_parameters():
@@ -232,7 +246,7 @@ def main():
                     return free + 4.0 * (led - free)
 
                 z = torch.randn(count, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-                decoded = vae.decode(euler(denoise, z, schedule, 15, 4.0) / scaling)
+                decoded = vae.decode(euler(denoise, z, schedule, 15) / scaling)
                 pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
                 from PIL import Image
                 drawn = [Image.fromarray(x) for x in pixels]

@@ -1,0 +1,949 @@
+"""
+Teacher to student: KOALA's knowledge distillation with self-attention features (sections 4.2, 5.1 and A.1).
+
+    python distill.py --student 700m                                       # the embedded toy: minutes on a laptop
+    python distill.py --student 700m --teacher sdxl --data laion/          # the paper's recipe, on one GPU
+    torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
+
+A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and at the end a
+complete bundle. The same command goes on where a run was stopped. All that is random about training sample p comes
+from (seed, p), so a run is the same on one process or many, stopped or not.
+"""
+
+import argparse
+import math
+import os
+import sys
+from pathlib import Path
+
+# Two recipes: the paper's (section 5.1 and A.1), and a quick one for the toy. `decay`, and the paper's lack of it,
+# `micro_batch` and what follows are ours.
+RECIPES = {
+    "paper": dict(steps=100_000, batch=128, micro_batch=8, lr=1e-5, decay=0.0, save_every=500, preview_every=1000),
+    "toy": dict(steps=300, batch=32, micro_batch=32, lr=1e-3, decay=0.5, save_every=50, preview_every=100),
+}
+NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meaning
+    ("task", 0.0, 1e9, 1.0, "weight of the task loss (equation 1)"),
+    ("out-kd", 0.0, 1e9, 1.0, "weight of outKD (equation 2)"),
+    ("feat-kd", 0.0, 1e9, 1.0, "weight of featKD (equation 3)"),
+    ("steps", 1, 10**9, None, "optimizer steps"),
+    ("batch", 1, 10**6, None, "images in a step, over all processes"),
+    ("micro-batch", 1, 10**6, None, "images at once in a process; a batch accumulates them"),
+    ("lr", 1e-12, 1.0, None, "learning rate of AdamW"),
+    ("decay", 0.0, 1.0, None, "share of the steps, at the end, in which the rate falls to 0"),
+    ("clip", 1e-9, 1e9, 1.0, "longest gradient"),
+    ("dropout", 0.0, 1.0, 0.1, "share of captions replaced by none"),
+    ("size", 8, 4096, 0, "height and width of training images; 0: the teacher's own"),
+    ("workers", 0, 1000, 0, "processes that read data"),
+    ("save-every", 1, 10**9, None, "steps between checkpoints"),
+    ("preview-every", 0, 10**9, None, "steps between previews, 0 for none"),
+    ("judge", 0, 10**5, 64, "captions the toy is judged on at the end, 0 for none"),
+    ("seed", 0, 2**31 - 1, 0, "of data order and noise"),
+]
+
+
+def command_line(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    add = parser.add_argument
+    add("--student", choices=["700m", "1b"], default="700m", help="what the surgery leaves of the teacher [700m]")
+    add("--teacher", default="toy", metavar="T", help="toy, sdxl, hub id, folder; none: the task loss alone [toy]")
+    add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder [teacher]")
+    add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
+        help="SA, CA, Res, FFN, LF, each at every stage or @STAGE; LF is BK-SDM; or none [SA,LF@DW-1,LF@UP-3]")
+    add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom",
+        help="which of a deeper teacher's transformer blocks (Table 3c) [bottom]")
+    add("--data", default="shapes", metavar="D", help="shapes, or a folder: images and .txt files, or images and "
+        "metadata.jsonl, or img2dataset's .tar shards [shapes]")
+    add("--caption", metavar="TEXT", help="one caption for all images, as DreamBooth has it")
+    add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; each image then has one crop")
+    add("--flip", action="store_true", help="mirror half of the images")
+    for flag, low, high, default, text in NUMBERS:
+        name = flag.replace("-", "_")
+        shown = default if default is not None else ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
+        add("--" + flag, type=type(low), default=default, metavar="N", help=f"{text} [{shown}]")
+    add("--precision", choices=["fp32", "bf16", "fp16"], help="[bf16 on a GPU, fp32 elsewhere]")
+    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="what is recomputed [none]")
+    add("--compile", action="store_true", help="torch.compile teacher and student")
+    add("--device", help="[a GPU if there is one]")
+    add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
+    add("--dry-run", action="store_true", help="print settings, matched features and costs, and stop")
+    args = parser.parse_args(argv)
+
+    for name, value in RECIPES["toy" if args.teacher == "toy" else "paper"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    for flag, low, high, _, _ in NUMBERS:
+        value = getattr(args, flag.replace("-", "_"))
+        if not low <= value <= high:
+            parser.error(f"--{flag} {value} is not within {low} and {high}")
+    if args.size % 8:
+        parser.error(f"--size {args.size} is not a multiple of 8; the nearest: "
+                     f"{args.size - args.size % 8} or {args.size - args.size % 8 + 8}")
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
+    if args.batch % (world * args.micro_batch):
+        parser.error(f"--batch {args.batch} is not a multiple of {world} process(es) x --micro-batch {args.micro_batch}")
+    if args.teacher == "none" and args.init == "teacher":
+        parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
+    if args.caption and args.data == "shapes":
+        parser.error("--caption is for a folder of images; shapes have captions")
+    args.out = args.out or Path("runs", f"{Path(args.teacher).name}-{args.student}")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = command_line()
+
+import contextlib
+import copy
+import csv
+import fcntl
+import io
+import json
+import re
+import shutil
+import signal
+import tarfile
+import time
+import zlib
+from collections import Counter
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import model
+from sample import Pipeline, load_pipeline, preset, sheet
+from toy import shapes
+
+# ------------------------------------------------------------------------------------------------------------
+# Features and losses
+
+
+def parse_features(text: str) -> list[tuple[str, str | None]]:
+    """ "SA,LF@DW-1" is [("SA", None), ("LF", "DW-1")]; None: every stage that has them. ValueError for other words."""
+    terms = []
+    for term in text.split(",") if text != "none" else []:
+        kind, _, stage = term.strip().partition("@")
+        if kind not in model.FEATURES:
+            raise ValueError(f"--features: {term!r} is none of {', '.join(model.FEATURES)}, with or without @STAGE")
+        terms.append((kind, stage or None))
+    return terms
+
+
+def teacher_block(block: int, depth: int, teacher_depth: int, blocks: str) -> int:
+    """
+    Which of a teacher's transformer blocks the student's learns from (Table 3c), both counted from 0.
+
+    bottom: the first ones; up: the last ones; interleave: 1, 3, 5, 7, 9, 10 of ten, counted from 1. Where the depths
+    are equal the blocks match one to one.
+    """
+    if depth == teacher_depth or blocks == "bottom":
+        return block
+    return block + teacher_depth - depth if blocks == "up" else min(2 * block, teacher_depth - 1)
+
+
+def match_features(student: model.UNet, teacher: model.UNet, text: str, blocks: str = "bottom") -> dict[str, str]:
+    """
+    Which module of the teacher each module of the student learns from, by path in the U-Net.
+
+    Raises ValueError for a term of the grammar that neither has at the stage.
+    """
+    stages, matched = model.stages(student.config), {}
+    for kind, stage in parse_features(text):
+        if stage and stage not in stages:
+            raise ValueError(f"--features: the student has no stage {stage}, only {', '.join(stages)}")
+        paths = [path for s in ([stage] if stage else stages) for path in model.feature_paths(student, kind, s)]
+        if not paths:
+            raise ValueError(f"--features: the student has no {kind} at {stage}")
+        for path in paths:
+            source = model.teacher_path(path, student.config, teacher.config)
+            if found := re.fullmatch(r"(.+\.transformer_blocks)\.(\d+)\.(\w+)", source):
+                series = found[1]
+                depth = len(student.get_submodule(path.rsplit(".", 2)[0]))
+                block = teacher_block(int(found[2]), depth, len(teacher.get_submodule(series)), blocks)
+                source = f"{series}.{block}.{found[3]}"
+            matched[path] = source
+    return matched
+
+
+def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None = None,
+           features: list[Tensor] = (), teacher_features: list[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """
+    The three terms of the objective, float32 scalars; those without inputs are 0.
+
+    task    the noise that was added, against the student's prediction, (B, C, H, W)    equation (1)
+    outKD   the teacher's prediction against the student's                               equation (2)
+    featKD  the sum over features i of f_T^i against f_S^i                                equation (3)
+
+    Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of features
+    could cancel; we take it outside, as BK-SDM's code does.
+    """
+    zero = prediction.new_zeros((), dtype=torch.float32)
+    task = F.mse_loss(prediction.float(), target.float())
+    out_kd = zero if teacher_prediction is None else F.mse_loss(prediction.float(), teacher_prediction.float())
+    feat_kd = sum((F.mse_loss(s.float(), t.float()) for s, t in zip(features, teacher_features, strict=True)), zero)
+    return task, out_kd, feat_kd
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Data: pictures with captions, as positions in an endless, shuffled order
+
+
+class Skip(Exception):
+    """A sample that cannot be used; its text is the reason, under which it is counted."""
+
+
+class Span(NamedTuple):
+    """Bytes of a file: all of an image, or a member of a shard, or a line; `size` -1 is up to its end."""
+
+    path: str
+    start: int = 0
+    size: int = -1
+
+    def read(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            return file.read(self.size)
+
+
+IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+LARGEST_MEMBER = 64 * 2**20  # bytes; what is larger is no image of a training set
+
+
+class Shapes:
+    """The toy's pictures, endless; sample i is always the same."""
+
+    skipped = Counter()
+
+    def __len__(self) -> int:
+        return 2**31
+
+    def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
+        picture, caption = shapes.sample(TRAIN_SEED, index)
+        return picture, caption, picture.size[::-1]
+
+
+TRAIN_SEED, JUDGE_SEED = 0, 1  # of the toy's pictures: no caption is both trained and judged on the same scene
+
+
+class Pairs:
+    """
+    The images and captions of a folder: `name.jpg` with `name.txt`, or metadata.jsonl, or img2dataset's .tar shards.
+
+    What has no partner is counted in `skipped` by reason; so are shards that are cut, as far as they can be read.
+    Raises FileNotFoundError or ValueError if the folder is none of these.
+    """
+
+    def __init__(self, folder: str, caption: str | None = None):
+        self.caption, self.skipped = caption, Counter()
+        root = Path(folder)
+        if not root.is_dir():
+            raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
+        shards = sorted(root.rglob("*.tar"))
+        if (root / "metadata.jsonl").is_file():
+            self.items = self.from_metadata(root)
+        elif shards:
+            self.items = [item for shard in shards for item in self.pair(self.members(shard))]
+        else:
+            files = (path for path in sorted(root.rglob("*")) if path.is_file())
+            self.items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in files)
+        if not self.items:
+            raise ValueError(f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
+
+    def pair(self, files) -> list[dict[str, Span]]:
+        """Puts together files (name, Span) that differ in their ending alone."""
+        groups = {}
+        for name, span in files:
+            stem, ending = os.path.splitext(name)
+            kind = "image" if ending.lower() in IMAGES else ending.lower()[1:]
+            if kind in ("image", "txt", "json"):
+                if kind in groups.setdefault(stem, {}):
+                    self.skipped["duplicate"] += 1
+                groups[stem].setdefault(kind, span)
+        for group in groups.values():
+            if "image" not in group:
+                self.skipped["no_image"] += "txt" in group
+            elif "txt" not in group and not self.caption:
+                self.skipped["no_caption"] += 1
+        return [group for group in groups.values() if "image" in group and ("txt" in group or self.caption)]
+
+    def from_metadata(self, root: Path) -> list[dict[str, Span]]:
+        items, start = [], 0
+        with open(root / "metadata.jsonl", "rb") as file:
+            for line in file:
+                try:
+                    name = json.loads(line)["file_name"]
+                    items.append({"image": Span(str(root / name)), "line": Span(file.name, start, len(line))})
+                except (ValueError, KeyError, TypeError):
+                    self.skipped["bad_line"] += bool(line.strip())
+                start += len(line)
+        return items
+
+    def members(self, shard: Path):
+        """The files (name, Span) of a shard. A tar ends with a block of zeros; tarfile itself is silent where it does not."""
+        end, size = 0, shard.stat().st_size
+        try:
+            with tarfile.open(shard, "r:") as tar:
+                for member in tar:
+                    end = member.offset_data + -(-member.size // 512) * 512
+                    if member.isreg() and member.size <= LARGEST_MEMBER and end <= size:
+                        yield member.name, Span(str(shard), member.offset_data, member.size)
+        except tarfile.ReadError:
+            pass
+        if end > size or Span(str(shard), end, 512).read() != bytes(512) or not end:
+            self.skipped["bad_shard"] += 1
+            print(f"warning: {shard} is cut or damaged after byte {min(end, size)}: the rest of it is lost", file=sys.stderr)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
+        """An RGB image, its caption, and its original (height, width). Raises Skip."""
+        item = self.items[index]
+        caption = self.caption or read_caption(item)
+        try:
+            image = Image.open(io.BytesIO(item["image"].read()))
+        except OSError as error:
+            raise Skip("unreadable" if error.errno else "bad_image") from None
+        except (ValueError, SyntaxError, Image.DecompressionBombError):
+            raise Skip("bad_image") from None
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Skip("too_large")
+        try:
+            image = rgb(ImageOps.exif_transpose(image))
+        except (OSError, ValueError, SyntaxError, MemoryError):
+            raise Skip("bad_image") from None
+        height, width = image.height, image.width
+        if "json" in item:                                       # img2dataset shrank it: sizes before that
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                info = json.loads(item["json"].read())
+                height, width = int(info["original_height"]), int(info["original_width"])
+        return image, caption, (height, width)
+
+
+def read_caption(item: dict[str, Span]) -> str:
+    try:
+        text = item["txt"].read().decode("utf-8-sig") if "txt" in item else json.loads(item["line"].read())["text"]
+    except (UnicodeDecodeError, OSError):
+        raise Skip("bad_encoding") from None
+    except (ValueError, KeyError):
+        raise Skip("no_caption") from None
+    # Letters, digits and signs: `strip` alone would keep invisible ones, such as a zero-width space.
+    if not any(character.isprintable() and not character.isspace() for character in str(text)):
+        raise Skip("blank_caption")
+    return " ".join(str(text).split())
+
+
+def rgb(image: Image.Image) -> Image.Image:
+    """The first frame of any image as RGB: transparency on white, 16-bit grey scaled rather than clipped."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def counted(reasons: Counter) -> str:
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none skipped"
+
+
+class Samples(Dataset):
+    """
+    Training sample p as a dictionary, for any p from 0: a function of (seed, p) alone.
+
+    pixels (3, S, S) in [-1, 1]; caption, "" if dropped; dropped; time_ids (6,); timestep; noise and, to draw the
+    latent from the VAE's distribution, latent_noise (4, s, s). Or, with a cache that has it, what `encode` kept of it
+    in place of the pixels.
+    """
+
+    def __init__(self, source: Shapes | Pairs, size: int, latent_shape: tuple[int, int, int], seed: int,
+                 dropout: float, flip: bool, cache: Path | None):
+        self.source, self.size, self.latent_shape = source, size, latent_shape
+        self.seed, self.dropout, self.flip, self.cache = seed, dropout, flip, cache
+        self.epoch, self.order = None, None
+
+    def index(self, p: int) -> int:
+        """Which sample of the source is at position p: each epoch is a new permutation."""
+        if isinstance(self.source, Shapes):
+            return p
+        epoch, place = divmod(p, len(self.source))
+        if epoch != self.epoch:
+            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
+        return int(self.order[place])
+
+    def __getitem__(self, p: int) -> dict:
+        skipped = {}
+        for place in range(p, p + len(self.source)):             # a bad sample is replaced by the next good one
+            index = self.index(place)
+            try:
+                sample = self.cached(index) or self.picture(index, p)
+                break
+            except Skip as reason:
+                skipped[index] = str(reason)
+        else:
+            raise ValueError(f"--data: no sample can be used: {counted(Counter(skipped.values()))}")
+        rng = np.random.default_rng((self.seed, 2, p))
+        noise, latent_noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        return sample | {
+            "index": index, "skipped": skipped, "timestep": int(rng.integers(1000)),
+            "dropped": bool(rng.random() < self.dropout), "noise": torch.from_numpy(noise),
+            "latent_noise": torch.from_numpy(latent_noise)}
+
+    def picture(self, index: int, p: int) -> dict:
+        """Flip, then crop, so that the crop's place is the place in what is seen (users of SDXL trip over that)."""
+        rng = np.random.default_rng((self.seed, 3, index if self.cache else p))
+        image, caption, (height, width) = self.source.load(index)
+        if min(image.size) < max(8, self.size // 8):
+            raise Skip("too_small")
+        scale = self.size / min(image.size)
+        if scale != 1:
+            image = image.resize((max(self.size, round(image.width * scale)), max(self.size, round(image.height * scale))),
+                                 Image.Resampling.LANCZOS)
+        if self.flip and rng.random() < 0.5:
+            image = ImageOps.mirror(image)
+        top, left = int(rng.integers(image.height - self.size + 1)), int(rng.integers(image.width - self.size + 1))
+        image = image.crop((left, top, left + self.size, top + self.size))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+        time_ids = torch.tensor([height, width, top, left, self.size, self.size], dtype=torch.float32)
+        return {"pixels": pixels, "caption": caption, "time_ids": time_ids}
+
+    def cached(self, index: int) -> dict | None:
+        path = self.cache and self.cache / f"{index:09d}.safetensors"
+        return model.read_tensors(path) if path and path.exists() else None
+
+
+def positions(start: int, stop: int, batch: int, micro: int, rank: int, world: int):
+    """The micro-batches of a process, as lists of positions: process r takes every world-th of each step."""
+    for step in range(start, stop):
+        for first in range(step * batch + rank * micro, (step + 1) * batch, world * micro):
+            yield list(range(first, first + micro))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The objective
+
+
+class Distillation:
+    """Teacher, student, VAE and text encoders, and what the student is asked for: `terms` of a batch."""
+
+    def __init__(self, args: argparse.Namespace, device: str):
+        self.args, self.device = args, device
+        precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        taught = args.teacher != "none"
+        whole = (Path(args.init) / "model_index.json").is_file() or not Path(args.init).is_dir()
+        self.source = args.teacher if taught else args.init if args.init != "random" and whole else "toy"
+        self.pipeline = load_pipeline(self.source, dtype=self.dtype, device=device, compile=args.compile)
+        self.pipeline.vae.requires_grad_(False)
+        self.pipeline.text.requires_grad_(False)
+        self.teacher = self.pipeline.unet.requires_grad_(False) if taught else None
+        self.student = self.new_student().to(memory_format=torch.channels_last)
+        self.student.set_checkpointing(args.checkpointing)
+
+        asked = args.features if taught and args.feat_kd else "none"
+        self.matched = match_features(self.student, self.teacher, asked, args.sa_blocks)
+        self.learned = model.Features(self.student, list(self.matched))
+        if taught:  # without outKD nothing is computed of the teacher that is later than its last feature
+            self.taught = model.Features(self.teacher, list(dict.fromkeys(self.matched.values())), stop=not args.out_kd)
+        self.check_gradients()
+        if args.compile:
+            self.student.compile()
+
+    def new_student(self) -> model.UNet:
+        """The student before training, its weights in float32 whatever the file they come from."""
+        args, expected = self.args, None
+        if self.teacher:
+            expected = model.student_config(self.teacher.config, args.student)
+        elif args.init == "random":
+            expected = model.student_config(self.pipeline.unet.config, args.student)
+        if args.init not in ("teacher", "random"):
+            student = model.load_unet(args.init, torch.float32, self.device)
+            if expected and student.config != expected:
+                raise ValueError(f"--init: {args.init} is not a {args.student} student of {args.teacher}")
+            return student
+        torch.manual_seed(args.seed)
+        student = model.UNet(expected)
+        if args.init == "teacher":
+            model.inherit(student, self.teacher)
+        return student.to(self.device)
+
+    def autocast(self):
+        return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32)
+
+    def check_gradients(self):
+        """Raises RuntimeError if a feature of the student could not be trained: better now than after a night."""
+        config = self.student.config
+        with self.learned as features:
+            self.student(torch.randn(1, config.in_channels, 8, 8, device=self.device), 0,
+                         torch.randn(1, 1, config.context_dim, device=self.device),
+                         torch.randn(1, config.pooled_dim, device=self.device), torch.zeros(1, 6, device=self.device))
+        if dead := [path for path, feature in features.items() if not feature.requires_grad]:
+            raise RuntimeError(f"{len(dead)} features have no gradient, the first {dead[0]}")
+
+    @torch.no_grad()
+    def encode(self, samples: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+        """Scaled latents (B, 4, H, W), text (B, L, D) and pooled text (B, P) of samples; both zero if dropped."""
+        new = [sample for sample in samples if "pixels" in sample]
+        if new:
+            pixels = torch.stack([sample["pixels"] for sample in new]).to(self.device)
+            mean, logvar = self.pipeline.vae.encode(pixels.to(next(self.pipeline.vae.parameters()).dtype))
+            context, pooled = self.pipeline.text([sample["caption"] for sample in new])
+            for i, sample in enumerate(new):
+                kept = {"mean": mean[i], "std": (logvar[i] / 2).exp(), "context": context[i], "pooled": pooled[i]}
+                sample |= kept
+                if self.args.cache:
+                    kept = {name: tensor.contiguous() for name, tensor in kept.items()}
+                    path = self.args.cache / f"{sample['index']:09d}.safetensors"
+                    save_file(kept | {"time_ids": sample["time_ids"]}, f"{path}.{os.getpid()}")
+                    os.replace(f"{path}.{os.getpid()}", path)
+        mean, std, latent_noise, context, pooled = (
+            torch.stack([sample[name].to(self.device) for sample in samples]).float()
+            for name in ("mean", "std", "latent_noise", "context", "pooled"))
+        kept = torch.tensor([not sample["dropped"] for sample in samples], device=self.device)
+        latents = (mean + std * latent_noise) * self.pipeline.vae.config.scaling_factor
+        return latents, context * kept[:, None, None], pooled * kept[:, None]
+
+    @torch.no_grad()
+    def ask_teacher(self, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The teacher's prediction, if outKD wants it, and its features."""
+        prediction = None
+        if not self.args.out_kd and not self.matched:
+            return prediction, {}
+        with self.taught as features:
+            prediction = self.teacher(*(x.to(self.dtype) if x.is_floating_point() else x for x in inputs))
+        return prediction, features
+
+    def terms(self, predict, samples: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
+        """task, outKD and featKD of samples; `predict` is the student, as DDP may have wrapped it."""
+        latents, context, pooled = self.encode(samples)
+        noise = torch.stack([sample["noise"] for sample in samples]).to(self.device)
+        timesteps = torch.tensor([sample["timestep"] for sample in samples], device=self.device)
+        time_ids = torch.stack([sample["time_ids"] for sample in samples]).to(self.device)
+        noisy = self.pipeline.schedule.add_noise(latents, noise, timesteps)
+        inputs = (noisy, timesteps, context, pooled, time_ids)
+
+        teacher_prediction, taught = self.ask_teacher(inputs) if self.teacher else (None, {})
+        with self.autocast(), self.learned as learned:
+            prediction = predict(*inputs)
+        target = self.pipeline.schedule.target(latents, noise, timesteps)
+        return losses(prediction, target, teacher_prediction, [learned[path] for path in self.matched],
+                      [taught[path] for path in self.matched.values()])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The run: a folder that can be left and taken up again
+
+# What may differ between the sittings of one run; anything else would make it another run.
+FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "checkpointing", "compile", "device", "out",
+        "cache", "dry_run", "precision"}
+
+
+def settings(args: argparse.Namespace) -> dict:
+    fixed = {name: value for name, value in vars(args).items() if name not in FREE}
+    if not args.decay:
+        del fixed["steps"]  # a run of constant rate may be made longer
+    return fixed
+
+
+def save_state(folder: Path, step: int, updates: int, student: model.UNet, optimizer, scaler, args):
+    """
+    The checkpoint of a run after `step` steps: student and Adam's moments, with a checksum each. Keeps the last two.
+
+    Raises FloatingPointError rather than write numbers that are not finite.
+    """
+    tensors = {}
+    for name, parameter in student.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors[f"student.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in moments}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise FloatingPointError(f"{bad[0]} is not finite: nothing is saved; the checkpoint before is good")
+    metadata = {"step": step, "updates": updates, "scaler": scaler.state_dict(), "settings": settings(args),
+                "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
+    path = folder / f"state-{step:08d}.safetensors"
+    model.write(path, lambda path: save_file(tensors, path, {"run": json.dumps(metadata, default=str)}))
+    model.save_unet(student, folder / "unet")
+    for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
+        old.unlink()
+
+
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8))
+
+
+def load_state(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
+    """The newest good checkpoint: what describes it, and its tensors. ValueError if there are only damaged ones."""
+    paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
+    for path in paths:
+        try:
+            tensors = model.read_tensors(path)
+            with safe_open(path, "pt") as file:
+                metadata = json.loads(file.metadata()["run"])
+            if bad := [name for name, tensor in tensors.items() if checksum(tensor) != metadata["checksums"][name]]:
+                raise ValueError(f"{path}: the checksum of {bad[0]} is wrong")
+            return metadata, tensors
+        except (ValueError, KeyError, TypeError) as error:
+            print(f"warning: not a good checkpoint, trying the one before: {error}", file=sys.stderr)
+    if paths:
+        raise ValueError(f"no checkpoint in {folder} is good; move the folder away to start anew")
+    return None
+
+
+def restore(metadata: dict, tensors: dict[str, Tensor], student: model.UNet, optimizer, scaler, args):
+    """Puts a checkpoint into place. Raises ValueError if it is of a run with other settings."""
+    new = json.loads(json.dumps(settings(args), default=str))
+    if changed := [f"{name} was {old!r}, is {new.get(name)!r}" for name, old in metadata["settings"].items() if new.get(name) != old]:
+        raise ValueError(f"{args.out} is a run with other settings: {'; '.join(changed)}. Choose another --out")
+    for name, parameter in student.named_parameters():
+        parameter.data.copy_(tensors[f"student.{name}"])
+        if f"exp_avg.{name}" in tensors:
+            optimizer.state[parameter] = {
+                "step": torch.tensor(float(metadata["updates"]), device=parameter.device),
+                **{key: tensors[f"{key}.{name}"].to(parameter.device).contiguous(memory_format=torch.preserve_format)
+                   for key in ("exp_avg", "exp_avg_sq")}}
+    scaler.load_state_dict(metadata["scaler"])
+
+
+class Log:
+    """log.csv: a line for each step, of the steps that the checkpoint has and no other."""
+
+    COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images", "skipped_samples", "skipped_steps")
+
+    def __init__(self, path: Path, step: int):
+        rows = []
+        if path.exists():
+            with open(path, newline="") as file:
+                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
+        self.file = open(path, "w", newline="")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+        self.writer.writeheader()
+        self.writer.writerows(rows)
+
+    def write(self, **row):
+        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.file.flush()
+
+
+class Signals:
+    """SIGINT and SIGTERM ask for an end after the step under way; a second one ends at once."""
+
+    def __init__(self):
+        self.asked = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.ask)
+
+    def ask(self, number: int, frame):
+        if self.asked:
+            os._exit(128 + number)
+        self.asked = number
+
+    def agreed(self, device: str) -> int:
+        """The signal that any of the processes has had, 0 for none; the same in all of them."""
+        if not dist.is_initialized():
+            return self.asked
+        asked = torch.tensor(self.asked, device=device)
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        return asked.item()
+
+
+def train(args: argparse.Namespace, distillation: Distillation, device: str, rank: int, world: int) -> int:
+    """Runs what is left of the run. Returns 0, or the number of the signal that ended it early."""
+    student, signals = distillation.student, Signals()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
+    step = updates = 0
+    if found := load_state(args.out):
+        restore(*found, student, optimizer, scaler, args)
+        step, updates = found[0]["step"], found[0]["updates"]
+    if step >= args.steps:
+        return 0
+    data = training_data(args, distillation)
+    batches = iter(DataLoader(
+        data, batch_sampler=positions(step, args.steps, args.batch, args.micro_batch, rank, world),
+        num_workers=args.workers, collate_fn=list, worker_init_fn=leave_signals_alone))
+    predict = student
+    if world > 1:  # outputs may be without a loss where features alone are asked for
+        predict = DistributedDataParallel(student, find_unused_parameters=not (args.task or args.out_kd))
+    accumulation = args.batch // (args.micro_batch * world)
+    weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)
+    log = Log(args.out / "log.csv", step) if rank == 0 else None
+    skipped_samples, skipped_in_a_row, skipped_steps = dict[int, str](), 0, 0
+    bar = tqdm(range(step, args.steps), args.out.name, args.steps, initial=step, unit="step", disable=rank > 0)
+
+    for step in bar:
+        start = time.perf_counter()
+        rate = args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
+        optimizer.param_groups[0]["lr"] = rate
+        total = torch.zeros(3, device=device)
+        for micro in range(accumulation):
+            samples = next(batches)
+            last = micro == accumulation - 1
+            with predict.no_sync() if world > 1 and not last else contextlib.nullcontext():
+                terms = torch.stack(distillation.terms(predict, samples))
+                scaler.scale((terms * weights).sum() / accumulation).backward()
+            total += terms.detach() / accumulation
+            for sample in samples:
+                skipped_samples |= sample["skipped"]
+
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        if norm.isfinite():  # the same on all processes, for so are the gradients
+            scaler.step(optimizer)
+            updates, skipped_in_a_row = updates + 1, 0
+        else:
+            skipped_in_a_row, skipped_steps = skipped_in_a_row + 1, skipped_steps + 1
+        scaler.update()
+        optimizer.zero_grad()
+
+        if world > 1:
+            dist.all_reduce(total)
+            total /= world
+        task, out_kd, feat_kd = total.tolist()
+        bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
+        done, stop = step + 1, signals.agreed(device)
+        if rank == 0:
+            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd, total=(total * weights).sum().item(), lr=rate,
+                      norm=norm.item(), seconds=time.perf_counter() - start, images=done * args.batch,
+                      skipped_samples=len(skipped_samples), skipped_steps=skipped_steps)
+        if skipped_in_a_row == 20:
+            raise FloatingPointError(
+                f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, featKD "
+                f"{feat_kd:.3g}); the last checkpoint in {args.out} is good. Try --precision bf16, or a lower --lr")
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps or stop):
+            save_state(args.out, done, updates, student, optimizer, scaler, args)
+            bar.write(f"saved {args.out} at step {done}")
+        if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
+            preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
+        if done * args.batch // len(data.source) > step * args.batch // len(data.source) == 0:
+            report_skipped(skipped_samples, data.source, rank, world)
+        if stop:
+            return stop
+    return 0
+
+
+def training_data(args: argparse.Namespace, distillation: Distillation) -> Samples:
+    source = Shapes() if args.data == "shapes" else Pairs(args.data, args.caption)
+    config, vae = distillation.student.config, distillation.pipeline.vae.config
+    size = args.size or config.sample_size * vae.downscale
+    if isinstance(source, Shapes) and size != shapes.SIZE:
+        raise ValueError(f"--data shapes are {shapes.SIZE} pixels wide; for {args.source} or --size {size}, give a folder")
+    if args.cache:
+        args.cache.mkdir(parents=True, exist_ok=True)
+        made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip, "seed": args.seed}
+        note = args.cache / "settings.json"
+        if note.exists() and model.read_json(note) != made:
+            raise ValueError(f"--cache: {args.cache} was made with {model.read_json(note)}, not {made}; choose another")
+        model.write(note, lambda path: path.write_text(json.dumps(made)))
+    side = size // vae.downscale
+    return Samples(source, size, (config.in_channels, side, side), args.seed, args.dropout, args.flip, args.cache)
+
+
+def leave_signals_alone(worker: int):
+    """In the processes that read data: an end is the main process's to ask for."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def report_skipped(skipped: dict[int, str], source, rank: int, world: int):
+    """Tells after the first pass over the data what could not be used, by reason."""
+    everywhere = [skipped]
+    if world > 1:
+        everywhere = [None] * world
+        dist.all_gather_object(everywhere, skipped)
+    union = {index: reason for part in everywhere for index, reason in part.items()}
+    if rank == 0:
+        print(f"first pass: {len(source) - len(union)} pairs used; skipped: {counted(Counter(union.values()) + source.skipped)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What there is to see
+
+
+PREVIEWS = ["a portrait of a koala, watercolour", "a red fox reading a newspaper in a cafe", "a lighthouse at dawn, photo",
+            "two cups of tea on a wooden table"]
+
+
+def painter(distillation: Distillation, unet: model.UNet) -> Pipeline:
+    """The pipeline with this U-Net in it."""
+    pipeline = copy.copy(distillation.pipeline)
+    pipeline.unet = unet
+    return pipeline
+
+
+def preview(distillation: Distillation, path: Path):
+    """Draws the teacher's pictures and below them the student's, from the same noise."""
+    args = distillation.args
+    prompts = [shapes.caption(JUDGE_SEED, i) for i in range(8)] if args.data == "shapes" else PREVIEWS
+    prompts = [args.caption] * 4 if args.caption else prompts
+    unets = [unet for unet in (distillation.teacher, distillation.student) if unet]
+    with distillation.autocast():
+        rows = [painter(distillation, unet)(prompts, seed=list(range(len(prompts)))) for unet in unets]
+    path.parent.mkdir(exist_ok=True)
+    model.write(path, lambda path: sheet(rows).save(path))
+
+
+def judge(distillation: Distillation):
+    """Prints, and keeps in scores.csv, what the toy's judge says of teacher, student before and student after."""
+    args = distillation.args
+    captions = [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)]
+    unets = {"teacher": distillation.teacher, "student before": distillation.new_student(),
+             "student after": distillation.student}
+    rows = []
+    for name, unet in unets.items():
+        if unet:
+            images = painter(distillation, unet)(captions, seed=list(range(args.judge)), progress=f"judging {name}")
+            rows.append({"model": name} | {key: f"{value:.3f}" for key, value in shapes.scores(images, captions).items()})
+
+    def write(path: Path):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+    model.write(args.out / "scores.csv", write)
+
+
+def show_scores(path: Path):
+    with open(path, newline="") as file:
+        for row in csv.reader(file):
+            print(f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]))
+
+
+def complete(source: str, folder: Path):
+    """Puts beside unet/ what makes a bundle of it: the files of the teacher's that a pipeline reads."""
+    for names in (["model_index.json"], ["scheduler/scheduler_config.json"], *(
+            [f"tokenizer{i}/{file}"] for i in ("", "_2") for file in
+            ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")), *(
+            names for part, weights in (("vae", model.WEIGHTS), ("text_encoder", "model"), ("text_encoder_2", "model"))
+            for names in ([f"{part}/config.json"], [f"{part}/{weights}{kind}.safetensors" for kind in ("", ".fp16")]))):
+        if path := model.find(source, *names):
+            target = folder / path.parent.name / path.name if "/" in names[0] else folder / path.name
+            model.write(target, lambda temporary: shutil.copyfile(path, temporary))
+
+
+def dry_run(args: argparse.Namespace):
+    """Prints what the run would be, without weights: settings, matched features, parameters, memory and work."""
+    base = args.teacher if args.teacher != "none" else "toy"
+    if base in model.PRESETS:
+        teacher_config, vae_config = model.PRESETS[base], model.VAEConfig()
+    else:
+        teacher_config, vae_config = (model.read_config(kind, preset(base).source)[0] for kind in (model.UNet, model.VAE))
+    with torch.device("meta"):
+        teacher, student = model.UNet(teacher_config), model.UNet(model.student_config(teacher_config, args.student))
+        vae = model.VAE(vae_config)
+    print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
+    if args.teacher != "none":
+        matched = match_features(student, teacher, args.features, args.sa_blocks)
+        print(f"\n{len(matched)} features, student <- teacher")
+        print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
+
+    size = args.size or teacher_config.sample_size * vae_config.downscale
+    side, count = size // vae_config.downscale, lambda network: sum(p.numel() for p in network.parameters())
+    forward, _ = work(teacher, lambda unet: unet_call(unet, side), False)
+    both, kept = work(student, lambda unet: unet_call(unet, side), True)
+    encode, _ = work(vae, lambda vae: vae.encode(torch.empty(1, 3, size, size, device="meta", dtype=torch.bfloat16)), False)
+    fixed = 18 * count(student) + 2 * count(teacher) + 2 * count(vae)
+    print(f"""
+parameters     teacher {count(teacher):,}  student {count(student):,} ({count(student) / count(teacher) - 1:+.1%})  VAE {count(vae):,}
+work           per image, in TFLOP: teacher forward {forward / 1e12:.4g}, student forward and backward {both / 1e12:.4g},
+               VAE encoder {encode / 1e12:.4g} (not with --cache); per step of {args.batch}: {args.batch * (forward + both + encode) / 1e12:.4g}
+memory         GB: weights, gradients and Adam {fixed / 1e9:.2f}, activations of {args.micro_batch} images without checkpointing about
+               {args.micro_batch * kept / 1e9:.2f}; text encoders and what the allocator keeps come on top. Counted, not measured""")
+
+
+def unet_call(unet: model.UNet, side: int) -> Tensor:
+    empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
+    config = unet.config
+    return unet(empty(1, config.in_channels, side, side), 0, empty(1, 77, config.context_dim), empty(1, config.pooled_dim),
+                empty(1, 6))
+
+
+def work(network: nn.Module, call, train: bool) -> tuple[int, int]:
+    """FLOPs of a call on the meta device in bfloat16, with its backward pass if `train`, and bytes it keeps for that."""
+    network = network.to(torch.bfloat16).requires_grad_(train)
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too, or its storage's number is used again
+        return tensor
+
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = call(network)
+        if train:
+            output.sum().backward()
+    return counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.dry_run:
+        dry_run(args)
+        return 0
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    if world > 1:
+        if device.startswith("cuda"):
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    lock = claim(args.out) if rank == 0 else None  # held until the process ends, however it ends
+
+    distillation = Distillation(args, device)
+    if rank == 0:
+        count = sum(p.numel() for p in distillation.student.parameters())
+        teacher = sum(p.numel() for p in distillation.teacher.parameters()) if distillation.teacher else count
+        print(f"{args.out}: a student of {count:,} parameters ({count / teacher - 1:+.0%}), "
+              f"{len(distillation.matched)} features, {distillation.dtype} on {world} x {device}")
+    stop = train(args, distillation, device, rank, world)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank > 0:
+        return stop and 128 + stop
+    if stop:
+        print(f"stopped; the same command goes on from here")
+        return 128 + stop
+    complete(distillation.pipeline.preset.source, args.out)
+    if args.data == "shapes" and args.judge and not (args.out / "scores.csv").exists():
+        judge(distillation)
+    if (args.out / "scores.csv").exists():
+        show_scores(args.out / "scores.csv")
+    print(f"{args.out} is finished at step {args.steps}: python sample.py --unet {args.out / 'unet'} --prompt ...")
+    return 0
+
+
+def claim(folder: Path):
+    """Makes the folder of a run and holds its lock. Raises OSError if it cannot be, or another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BlockingIOError(f"{folder} is being trained by another process; wait for it, or choose another --out") from None
+    shutil.rmtree(folder / ".writing", ignore_errors=True)
+    return lock
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(ARGS))
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of memory; lower --micro-batch, or use --checkpointing selective or full")
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,110 @@
+"""Small random bundles in the official layout. Every weight comes from its name: every machine makes the same ones."""
+
+import json
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common import UNETS, VAES, draw, fill
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from model import UNet, UNetConfig, VAE, VAEConfig, save_unet, save_vae
+
+WORDS = ("a", "blue", "box", "my", "on", "red", "sky")  # no two with the same pair of letters, none ends another
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
+    "interpolation_type": "linear", "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True}
+INDEX = {
+    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0", "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "vae": ["diffusers", "AutoencoderKL"]}
+
+
+class Case(NamedTuple):
+    """A picture that diffusers and we draw; together the cases have every value at least once."""
+
+    unet: str
+    spacing: str
+    prediction: str
+    negative: str | None
+    guidance: float
+    steps: int
+    height: int
+    width: int
+    zeros: bool = True  # force_zeros_for_empty_prompt
+
+    PROMPTS, SEEDS = ("a red box", "blue sky on my box"), (3, 4)
+
+    def bundle(self, folder: Path) -> Path:
+        return bundle(folder, self.unet, index={"force_zeros_for_empty_prompt": self.zeros},
+                      scheduler={"timestep_spacing": self.spacing, "prediction_type": self.prediction})
+
+
+CASES = {
+    "sdxl": Case("sdxl", "leading", "epsilon", None, 7.5, 7, 64, 64),
+    "1b": Case("1b", "trailing", "v_prediction", "", 5.0, 11, 72, 48),
+    "700m": Case("700m", "linspace", "epsilon", "a blue box", 7.5, 11, 48, 104),
+    "25 steps": Case("700m", "leading", "v_prediction", "my sky", 3.5, 25, 48, 64),
+    "guidance 1": Case("1b", "linspace", "v_prediction", None, 1.0, 7, 64, 40),
+    "encoded": Case("700m", "trailing", "epsilon", None, 5.0, 7, 56, 56, zeros=False),
+}
+
+
+def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {}, index: dict = {}) -> Path:
+    """Writes a bundle; the last three are entries of its config files that differ from SDXL's."""
+    vae = VAES["vae"] | {"layers_per_block": 1, "scaling_factor": 0.5, "force_upcast": True} | vae
+    save_unet(fill(UNet(UNetConfig.from_diffusers(UNETS[unet]))), folder / "unet")
+    save_vae(fill(VAE(VAEConfig.from_diffusers(vae))), folder / "vae")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | scheduler)
+    write_json(folder / "model_index.json", INDEX | index)
+    letters = sorted({letter for word in WORDS for letter in spelled(word)})
+    merges = [(first, second) for word in WORDS for first, second in spelling(word)]
+    tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]  # the end is the largest
+    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                   "pad_token": pad}
+        write_json(folder / name / "vocab.json", {token: i for i, token in enumerate(tokens)})
+        write_json(folder / name / "special_tokens_map.json", special)
+        write_json(folder / name / "tokenizer_config.json",
+                   {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
+        (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    text_encoder(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu", len(tokens))
+    text_encoder(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", len(tokens))
+    return folder
+
+
+def spelled(word: str) -> list[str]:
+    return [*word[:-1], word[-1] + "</w>"]
+
+
+def spelling(word: str) -> list[tuple[str, str]]:
+    """The byte-pair merges that make a word of its letters, from the left."""
+    letters = spelled(word)
+    return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
+
+
+def text_encoder(folder: Path, kind: type, width: int, activation: str, tokens: int):
+    config = CLIPTextConfig(
+        vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=2,
+        projection_dim=width, hidden_act=activation, bos_token_id=0, eos_token_id=2, pad_token_id=1)  # 2 as SDXL has
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+    weights = {}
+    for name, shape in shapes.items():
+        if not name.startswith("text_"):
+            name = f"text_model.{name}"  # as the official files have it, and not every version of transformers
+        numbers = draw(f"{folder.name} {name}", *shape)
+        weights[name] = (numbers / math.sqrt(shape[1]) if len(shape) > 1 else
+                         0.2 * numbers + name.endswith("weight"))
+    write_json(folder / "config.json", config.to_dict())
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def write_json(path: Path, content: dict):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=2))

@@ -1,0 +1,44 @@
+"""
+Makes answers/sample.safetensors, the pictures that diffusers' StableDiffusionXLPipeline draws of the cases in bundles.py.
+
+    python tests/oracle_sample.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionXLPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bundles import CASES, Case
+
+ANSWERS = Path(__file__).with_name("answers") / "sample.safetensors"
+
+
+def drawn(case: Case, folder: Path) -> Tensor:
+    """The pictures (B, H, W, 3), uint8, of a case from its bundle."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        list(case.PROMPTS), negative_prompt=None if case.negative is None else [case.negative] * len(case.PROMPTS),
+        num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.height, width=case.width,
+        generator=[torch.Generator().manual_seed(seed) for seed in case.SEEDS]).images
+    return torch.from_numpy(np.stack(images))
+
+
+def main():
+    answers = {}
+    for name, case in CASES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            answers[name] = drawn(case, case.bundle(Path(folder)))
+    save_file(answers, ANSWERS)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,417 @@
+"""The networks are diffusers', the surgery is the paper's, and features are what they are said to be."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from common import ANSWERS, PICTURES, SIZES, UNETS, VAES, digest, draw, error, fill, inputs, pictures
+from model import (FEATURES, PRESETS, VAE, Features, UNet, UNetConfig, VAEConfig, feature_paths, inherit, stages,
+                   student_config)
+
+PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724, "vae": 83_653_863}
+SDXL_FILE = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
+    "addition_embed_type": "text_time", "addition_embed_type_num_heads": 64, "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "center_input_sample": False,
+    "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
+    "cross_attention_dim": 2048, "cross_attention_norm": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
+    "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "flip_sin_to_cos": True,
+    "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
+    "num_attention_heads": None, "num_class_embeds": None, "only_cross_attention": False, "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default", "sample_size": 128, "time_cond_proj_dim": None,
+    "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
+    "timestep_post_act": None, "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "upcast_attention": None,
+    "use_linear_projection": True}
+KOALA = {"1b": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
+         "700m": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5], "mid_block_type": None}}
+VAE_FILE = {  # vae/config.json of the same
+    "_class_name": "AutoencoderKL", "_diffusers_version": "0.20.0.dev0", "_name_or_path": "../sdxl-vae/",
+    "act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "force_upcast": True, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
+    "out_channels": 3, "sample_size": 1024, "scaling_factor": 0.13025, "up_block_types": ["UpDecoderBlock2D"] * 4}
+TINY = UNetConfig((32, 64), (0, 1), 1, 1, (2, 4), context_dim=40, pooled_dim=24, size_dim=8, groups=8)
+
+
+def unet(name: str) -> UNet:
+    return fill(UNet(UNetConfig.from_diffusers(UNETS[name])))
+
+
+def vae(name: str) -> VAE:
+    return fill(VAE(VAEConfig.from_diffusers(VAES[name])))
+
+
+@pytest.fixture(scope="module")
+def answers():
+    with safe_open(ANSWERS, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Exactness
+
+
+@pytest.mark.parametrize("name", UNETS)
+@torch.no_grad()
+def test_unet_gives_the_stored_answers(name, answers):
+    ours = unet(name)
+    for size in SIZES:
+        assert error(ours(**inputs(UNETS[name], size)), answers[f"{name} {size}"]) <= 1e-5, size
+
+
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_vae_gives_the_stored_answers(name, answers):
+    ours = vae(name)
+    for size in PICTURES:
+        picture, latent = pictures(size)
+        for what, tensor in zip(("mean", "logvar", "image"), (*ours.encode(picture), ours.decode(latent))):
+            assert error(tensor, answers[f"{name} {size} {what}"]) <= 1e-5, (size, what)
+
+
+@pytest.mark.parametrize("name", UNETS)
+@torch.no_grad()
+def test_unet_equals_diffusers(name):
+    diffusers = pytest.importorskip("diffusers")
+    from oracle import predict
+    ours, theirs = unet(name), fill(diffusers.UNet2DConditionModel.from_config(UNETS[name]))
+    assert digest(ours) == digest(theirs)
+    for size in SIZES:
+        given = inputs(UNETS[name], size)
+        assert error(ours(**given), predict(theirs, **given)) <= 1e-5, size
+
+
+@pytest.mark.parametrize("name", VAES)
+@torch.no_grad()
+def test_vae_equals_diffusers(name):
+    diffusers = pytest.importorskip("diffusers")
+    ours, theirs = vae(name), fill(diffusers.AutoencoderKL.from_config(VAES[name]))
+    assert digest(ours) == digest(theirs)
+    picture, latent = pictures("batch")
+    mean, logvar = ours.encode(picture)
+    found = theirs.encode(picture).latent_dist
+    assert error(mean, found.mean) <= 1e-5 and error(logvar, found.logvar) <= 1e-5
+    assert error(ours.decode(latent), theirs.decode(latent).sample) <= 1e-5
+
+
+@torch.no_grad()
+def test_vae_bounds_the_variance():
+    ours = vae("vae")
+    ours.quant_conv.bias[4:] += torch.tensor([100.0, -100, 0, 0])
+    logvar = ours.encode(pictures("square")[0])[1]
+    assert (logvar[:, 0] == 20).all() and (logvar[:, 1] == -30).all() and logvar[:, 2:].abs().max() < 20
+
+
+@torch.no_grad()
+def test_timestep_may_be_one_number():
+    ours, given = unet("700m"), inputs(UNETS["700m"], "batch")
+    expected = ours(**given | {"timestep": torch.tensor([381] * 3)})
+    for timestep in (381, 381.0, torch.tensor(381), torch.tensor([381]), torch.tensor([381] * 3, dtype=torch.int32)):
+        assert torch.equal(ours(**given | {"timestep": timestep}), expected), timestep
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_tensors_are_the_official_ones(name):
+    with torch.device("meta"):
+        network = VAE(VAEConfig()) if name == "vae" else UNet(PRESETS[name])
+    assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
+    with safe_open(ANSWERS, framework="pt") as file:
+        assert digest(network) == file.metadata()[name]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Configurations
+
+
+def test_official_files_are_the_presets():
+    assert UNetConfig.from_diffusers(SDXL_FILE) == UNetConfig() == PRESETS["sdxl"]
+    for name, changed in KOALA.items():
+        assert UNetConfig.from_diffusers(SDXL_FILE | changed) == PRESETS[name]
+    assert VAEConfig.from_diffusers(VAE_FILE) == VAEConfig() and VAEConfig().downscale == 8
+    for file, config in ((SDXL_FILE, UNetConfig()), (VAE_FILE, VAEConfig())):
+        written = config.to_diffusers()
+        for key in file.keys() & written.keys() - {"_diffusers_version"}:
+            assert written[key] == file[key], key
+
+
+@pytest.mark.parametrize("config", [*PRESETS.values(), *map(UNetConfig.from_diffusers, UNETS.values()), TINY])
+def test_config_survives_its_file(config):
+    assert UNetConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
+
+
+@pytest.mark.parametrize("config", [VAEConfig(), *map(VAEConfig.from_diffusers, VAES.values())])
+def test_vae_config_survives_its_file(config):
+    assert VAEConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
+
+
+def test_what_an_absent_entry_means():
+    absent = {key: value for key, value in SDXL_FILE.items() if key != "mid_block_type"}
+    assert UNetConfig.from_diffusers(absent).mid_depth == 10
+    assert UNetConfig.from_diffusers(absent | {"mid_block_type": None}).mid_depth == 0
+    sd1 = UNetConfig.from_diffusers(UNETS["sd1"])  # says little more than its widths
+    assert (sd1.depths, sd1.mid_depth, sd1.heads) == ((1, 1, 1, 0), 1, (8, 8, 8, 8))
+    assert (sd1.linear_projection, sd1.pooled_dim) == (False, 0)
+    assert VAEConfig.from_diffusers(VAES["vae"]).scaling_factor == 0.18215
+
+
+@pytest.mark.parametrize("changed", [
+    {"act_fn": "gelu"}, {"time_cond_proj_dim": 256}, {"class_embed_type": "timestep"}, {"norm_eps": 1e-6},
+    {"mid_block_type": "UNetMidBlock2D"}, {"only_cross_attention": True}, {"resnet_time_scale_shift": "scale_shift"},
+    {"encoder_hid_dim_type": "text_proj"}, {"down_block_types": ["AttnDownBlock2D"] * 3}, {"num_attention_heads": 8},
+    {"flip_sin_to_cos": False}, {"addition_embed_type": "text"}, {"something_new": 1},
+    {"reverse_transformer_layers_per_block": [10, 2, 1]}, {"layers_per_block": [2, 2, 2]},
+    {"transformer_layers_per_block": [1, [2, 2], [4, 4]]}, {"cross_attention_dim": [768, 2048, 2048]},
+], ids=lambda changed: next(iter(changed)))
+def test_unsupported_values_are_named(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))) as caught:
+        UNetConfig.from_diffusers(SDXL_FILE | changed)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed", [
+    {"act_fn": "gelu"}, {"use_quant_conv": False}, {"mid_block_add_attention": False}, {"in_channels": 1},
+    {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}, {"shift_factor": 0.1},
+], ids=lambda changed: next(iter(changed)))
+def test_unsupported_values_of_a_vae_are_named(changed):
+    with pytest.raises(ValueError, match=next(iter(changed))):
+        VAEConfig.from_diffusers(VAE_FILE | changed)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# From teacher to student
+
+
+def test_surgery_makes_the_presets():
+    for name in ("1b", "700m"):
+        assert student_config(PRESETS["sdxl"], name) == PRESETS[name]
+
+
+def test_surgery_of_other_teachers():
+    toy = UNetConfig((32, 48, 64), (0, 2, 10), 10, 2, (1, 2, 4), context_dim=64, pooled_dim=32, groups=8)
+    assert student_config(toy, "1b") == replace(toy, pairs=1, depths=(0, 2, 6), mid_depth=6)
+    assert student_config(toy, "700m") == replace(toy, pairs=1, depths=(0, 2, 5), mid_depth=0)
+    shallow = replace(toy, depths=(0, 2, 3), mid_depth=3)  # nothing to cut, and nothing is added
+    assert student_config(shallow, "1b") == replace(shallow, pairs=1)
+    assert student_config(shallow, "700m") == replace(shallow, pairs=1, mid_depth=0)
+
+
+@pytest.mark.parametrize("teacher", [PRESETS["1b"], replace(PRESETS["sdxl"], mid_depth=0), replace(PRESETS["sdxl"], pairs=3)])
+def test_surgery_needs_a_teacher_of_this_shape(teacher):
+    with pytest.raises(ValueError, match="two pairs .* Mid"):
+        student_config(teacher, "700m")
+
+
+@pytest.mark.parametrize("name", ["1b", "700m"])
+def test_every_tensor_is_the_teachers_at_the_same_place(name):
+    teacher = unet("sdxl")
+    student = UNet(student_config(teacher.config, name))
+    inherit(student, teacher)
+    moved = {"up_blocks.0.resnets.1.": "up_blocks.0.resnets.2.", "up_blocks.0.attentions.1.": "up_blocks.0.attentions.2.",
+             "up_blocks.1.resnets.1.": "up_blocks.1.resnets.2.", "up_blocks.1.attentions.1.": "up_blocks.1.attentions.2.",
+             "up_blocks.2.resnets.1.": "up_blocks.2.resnets.2."}
+    weights, used = teacher.state_dict(), Counter()
+    for path, tensor in student.state_dict().items():
+        start = next((start for start in moved if path.startswith(start)), "")
+        used[start] += 1
+        expected = weights[path.replace(start, moved[start]) if start else path]
+        assert torch.equal(tensor, expected) and tensor.data_ptr() != expected.data_ptr(), path
+    assert all(used[start] for start in moved)
+
+
+@torch.no_grad()
+def test_a_student_of_all_its_teachers_parts_is_its_teacher():
+    teacher = unet("sdxl")
+    student = UNet(teacher.config)
+    inherit(student, teacher)
+    given = inputs(UNETS["sdxl"], "square")
+    assert torch.equal(student(**given), teacher(**given))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Features
+
+COUNTS = {  # of the transformer blocks, and so of SA, CA and FFN; and of Res
+    "sdxl": ({"DW-2": 4, "DW-3": 20, "Mid": 10, "UP-1": 30, "UP-2": 6},
+             {"DW-1": 2, "DW-2": 2, "DW-3": 2, "Mid": 2, "UP-1": 3, "UP-2": 3, "UP-3": 3}),
+    "1b": ({"DW-2": 2, "DW-3": 6, "Mid": 6, "UP-1": 12, "UP-2": 4},
+           {"DW-1": 1, "DW-2": 1, "DW-3": 1, "Mid": 2, "UP-1": 2, "UP-2": 2, "UP-3": 2}),
+    "700m": ({"DW-2": 2, "DW-3": 5, "UP-1": 10, "UP-2": 4},
+             {"DW-1": 1, "DW-2": 1, "DW-3": 1, "UP-1": 2, "UP-2": 2, "UP-3": 2}),
+}
+
+
+def all_paths(network: UNet) -> list[str]:
+    return [path for kind in FEATURES for stage in stages(network.config) for path in feature_paths(network, kind, stage)]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_features_of_every_stage(name):
+    with torch.device("meta"):
+        network = UNet(PRESETS[name])
+    blocks, residual = COUNTS[name]
+    order = [stage for stage in ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3") if stage in residual]
+    assert list(stages(network.config)) == order
+    for kind in FEATURES:
+        expected = {"Res": residual, "LF": dict.fromkeys(order, 1)}.get(kind, blocks)
+        assert {s: n for s in order if (n := len(feature_paths(network, kind, s)))} == expected, kind
+
+
+def plain_hooks(network: UNet) -> dict:
+    """Collects the features of a run by the definitions of the paper, at other modules than `Features` does."""
+    found = {}
+
+    def leaves(path: str, module: torch.nn.Module):
+        module.register_forward_hook(lambda module, args, output: found.update({path: output}))
+
+    def enters(path: str, module: torch.nn.Module):
+        module.register_forward_pre_hook(lambda module, args: found.update({path: args[0]}))
+
+    for path, module in network.named_modules():
+        if path.endswith(("attn1", "attn2")):
+            leaves(path, module.to_out[0])
+        elif path.endswith(".ff"):
+            leaves(path, module.net[2])
+        elif re.search(r"resnets\.\d+$", path):
+            leaves(path, module)
+    for blocks in ("down_blocks", "up_blocks"):
+        for i, stage in enumerate(getattr(network, blocks)[:-1]):
+            leaves(f"{blocks}.{i}", (stage.downsamplers if blocks == "down_blocks" else stage.upsamplers)[0])
+    bottom = f"down_blocks.{len(network.down_blocks) - 1}"
+    if network.config.mid_depth:
+        enters(bottom, network.mid_block)
+        leaves("mid_block", network.mid_block.resnets[1])
+    else:
+        leaves(bottom, network.down_blocks[-1].attentions[-1])
+    enters(f"up_blocks.{len(network.up_blocks) - 1}", network.conv_norm_out)
+    return found
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@torch.no_grad()
+def test_features_are_what_the_modules_give(name):
+    network = unet(name)
+    found = plain_hooks(network)
+    features = Features(network, all_paths(network))
+    with features as captured:
+        network(**inputs(UNETS[name], "odd"))
+    assert captured.keys() == found.keys()
+    for path, feature in captured.items():
+        assert torch.equal(feature, found[path]), path
+
+
+class Convolutions(TorchDispatchMode):
+    """Counts the convolutions that are computed."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.count += op is torch.ops.aten.convolution.default
+        return op(*args, **(kwargs or {}))
+
+
+def gradients(network: torch.nn.Module, features: Features, given: dict) -> tuple:
+    """The loss of a run, through its features and its output, and the gradients of the U-Net."""
+    with features as captured:
+        output = network(**given)
+    taken = dict(captured)
+    loss = output.square().mean() + sum(feature.square().mean() for feature in captured.values())
+    loss.backward()
+    assert features.captured is None
+    assert captured.keys() == taken.keys() == set(features.paths)
+    assert all(captured[path] is taken[path] for path in taken)  # the backward pass adds and replaces nothing
+    grads = [parameter.grad for parameter in network.parameters()]
+    network.zero_grad()
+    return loss.detach(), *grads
+
+
+def equal(ones: tuple, others: tuple) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(ones, others, strict=True))
+
+
+def test_checkpointing_changes_no_bit():
+    network, given = unet("1b"), inputs(UNETS["1b"], "odd")
+    features = Features(network, all_paths(network))
+    results, computed = {}, {}
+    for mode in ("none", "selective", "full"):
+        network.set_checkpointing(mode)
+        with Convolutions() as convolutions:
+            results[mode] = gradients(network, features, given)
+        computed[mode] = convolutions.count
+    assert equal(results["none"], results["selective"]) and equal(results["none"], results["full"])
+    assert all(gradient.any() for gradient in results["none"][1:])
+    assert computed["none"] == computed["selective"] < computed["full"]
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_loss_of_features_alone_reaches_the_weights(mode):
+    network = unet("700m")
+    network.set_checkpointing(mode)
+    path = feature_paths(network, "SA", "UP-2")[0]
+    with Features(network, [path]) as captured:
+        network(**inputs(UNETS["700m"], "odd"))
+    captured[path].square().mean().backward()
+    attention = network.get_submodule(path)
+    assert attention.to_q.weight.grad.any() and network.conv_in.weight.grad.any()
+    assert network.conv_out.weight.grad is None
+
+
+def test_an_unknown_checkpointing_mode_is_refused():
+    network = unet("700m")
+    with pytest.raises(ValueError, match="selective"):
+        network.set_checkpointing("sometimes")
+
+
+def test_nothing_is_kept_unless_asked_for():
+    network = UNet(TINY)
+    given = inputs(UNETS["sdxl"], "odd")
+    features = Features(network, ["down_blocks.1"])
+    network(**given)
+    assert features.captured is None
+    with features as first:
+        network(**given)
+    kept = first["down_blocks.1"]
+    with features as second:
+        network(**given)
+    assert first["down_blocks.1"] is kept is not second["down_blocks.1"] and features.captured is None
+
+
+def test_a_feature_that_was_not_captured_is_an_error():
+    network = UNet(TINY)
+    with pytest.raises(RuntimeError, match="2 features .* down_blocks.0"):
+        with Features(network, ["down_blocks.0", "mid_block", "conv_in"]):
+            network.conv_in(draw("latent", 1, 4, 8, 8))
+    with pytest.raises(ZeroDivisionError):  # what went wrong first is what is reported
+        with Features(network, ["mid_block"]):
+            1 / 0
+    with pytest.raises(AttributeError, match="mid_bloc"):
+        Features(network, ["mid_bloc"])
+
+
+def test_features_of_a_distributed_unet(tmp_path):
+    network, given = fill(UNet(TINY)), inputs(UNETS["sdxl"], "batch")
+    features = Features(network, all_paths(network))
+    network.set_checkpointing("full")
+    expected = gradients(network, features, given)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/init", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(network)
+        assert equal(gradients(wrapped, features, given), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_compiled_unet_is_one_graph():
+    network, given = fill(UNet(TINY)), inputs(UNETS["sdxl"], "odd")
+    features = Features(network, all_paths(network))
+    expected = gradients(network, features, given)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    assert equal(gradients(compiled, features, given), expected)
