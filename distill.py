@@ -33,7 +33,7 @@ NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meanin
     ("decay", 0.0, 1.0, None, "share of the steps, at the end, in which the rate falls to 0"),
     ("clip", 1e-9, 1e9, 1.0, "longest gradient"),
     ("dropout", 0.0, 1.0, 0.1, "share of captions replaced by none"),
-    ("size", 8, 4096, 0, "height and width of training images; 0: the teacher's own"),
+    ("size", 0, 4096, 0, "height and width of training images; 0: the teacher's own"),
     ("workers", 0, 1000, 0, "processes that read data"),
     ("save-every", 1, 10**9, None, "steps between checkpoints"),
     ("preview-every", 0, 10**9, None, "steps between previews, 0 for none"),
@@ -120,9 +120,10 @@ from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import model
@@ -560,35 +561,42 @@ def settings(args: argparse.Namespace) -> dict:
     return fixed
 
 
-def save_state(folder: Path, step: int, updates: int, student: model.UNet, optimizer, scaler, args):
+def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All that training changes: parameters and Adam's moments, by name."""
+    tensors = {}
+    for name, parameter in network.named_parameters():
+        moments = optimizer.state.get(parameter, {})
+        tensors[f"parameter.{name}"] = parameter.detach()
+        tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in moments}
+    return tensors
+
+
+def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
+    """Puts what `trained` gave after that many updates back into its place."""
+    for name, parameter in network.named_parameters():
+        parameter.data.copy_(tensors[f"parameter.{name}"])
+        if f"exp_avg.{name}" in tensors:
+            moments = {key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device)} | moments
+
+
+def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metadata):
     """
-    The checkpoint of a run after `step` steps: student and Adam's moments, with a checksum each. Keeps the last two.
+    Writes state-STEP.safetensors with a checksum for each tensor, and keeps the one before.
 
     Raises FloatingPointError rather than write numbers that are not finite.
     """
-    tensors = {}
-    for name, parameter in student.named_parameters():
-        moments = optimizer.state.get(parameter, {})
-        tensors[f"student.{name}"] = parameter.detach()
-        tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in moments}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is not finite: nothing is saved; the checkpoint before is good")
-    metadata = {"step": step, "updates": updates, "scaler": scaler.state_dict(), "settings": settings(args),
-                "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
-    path = folder / f"state-{step:08d}.safetensors"
-    model.write(path, lambda path: save_file(tensors, path, {"run": json.dumps(metadata, default=str)}))
-    model.save_unet(student, folder / "unet")
+        raise FloatingPointError(f"{bad[0]} is not finite: it is not saved, and the checkpoint before is good")
+    metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
+    model.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, {"run": json.dumps(metadata)}))
     for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
         old.unlink()
 
 
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8))
-
-
-def load_state(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
-    """The newest good checkpoint: what describes it, and its tensors. ValueError if there are only damaged ones."""
+def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
+    """Metadata and tensors of the newest good checkpoint, None if there is none; ValueError if all are damaged."""
     paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
     for path in paths:
         try:
@@ -596,28 +604,24 @@ def load_state(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
             with safe_open(path, "pt") as file:
                 metadata = json.loads(file.metadata()["run"])
             if bad := [name for name, tensor in tensors.items() if checksum(tensor) != metadata["checksums"][name]]:
-                raise ValueError(f"{path}: the checksum of {bad[0]} is wrong")
+                raise ValueError(f"{path} is damaged: the checksum of {bad[0]} is wrong")
             return metadata, tensors
         except (ValueError, KeyError, TypeError) as error:
-            print(f"warning: not a good checkpoint, trying the one before: {error}", file=sys.stderr)
+            print(f"warning: {error}; trying the checkpoint before", file=sys.stderr)
     if paths:
         raise ValueError(f"no checkpoint in {folder} is good; move the folder away to start anew")
     return None
 
 
-def restore(metadata: dict, tensors: dict[str, Tensor], student: model.UNet, optimizer, scaler, args):
-    """Puts a checkpoint into place. Raises ValueError if it is of a run with other settings."""
-    new = json.loads(json.dumps(settings(args), default=str))
-    if changed := [f"{name} was {old!r}, is {new.get(name)!r}" for name, old in metadata["settings"].items() if new.get(name) != old]:
-        raise ValueError(f"{args.out} is a run with other settings: {'; '.join(changed)}. Choose another --out")
-    for name, parameter in student.named_parameters():
-        parameter.data.copy_(tensors[f"student.{name}"])
-        if f"exp_avg.{name}" in tensors:
-            optimizer.state[parameter] = {
-                "step": torch.tensor(float(metadata["updates"]), device=parameter.device),
-                **{key: tensors[f"{key}.{name}"].to(parameter.device).contiguous(memory_format=torch.preserve_format)
-                   for key in ("exp_avg", "exp_avg_sq")}}
-    scaler.load_state_dict(metadata["scaler"])
+def checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8))
+
+
+def check_settings(old: dict, args: argparse.Namespace):
+    """Raises ValueError if a run was begun with other settings."""
+    new = settings(args)
+    if changed := [f"{name} was {old[name]!r} and is {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
+        raise ValueError(f"{args.out} was begun with other settings: {'; '.join(changed)}. Give another --out")
 
 
 class Log:
@@ -668,9 +672,12 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
     step = updates = 0
-    if found := load_state(args.out):
-        restore(*found, student, optimizer, scaler, args)
-        step, updates = found[0]["step"], found[0]["updates"]
+    if found := load_checkpoint(args.out):
+        past, tensors = found
+        check_settings(past["settings"], args)
+        step, updates = past["step"], past["updates"]
+        restore(tensors, updates, student, optimizer)
+        scaler.load_state_dict(past["scaler"])
     if step >= args.steps:
         return 0
     data = training_data(args, distillation)
@@ -726,7 +733,9 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, featKD "
                 f"{feat_kd:.3g}); the last checkpoint in {args.out} is good. Try --precision bf16, or a lower --lr")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or stop):
-            save_state(args.out, done, updates, student, optimizer, scaler, args)
+            save_checkpoint(args.out, done, trained(student, optimizer), updates=updates, settings=settings(args),
+                            scaler=scaler.state_dict())
+            model.save_unet(student, args.out / "unet")
             bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
@@ -838,46 +847,43 @@ def complete(source: str, folder: Path):
 
 
 def dry_run(args: argparse.Namespace):
-    """Prints what the run would be, without weights: settings, matched features, parameters, memory and work."""
+    """Prints what the run would be: settings, matched features, parameters, memory and work. Needs no weights."""
     base = args.teacher if args.teacher != "none" else "toy"
     if base in model.PRESETS:
         teacher_config, vae_config = model.PRESETS[base], model.VAEConfig()
     else:
         teacher_config, vae_config = (model.read_config(kind, preset(base).source)[0] for kind in (model.UNet, model.VAE))
-    with torch.device("meta"):
-        teacher, student = model.UNet(teacher_config), model.UNet(model.student_config(teacher_config, args.student))
-        vae = model.VAE(vae_config)
+    size = args.size or teacher_config.sample_size * vae_config.downscale
+    side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
+
+    torch.set_default_dtype(torch.bfloat16)
+    with FakeTensorMode():  # tensors of all sizes, without memory
+        student = model.UNet(model.student_config(teacher_config, args.student))
+        teacher, vae = model.UNet(teacher_config).requires_grad_(False), model.VAE(vae_config).requires_grad_(False)
+        inputs = [torch.empty(shape) for shape in (
+            (1, teacher_config.in_channels, side, side), (1,), (1, 77, teacher_config.context_dim),
+            (1, teacher_config.pooled_dim), (1, 6))]
+        taught, _ = work(teacher, *inputs)
+        learned, kept = work(student, *inputs)
+        encoded, _ = work(vae.encoder, torch.empty(1, 3, size, size))
     if args.teacher != "none":
         matched = match_features(student, teacher, args.features, args.sa_blocks)
         print(f"\n{len(matched)} features, student <- teacher")
         print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
-
-    size = args.size or teacher_config.sample_size * vae_config.downscale
-    side, count = size // vae_config.downscale, lambda network: sum(p.numel() for p in network.parameters())
-    forward, _ = work(teacher, lambda unet: unet_call(unet, side), False)
-    both, kept = work(student, lambda unet: unet_call(unet, side), True)
-    encode, _ = work(vae, lambda vae: vae.encode(torch.empty(1, 3, size, size, device="meta", dtype=torch.bfloat16)), False)
-    fixed = 18 * count(student) + 2 * count(teacher) + 2 * count(vae)
+    s, t, v = (sum(p.numel() for p in network.parameters()) for network in (student, teacher, vae))
     print(f"""
-parameters     teacher {count(teacher):,}  student {count(student):,} ({count(student) / count(teacher) - 1:+.1%})  VAE {count(vae):,}
-work           per image, in TFLOP: teacher forward {forward / 1e12:.4g}, student forward and backward {both / 1e12:.4g},
-               VAE encoder {encode / 1e12:.4g} (not with --cache); per step of {args.batch}: {args.batch * (forward + both + encode) / 1e12:.4g}
-memory         GB: weights, gradients and Adam {fixed / 1e9:.2f}, activations of {args.micro_batch} images without checkpointing about
-               {args.micro_batch * kept / 1e9:.2f}; text encoders and what the allocator keeps come on top. Counted, not measured""")
+parameters   teacher {t:,}, student {s:,} ({s / t - 1:+.1%}), VAE {v:,}
+work         TFLOP an image: teacher {taught / 1e12:.4g}, student forward and backward {learned / 1e12:.4g}, VAE encoder
+             {encoded / 1e12:.4g} (once, with --cache); a step of {args.batch}: {args.batch * (taught + learned + encoded) / 1e12:.4g}
+memory       GB: the student's weights, gradients and moments, and the others' weights {(18 * s + 2 * t + 2 * v) / 1e9:.2f};
+             activations of {args.micro_batch} images, without checkpointing, {args.micro_batch * kept / 1e9:.2f}
+             Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
 
 
-def unet_call(unet: model.UNet, side: int) -> Tensor:
-    empty = partial(torch.empty, device="meta", dtype=torch.bfloat16)
-    config = unet.config
-    return unet(empty(1, config.in_channels, side, side), 0, empty(1, 77, config.context_dim), empty(1, config.pooled_dim),
-                empty(1, 6))
-
-
-def work(network: nn.Module, call, train: bool) -> tuple[int, int]:
-    """FLOPs of a call on the meta device in bfloat16, with its backward pass if `train`, and bytes it keeps for that."""
-    network = network.to(torch.bfloat16).requires_grad_(train)
-    own = {p.untyped_storage()._cdata for p in network.parameters()}
+def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """FLOPs of a network's forward pass, and backward if it is to be trained; bytes it keeps for going backward."""
+    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -885,9 +891,15 @@ def work(network: nn.Module, call, train: bool) -> tuple[int, int]:
             kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too, or its storage's number is used again
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = call(network)
-        if train:
+    attention = {  # of the CPU, which the counter does not know by itself
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)}
+    with (FlopCounterMode(display=False, custom_mapping=attention) as counter,
+          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
+        output = network(*inputs)
+        if output.requires_grad:
             output.sum().backward()
     return counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

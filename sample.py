@@ -5,8 +5,8 @@ Text to image with SDXL, KOALA or the embedded toy: Euler sampling with classifi
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
     python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
 
-Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same noise
-in each row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
+Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same
+noise in each row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
 """
 
 import argparse
@@ -39,8 +39,11 @@ PRESETS = {
 }
 
 
+PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # and their names in torch
+
+
 def preset(name: str) -> Preset:
-    """The preset of a name above or of its hub id; anything else, a hub id or folder, is sampled as SDXL is."""
+    """The preset of a name above or of its hub id; any other hub id or folder is sampled as SDXL is."""
     by_source = {preset.source: preset for preset in PRESETS.values()}
     return PRESETS.get(name) or by_source.get(str(name)) or Preset(str(name))
 
@@ -69,7 +72,8 @@ def parser_of(description: str) -> argparse.ArgumentParser:
     """A parser that shows defaults, and tells mistakes in one line."""
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            return super()._get_help_string(action) if action.default else action.help
+            plain = action.default is None or action.default is False or "default" in action.help
+            return action.help if plain else super()._get_help_string(action)
     parser = argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     return parser
@@ -84,15 +88,14 @@ def command_line() -> argparse.Namespace:
         help=f"{', '.join(PRESETS)}, a hub id or a folder; several for several columns (default: toy)")
     add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
     add("--negative", metavar="TEXT", help="what not to draw")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the model's preset")
-    add("--guidance", type=number(float, 1), metavar="X",
-        help="classifier-free guidance, 1 for none, if not the model's preset")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
+    add("--guidance", type=number(float, 1), metavar="X", help="1 for none, if not the preset's")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
-        help="pictures of each prompt, with seeds SEED, SEED+1, ...")
+        help="pictures of each prompt, seeds counting up")
     add("--height", type=size, metavar="N", help="in pixels, if not the (first) model's own")
     add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
-    add("--precision", choices=["fp32", "fp16", "bf16"], help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 elsewhere")
     add("--device", help="default: a GPU if there is one")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     add("--compile", action="store_true", help="torch.compile the U-Net")
@@ -134,24 +137,25 @@ class Schedule:
     """
     The noise of Stable Diffusion, z_t = sqrt(a_t) z + sqrt(1 - a_t) noise for t = 0, ..., 999.
 
-    Karras et al. (arXiv 2206.00364) would write z_t / sqrt(a_t) = z + sigma_t noise, sigma_t^2 = (1 - a_t) / a_t.
+    Karras et al. (arXiv 2206.00364) write z_t / sqrt(a_t) = z + sigma_t noise; sigma_t^2 = (1 - a_t) / a_t.
     Made from a scheduler_config.json; ValueError names what it asks for that is not here.
     """
 
-    CHOICES = {"prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": ["linspace", "leading", "trailing"],
-               "beta_schedule": ["scaled_linear"], "interpolation_type": ["linear"], "timestep_type": ["discrete"],
-               "final_sigmas_type": ["zero"]} | dict.fromkeys(
-        ["trained_betas", "rescale_betas_zero_snr", "use_karras_sigmas", "use_exponential_sigmas",
-         "use_beta_sigmas", "sigma_min", "sigma_max"], [None, False])
+    CHOICES = {
+        "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
+        "timestep_spacing": ["linspace", "leading", "trailing"], "interpolation_type": ["linear"],
+        "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
+        "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
+        "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False]}
 
     def __init__(self, config: dict, spacing: str | None = None):
-        absent = {"beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000, "steps_offset": 0}
-        absent |= {key: choices[0] for key, choices in self.CHOICES.items()} | {"beta_schedule": "linear"}
+        absent = {key: choices[0] for key, choices in self.CHOICES.items()} | {
+            "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000,
+            "steps_offset": 0}
         config = absent | config
         for key, choices in self.CHOICES.items():
             if config[key] not in choices:
-                raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported; "
-                                 f"known: {', '.join(map(str, choices))}")
+                raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported")
         start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
         self.alphas = (1 - betas).cumprod(0)                     # a_t, (1000,)
@@ -195,9 +199,9 @@ class Schedule:
 
 def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
     """
-    Euler's method (Karras et al., Algorithm 1 without churn) from noise (B, C, H, W) of variance 1 to latents.
+    Euler's method (Karras et al., Algorithm 1, no churn), from noise (B, C, H, W) of variance 1 to latents.
 
-    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. The sigmas
+    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. Sigmas
     are numbers on the host: nothing here waits for the device.
     """
     timesteps = schedule.timesteps(steps)
@@ -221,7 +225,8 @@ class TextEncoder(nn.Module):
 
     def __init__(self, source: str, dtype: torch.dtype):
         super().__init__()
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
+        from transformers import (
+            CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging)
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -234,13 +239,13 @@ class TextEncoder(nn.Module):
                 None, config=CLIPTextConfig.from_pretrained(path.parent), state_dict=model.read_tensors(path),
                 dtype=dtype, output_loading_info=True)
             if found["missing_keys"]:
-                raise ValueError(f"the weights in {path.parent} lack {', '.join(sorted(found['missing_keys']))}")
+                raise ValueError(f"the weights in {path.parent} lack {', '.join(found['missing_keys'])}")
             self.add_module(name, encoder)
         self.tokenizers = [CLIPTokenizer.from_pretrained(source, subfolder=name)
                            for name in ("tokenizer", "tokenizer_2")]
 
     def ids(self, prompts: list[str], tokenizer) -> Tensor:
-        """Token ids (B, L), padded. Tells what it cuts off; ValueError for words that a small vocabulary lacks."""
+        """Token ids (B, L). Tells what it cuts off; ValueError names words that a small vocabulary lacks."""
         if len(tokenizer) < 1000:
             check_words(prompts, tokenizer)
         length = tokenizer.model_max_length
@@ -254,7 +259,7 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """The text sequence (B, L, D), both encoders' second-to-last layers, and the second's pooled output (B, P)."""
+        """Text sequences (B, L, D), both second-to-last layers, and pooled texts (B, P) of the second."""
         states = []
         for tokenizer, encoder in zip(self.tokenizers, (self.text_encoder, self.text_encoder_2)):
             output = encoder(self.ids(prompts, tokenizer).to(encoder.device), output_hidden_states=True)
@@ -264,7 +269,8 @@ class TextEncoder(nn.Module):
 
 def check_words(prompts: list[str], tokenizer):
     ends = [token for token in tokenizer.get_vocab() if token.endswith("</w>")]
-    words = sorted(end[:-4] for end in ends if not any(longer != end and longer.endswith(end) for longer in ends))
+    words = sorted(end[:-4] for end in ends  # but not the parts that words were merged from
+                   if not any(longer != end and longer.endswith(end) for longer in ends))
     unknown = sorted(set(" ".join(prompts).lower().split()) - set(words))
     if unknown:
         raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows {', '.join(words)}. "
@@ -279,14 +285,15 @@ class Pipeline:
     """
     Prompts in, images out; made by `load_pipeline`.
 
-    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not kept, so
-    that there is one at a time, and images are decoded one by one in tiles.
+    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not
+    kept, so that there is one at a time, and images are decoded one by one in tiles.
     """
 
     def __init__(self, loaders: dict, preset: Preset, schedule: Schedule, downscale: int, zero_negative: bool,
                  dtype: torch.dtype, device: str, low_memory: bool):
         self.loaders, self.preset, self.schedule, self.downscale = loaders, preset, schedule, downscale
-        self.zero_negative, self.dtype, self.device, self.low_memory = zero_negative, dtype, device, low_memory
+        self.zero_negative, self.low_memory = zero_negative, low_memory
+        self.dtype, self.device = dtype, device
 
     def __getattr__(self, name: str) -> nn.Module:
         if name not in ("text", "unet", "vae"):
@@ -303,15 +310,15 @@ class Pipeline:
         """
         One RGB image for each prompt, from noise that a CPU generator with its seed draws.
 
-        None stands for the model's preset, and for no negative prompt; height and width are in pixels. `progress`
-        names a progress bar. Raises ValueError for words or sizes that the model lacks, for as many seeds as there
-        are no prompts for, and for images that are not finite.
+        None stands for the model's preset, and for no negative prompt; height and width are in pixels.
+        `progress` names a progress bar. Raises ValueError for words or sizes that the model lacks, for more
+        or fewer seeds than prompts, and for images that are not finite.
         """
         steps = self.preset.steps if steps is None else steps
         guidance = self.preset.guidance if guidance is None else guidance
         seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         if not prompts or len(seeds) != len(prompts):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} seeds: give one seed, or one for each prompt")
+            raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one, or one for each prompt")
         conditions = self.encode(prompts, negative if guidance > 1 else None)
         latents = self.denoise(*conditions, steps, guidance, seeds, height, width, progress)
         if self.low_memory:
@@ -319,7 +326,7 @@ class Pipeline:
         return [image for latent in latents for image in self.decode(latent)]
 
     def encode(self, prompts: list[str], negative: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Text sequences (N, L, D) and pooled texts (N, P), of the prompts and then of the negative prompt."""
+        """Text sequences (N, L, D) and pooled texts (N, P): of the prompts, then of the negative prompt."""
         text = self.text
         context, pooled = text(prompts)
         if negative is None and self.zero_negative:              # SDXL's force_zeros_for_empty_prompt
@@ -340,7 +347,8 @@ class Pipeline:
             raise ValueError(f"the U-Net reads texts of widths {reads}, and the text encoders give {given}: "
                              f"it belongs to another --model")
         shape = (unet.config.in_channels, height // self.downscale, width // self.downscale)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         batches = range(0, len(seeds), batch := max(1, min(32, 2**20 // (height * width))))
         dtype, latents = next(unet.parameters()).dtype, []
         with tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None) as bar:
@@ -355,8 +363,8 @@ class Pipeline:
 
                 def predict(x: Tensor, t: float) -> Tensor:
                     bar.update()
-                    x = x.to(dtype)
-                    noise = unet(torch.cat([x, x]) if guided else x, t, c, p, time_ids).float()
+                    x = torch.cat([x, x] if guided else [x]).to(dtype)
+                    noise = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
                     if not guided:
                         return noise
                     free, led = noise.chunk(2)
@@ -405,8 +413,8 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` is a folder or hub id to take the U-Net from instead; `dtype` is float16 on a GPU and float32 elsewhere if
-    None. Raises FileNotFoundError or ValueError, whose one line says what is missing or wrong, and what to do.
+    `unet` is a folder or hub id to take the U-Net from instead; `dtype` None is float16 on a GPU and float32
+    elsewhere. Raises FileNotFoundError or ValueError, whose one line says what is wrong and what to do.
     """
     chosen = preset(name)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -416,9 +424,9 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
         raise ValueError(f"the device {device} cannot be used: {model.one_line(error)}") from None
     files = {key: model.find(chosen.source, key) for key in (
-        "model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "text_encoder/config.json",
-        "text_encoder_2/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt", "tokenizer_2/vocab.json",
-        "tokenizer_2/merges.txt")}
+        "model_index.json", "scheduler/scheduler_config.json", "vae/config.json",
+        "text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
+        "text_encoder_2/config.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt")}
     if missing := [key for key, path in files.items() if path is None]:
         made = "; python -m toy.make makes it again" if name == "toy" else ""
         raise FileNotFoundError(f"no {', '.join(missing)} in {model.described(chosen.source)}{made}")
@@ -464,31 +472,29 @@ def peak_memory(device: str) -> str:
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
 
 
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
 def main(args: argparse.Namespace):
     """Samples, writes the sheet with its settings, and tells what was used."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
+    precision = lambda key: getattr(torch, PRECISIONS[key])
+    dtype = precision(args.precision) if args.precision else None
     height, width = args.height, args.width
     columns, settings = [], []
     for name in args.model:
-        pipeline = load_pipeline(
-            name, args.unet, PRECISIONS.get(args.precision), args.device, args.low_memory, args.compile)
+        pipeline = load_pipeline(name, args.unet, dtype, args.device, args.low_memory, args.compile)
         start = time.perf_counter()
-        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, progress=name)
+        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
         seconds = time.perf_counter() - start
-        columns.append(images)
-        width, height = images[0].size                           # of all columns: the same noise for every model
+        width, height = images[0].size                           # for all columns, as they share their noise
         used = {"model": [name], "steps": args.steps or pipeline.preset.steps,
                 "guidance": args.guidance or pipeline.preset.guidance, "height": height, "width": width,
-                "precision": {dtype: name for name, dtype in PRECISIONS.items()}[pipeline.dtype],
+                "precision": next(key for key in PRECISIONS if precision(key) == pipeline.dtype),
                 "device": pipeline.device}
-        settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, {used['precision']}: "
-              f"{seconds:.1f} s, peak {peak_memory(pipeline.device)}")
+              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, "
+              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(pipeline.device)}")
+        columns.append(images)
+        settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         del pipeline                                             # before the next is loaded
     text = PngImagePlugin.PngInfo()
     text.add_text("settings", json.dumps(settings))

@@ -1,125 +1,131 @@
 """
-How toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes with this project's own networks.
+How toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes with this project's networks.
 
-    python -m toy.make                 # tokenizers, VAE, then U-Net and text encoders together; resumes by itself
+    python -m toy.make                                   # on two cores, a few hours; the same command resumes
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make     # the same on two processes, a little faster
 
-Everything has SDXL's form at a smaller size: two CLIP text encoders whose second-to-last hidden states are joined, the
-second one's pooled output and six size numbers as further conditions, latents of an AutoencoderKL, noise prediction.
+First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the second-to-last layers
+of two CLIP encoders, joined; the second's pooled output and six size numbers are further conditions; the U-Net predicts
+the noise in latents. runs/toy/bundle is the result, written and judged again every so often; --publish puts it, in
+float16, into toy/checkpoint.
 """
 
 import argparse
-import itertools
 import json
-import math
+import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
-from model import UNet, UNetConfig, VAE, VAEConfig
-from sample import Schedule, euler
+import model
+from distill import JUDGE_SEED, TRAIN_SEED, load_checkpoint, positions, restore, save_checkpoint, trained
+from sample import Schedule, load_pipeline, sheet
 from toy import shapes
 
-VAE_CONFIG = VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
-UNET_CONFIG = UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32, groups=8,
-                         sample_size=shapes.SIZE // VAE_CONFIG.downscale)
+VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
+UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32,
+                        groups=8, sample_size=shapes.SIZE // VAE.downscale)
+TEXT_WIDTHS, TEXT_LENGTH = {"text_encoder": 32, "text_encoder_2": 64}, 16
+LATENT_STD = 0.5  # half of SDXL's: shapes are so coarse that at 1 the strongest noise would still show where they are
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
-    "interpolation_type": "linear", "use_karras_sigmas": False, "trained_betas": None,
-}
-LATENT_STD = 0.5  # Below SDXL's 1: shapes are so coarse that, at 1, the strongest noise would still show where they are.
-TEXT_LENGTH = 16
+    "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}
+INDEX = {
+    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0", "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"]}
 
 
-# Tokenizers
+# ------------------------------------------------------------------------------------------------------------
+# Text
 
 
 def byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     """A byte-pair vocabulary in which each of the words is one token, and the merges that lead there."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    vocabulary = ["!", *sorted({letter for word in spelled for letter in word})]
-    merges = []
+    tokens, merges = ["!", *sorted({letter for word in spelled for letter in word})], []
     while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:])):
-        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(f"{left} {right}")
-        vocabulary.append(left + right)
+        pair = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append(" ".join(pair))
+        tokens.append("".join(pair))
         for word in spelled:
-            for i in range(len(word) - 2, -1, -1):
-                if word[i:i + 2] == [left, right]:
-                    word[i:i + 2] = [left + right]
-    vocabulary += ["<|startoftext|>", "<|endoftext|>"]  # last: CLIP pools at the position of the largest id
-    return {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}, merges
+            for i in reversed(range(len(word) - 1)):
+                if tuple(word[i:i + 2]) == pair:
+                    word[i:i + 2] = ["".join(pair)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]  # last: CLIP pools where the largest id is
+    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def write_tokenizers(folder: Path):
-    """tokenizer/ and tokenizer_2/ as SDXL has them: the second pads with id 0."""
+def write_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+    """tokenizer/ and tokenizer_2/, which pads with another token, as SDXL has them."""
     vocabulary, merges = byte_pairs(shapes.WORDS)
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        path = folder / name
-        path.mkdir(parents=True, exist_ok=True)
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
-        (path / "vocab.json").write_text(json.dumps(vocabulary))
-        (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
-        (path / "special_tokens_map.json").write_text(json.dumps(special, indent=2))
-        (path / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special}, indent=2))
+        write_json(folder / name / "vocab.json", vocabulary)
+        write_json(folder / name / "special_tokens_map.json", special)
+        write_json(folder / name / "tokenizer_config.json",
+                   {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
+        model.write(folder / name / "merges.txt", lambda path: path.write_text("\n".join(["#version: 0.2", *merges, ""])))
+    return [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
 
 
-def text_config(width: int, vocabulary: dict[str, int]) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=len(vocabulary), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-        num_attention_heads=width // 16, projection_dim=width, max_position_embeddings=TEXT_LENGTH,
-        bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=vocabulary["<|endoftext|>"], pad_token_id=0)
-
-
-# Training
+def write_json(path: Path, value: dict):
+    model.write(path, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 class Toy(nn.Module):
-    """The networks that are trained together."""
+    """What is trained together: the U-Net and both text encoders."""
 
-    def __init__(self, vocabulary: dict[str, int]):
+    def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        self.text_encoder = CLIPTextModel(text_config(32, vocabulary))
-        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(64, vocabulary))
-        self.unet = UNet(UNET_CONFIG)
+        for (name, width), kind in zip(TEXT_WIDTHS.items(), (CLIPTextModel, CLIPTextModelWithProjection)):
+            self.add_module(name, kind(CLIPTextConfig(
+                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+                num_attention_heads=width // 16, projection_dim=width, max_position_embeddings=TEXT_LENGTH,
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)))
+        self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("token_embedding.weight"):
-                nn.init.normal_(parameter, std=0.7)  # at CLIP's 0.02 the cross-attention learns next to nothing
-            if name.endswith(("proj_out.weight", "proj_out.bias", "conv2.weight", "conv2.bias")) or "conv_out" in name:
-                nn.init.zeros_(parameter)            # as SDXL's own code starts: every block adds nothing at first
+                nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 the cross-attention learns next to nothing
+            if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
+                nn.init.zeros_(parameter)  # as SDXL's own code starts: every block adds nothing at first
 
-    def encode(self, ids: Tensor, ids_2: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, dropped: Tensor) -> Tensor:
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids_2, output_hidden_states=True)
-        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2), second.text_embeds
-
-    def forward(self, latents: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, dropped: Tensor) -> Tensor:
-        context, pooled = self.encode(ids, ids_2)
-        context, pooled = context * ~dropped[:, None, None], pooled * ~dropped[:, None]
-        time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]]).expand(len(latents), 6)
-        return self.unet(latents, timesteps, context, pooled, time_ids)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2)
+        time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]]).expand(len(noisy), 6)
+        return self.unet(noisy, timesteps, context * ~dropped[:, None, None], second.text_embeds * ~dropped[:, None], time_ids)
 
 
-def pictures(indices: range) -> tuple[Tensor, list[str]]:
-    """Training pictures (B, 3, 64, 64) in [-1, 1] and their captions."""
-    images, captions = zip(*(shapes.sample(0, index) for index in indices))
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1, list(captions)
+# ------------------------------------------------------------------------------------------------------------
+# Training
 
 
-def train_vae(steps: int, batch: int) -> VAE:
-    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
+def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
+    """Training pictures (B, 3, 64, 64) in [-1, 1], and their captions."""
+    images, captions = zip(*(shapes.sample(TRAIN_SEED, index) for index in indices))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+    return pixels, list(captions)
+
+
+def train_vae(folder: Path, steps: int) -> model.VAE:
+    """The VAE on its own; its scaling factor is chosen so that latents have LATENT_STD."""
+    vae = model.VAE(VAE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in (bar := tqdm(range(steps), "VAE")):
-        images, _ = pictures(range(step * batch, (step + 1) * batch))
+    for indices in (bar := tqdm(positions(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")):
+        images, _ = pictures(indices)
         mean, logvar = vae.encode(images)
         error = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)) - images
         divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
@@ -128,132 +134,122 @@ def train_vae(steps: int, batch: int) -> VAE:
         loss.backward()
         optimizer.step()
         rate.step()
-        bar.set_postfix(mse=f"{error.square().mean():.4f}", std=f"{mean.std():.2f}")
+        bar.set_postfix(mse=f"{error.square().mean():.4f}")
+    with torch.no_grad():
+        std = vae.encode(pictures(range(512))[0])[0].std().item()
+    vae.config = model.replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
+    model.save_vae(vae, folder)
     return vae
+
+
+def train(args: argparse.Namespace):
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("gloo")
+    bundle = args.out / "bundle"
+    if rank == 0 and not (bundle / "vae" / "config.json").exists():
+        torch.manual_seed(0)
+        train_vae(bundle / "vae", args.vae_steps)
+    if world > 1:
+        dist.barrier()
+    vae = model.load_vae(bundle / "vae").requires_grad_(False).to(memory_format=torch.channels_last)
+    tokenizers = write_tokenizers(bundle if rank == 0 else args.out / f"process-{rank}")
+
+    torch.manual_seed(0)
+    toy = Toy(tokenizers[0])
+    average = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
+    optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
+    step, schedule = 0, Schedule(SCHEDULER)
+    if found := load_checkpoint(args.out):
+        past, tensors = found
+        step = past["step"]
+        restore(tensors, step, toy, optimizer)
+        average = {name: tensors[f"average.{name}"].clone() for name in average}
+    # The last layer of a text encoder has no part in the second-to-last's output.
+    predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
+    parts = positions(step, args.steps, args.batch, args.batch // world, rank, world)
+    bar = tqdm(range(step, args.steps), "U-Net", args.steps, initial=step, unit="step", disable=rank > 0)
+
+    for step, indices in zip(bar, parts):
+        torch.manual_seed(step * world + rank)
+        images, captions = pictures(indices)
+        mean, logvar = vae.encode(images)
+        latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
+        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
+        ids = [tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
+               for tokenizer in tokenizers]
+        prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, torch.rand(len(latents)) < 0.1)
+        # What a caption decides is decided at high noise, where the plain loss is tiny. This is the weight of Karras
+        # et al. (their table 1) in terms of the noise, with a limit.
+        weight = (1 + (schedule.all_sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
+        loss = (weight * (prediction - noise).square().mean((1, 2, 3))).mean()
+        rise, fall = (step + 1) / 100, (args.steps - step) / (args.decay * args.steps)
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, rise, fall)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(average.values()), list(toy.parameters()), 1 - min(0.996, (step + 1) / (step + 10)))
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == args.steps):
+            averages = {f"average.{name}": tensor for name, tensor in average.items()}
+            save_checkpoint(args.out, step + 1, trained(toy, optimizer) | averages)
+        if rank == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
+            write_bundle(bundle, toy, average)
+            bar.write(f"step {step + 1}: {judge(bundle, args.out / 'grid.png', count=64)}")
+
+
+def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
+    """Puts the averaged weights beside the VAE and the tokenizers: a bundle in the official layout."""
+    own = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
+    toy.load_state_dict(average)
+    model.save_unet(toy.unet, folder / "unet")
+    for name in TEXT_WIDTHS:
+        getattr(toy, name).save_pretrained(folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
+    toy.load_state_dict(own)
+
+
+def judge(bundle: Path, grid: Path, count: int, guidance: float | None = None, first: int = 0) -> dict[str, float]:
+    """What the judge says of pictures of captions that are not trained on; the first 48 are drawn into `grid`."""
+    captions = [shapes.caption(JUDGE_SEED, i) for i in range(first, first + count)]
+    images = load_pipeline(str(bundle))(captions, guidance=guidance or 5.0, seed=list(range(first, first + count)))
+    sheet([images[i:i + 12] for i in range(0, min(count, 48), 12)]).save(grid)
+    return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
+
+
+def publish(bundle: Path, target: Path):
+    """The bundle's weights in float16, as toy/checkpoint."""
+    shutil.copytree(bundle, target, dirs_exist_ok=True)
+    model.save_unet(model.load_unet(bundle, torch.float16), target / "unet")
+    model.save_vae(model.load_vae(bundle, torch.float16), target / "vae")
+    for name, kind in zip(TEXT_WIDTHS, (CLIPTextModel, CLIPTextModelWithProjection)):
+        kind.from_pretrained(bundle / name, dtype=torch.float16).save_pretrained(target / name)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--vae-steps", type=int, default=1000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to zero")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy"))
+    add = parser.add_argument
+    add("--steps", type=int, default=3800, help="of U-Net and text encoders [3800]")
+    add("--vae-steps", type=int, default=900, help="of the VAE, in batches of 16 [900]")
+    add("--batch", type=int, default=32, help="over all processes [32]")
+    add("--lr", type=float, default=1e-3, help="learning rate of AdamW [0.001]")
+    add("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to 0 [0.3]")
+    add("--judge-every", type=int, default=500, help="steps between judgements [500]")
+    add("--judge", type=int, metavar="N", help="judge the bundle on N captions, and stop")
+    add("--guidance", type=float, help="of --judge [5.0]")
+    add("--publish", action="store_true", help="write toy/checkpoint from the bundle, and stop")
+    add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
     args = parser.parse_args()
-
-    import os
-    import torch.distributed as dist
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        torch.set_num_threads(1)
-        dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    write_tokenizers(args.out)
-    tokenizers = [CLIPTokenizer.from_pretrained(args.out / name) for name in ("tokenizer", "tokenizer_2")]
-
-    vae = VAE(VAE_CONFIG)
-    vae_file = args.out / "vae.safetensors"
-    if not vae_file.exists():
-        vae = train_vae(args.vae_steps, 16)
-        images, _ = pictures(range(10_000_000, 10_000_512))
-        with torch.no_grad():
-            mean, _ = vae.encode(images)
-        save_file({k: v.contiguous() for k, v in vae.state_dict().items()}, vae_file, {"std": str(mean.std().item())})
-    vae.load_state_dict(load_file(vae_file))
-    with safe_open(vae_file, "pt") as file:
-        scaling = LATENT_STD / float(file.metadata()["std"])
-    vae.requires_grad_(False).to(memory_format=torch.channels_last)
-
-    toy = Toy(json.loads((args.out / "tokenizer/vocab.json").read_text()))
-    toy.unet.to(memory_format=torch.channels_last)
-    ema = {name: p.detach().clone() for name, p in toy.named_parameters()}
-    optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    start, state_file = 0, args.out / "state.safetensors"
-    if state_file.exists():
-        state = load_file(state_file)
-        with safe_open(state_file, "pt") as file:
-            start = int(file.metadata()["step"])
-        for name, p in toy.named_parameters():
-            p.data.copy_(state[name])
-            ema[name].copy_(state["ema." + name])
-            if "m." + name in state: optimizer.state[p] = {"step": torch.tensor(float(start)), "exp_avg": state["m." + name].clone(),
-                                  "exp_avg_sq": state["v." + name].clone()}
-
-    def save(step):
-        state = {}
-        for name, p in toy.named_parameters():
-            state |= {name: p.detach().contiguous(), "ema." + name: ema[name].contiguous()}
-            if "exp_avg" in optimizer.state[p]:
-                state |= {"m." + name: optimizer.state[p]["exp_avg"].contiguous(),
-                          "v." + name: optimizer.state[p]["exp_avg_sq"].contiguous()}
-        save_file(state, args.out / "state.tmp", {"step": str(step)})
-        (args.out / "state.tmp").replace(state_file)
-
-    schedule = Schedule(SCHEDULER)
-    bar = tqdm(range(start, args.steps), "U-Net", initial=start, total=args.steps, disable=rank > 0, mininterval=5)
-    smooth = None
-    for step in bar:
-        if (args.out / "steps").exists():
-            args.steps = int((args.out / "steps").read_text())
-        if step >= args.steps:
-            break
-        torch.manual_seed(step * world + rank)
-        share = args.batch // world
-        first = step * args.batch + rank * share
-        images, captions = pictures(range(first, first + share))
-        mean, logvar = vae.encode(images.contiguous(memory_format=torch.channels_last))
-        latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * scaling
-        ids = [t(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids for t in tokenizers]
-        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (share,))
-        # Cosine-free: constant, then down to zero at the end.
-        rate = args.lr * min(1, (step + 1) / 100, (args.steps - step) / (args.decay * args.steps))
-        optimizer.param_groups[0]["lr"] = rate
-        prediction = toy(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, torch.rand(share) < 0.1)
-        # What a caption decides is decided at high noise, where the plain loss is tiny: the weight of Karras et al., capped.
-        weight = (1 + (schedule.all_sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
-        loss = (weight * (prediction - noise).square().mean((1, 2, 3))).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        if world > 1:
-            grads = [p.grad for p in toy.parameters() if p.grad is not None]
-            flat = torch.cat([g.flatten() for g in grads])
-            dist.all_reduce(flat)
-            for g, part in zip(grads, flat.split([g.numel() for g in grads])):
-                g.copy_(part.view_as(g) / world)
-        norm = nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
-        optimizer.step()
-        decay = min(0.996, (step + 1) / (step + 10))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in toy.parameters()], 1 - decay)
-        smooth = loss.item() if smooth is None else 0.98 * smooth + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{smooth:.4f}", norm=f"{norm:.2f}", rate=f"{rate:.1e}")
-        if rank == 0 and ((step + 1) % 50 == 0 or step + 1 == args.steps):
-            save(step + 1)
-        if rank == 0 and (step + 1) % 250 == 0:
-            own = {name: p.detach().clone() for name, p in toy.named_parameters()}
-            with torch.no_grad():
-                for name, p in toy.named_parameters():
-                    p.copy_(ema[name])
-                count = 48
-                wanted = [shapes.caption(1, i) for i in range(count)]
-                ids = [t(wanted, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids for t in tokenizers]
-                dropped = torch.tensor([True] * count + [False] * count)
-
-                def denoise(x, t):
-                    out = toy(torch.cat([x, x]), torch.full((2 * count,), t), torch.cat([ids[0]] * 2), torch.cat([ids[1]] * 2), dropped)
-                    free, led = out.chunk(2)
-                    return free + 4.0 * (led - free)
-
-                z = torch.randn(count, 4, 32, 32, generator=torch.Generator().manual_seed(0))
-                decoded = vae.decode(euler(denoise, z, schedule, 15) / scaling)
-                pixels = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-                from PIL import Image
-                drawn = [Image.fromarray(x) for x in pixels]
-                tqdm.write(f"step {step + 1}: loss {smooth:.4f} {shapes.scores(drawn, wanted)}")
-                Image.fromarray(np.concatenate([np.concatenate(pixels[r:r + 12], 1) for r in range(0, 48, 12)], 0)).resize((768 * 2, 512)).save(args.out / "grid.png")
-                for name, p in toy.named_parameters():
-                    p.copy_(own[name])
+    logging.disable_progress_bar()
+    if args.publish:
+        publish(args.out / "bundle", Path(__file__).parent / "checkpoint")
+    elif args.judge:
+        print(judge(args.out / "bundle", args.out / "grid.png", args.judge, args.guidance))
+    else:
+        train(args)
 
 
 if __name__ == "__main__":
