@@ -28,7 +28,7 @@ import re
 import shutil
 import sys
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -194,9 +194,16 @@ def per_level(value: int | list, levels: int) -> tuple:
 def check_supported(read: dict, written: dict):
     """Raises ValueError for every entry of a config.json that we would not have written. Null is false is absent."""
     wrong = [f"{key}={value!r}" for key, value in read.items()
-             if not key.startswith("_") and (value or None) != (written.get(key) or None)]
+             if not key.startswith("_") and ((value or None) != (written.get(key) or None) or uneven(key, value))]
     if wrong:
         raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
+
+
+def uneven(key: str, value) -> bool:
+    """Whether an entry has a number for each level, or for each pair, where this U-Net has one."""
+    lists = ("attention_head_dim", "block_out_channels", "transformer_layers_per_block")
+    return isinstance(value, (list, tuple)) and not key.endswith("_types") and (
+        key not in lists or any(isinstance(entry, (list, tuple)) for entry in value))
 
 
 PRESETS = {  #         transformer blocks   in Mid        pairs       parameters: Table 2's 2,567M, 1,161M and 782M
@@ -216,7 +223,8 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     if teacher.pairs != 2 or not teacher.mid_depth:
         raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in an encoder stage, and a Mid block")
     lowest = min(koala.depths[-1], teacher.depths[-1])
-    return replace(teacher, depths=(*teacher.depths[:-1], lowest), mid_depth=min(koala.mid_depth, lowest), pairs=koala.pairs)
+    return replace(teacher, pairs=koala.pairs, depths=(*teacher.depths[:-1], lowest),
+                   mid_depth=min(koala.mid_depth, teacher.mid_depth))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -544,6 +552,10 @@ class UNet(nn.Module):
 
     def set_checkpointing(self, mode: str):
         """What the backward pass recomputes: "none", "selective" (the cheap layers) or "full" (whole blocks)."""
+        if mode not in CHECKPOINTING:
+            raise ValueError(f"no checkpointing {mode!r}; choose from {', '.join(CHECKPOINTING)}")
+        if mode != "none":  # a compiled U-Net too keeps features in the forward pass alone, and stays one graph
+            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
             if isinstance(module, Recomputed):
                 module.checkpointing = mode
@@ -777,10 +789,11 @@ def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig,
     path = find(source, f"{kind.FOLDER}/config.json", "config.json")
     if path is None:
         raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {described(source)}")
+    config = read_json(path)
     try:
-        return kind.CONFIG.from_diffusers(read_json(path)), path
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}: it is not the config.json of a {kind.__name__}") from None
+        return kind.CONFIG.from_diffusers(config), path
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the config.json of a {kind.__name__} ({one_line(error)})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -790,13 +803,15 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
     prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
     weights = {}
     for file in weight_files(source, prefix, dtype):
-        weights |= read_tensors(file, dtype, device)
+        weights |= read_tensors(file)
     # SDXL's VAE and older ones name the attention of the Mid block differently.
     weights = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b",
                       lambda old: old[1] + OLD_NAMES[old[2]], name): tensor for name, tensor in weights.items()}
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = kind(config)
     check_tensors(weights, network, path.parent)
+    for name in weights:  # one by one, so that both types of all of them are never in memory
+        weights[name] = weights[name].to(device, dtype)
     network.load_state_dict(weights, strict=True, assign=True)
     return network
 
@@ -808,27 +823,44 @@ def find(source: str | Path, *names: str) -> Path | None:
     """The first of these files that `source` has: a local folder if there is one, else a hub id. None if none."""
     if Path(source).is_dir():
         return next((path for name in names if (path := Path(source, name)).is_file()), None)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give a folder, or a hub id such as etri-vilab/koala-700m")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError)
 
     for name in names:
         try:
-            return Path(hf_hub_download(str(source), name, etag_timeout=5))
+            return Path(hf_hub_download(str(source), name, etag_timeout=5, local_files_only=not hub_answers()))
         except LocalEntryNotFoundError:
             unreachable = True  # nor is it in the local cache; another name may be
         except EntryNotFoundError:
             unreachable = False
         except RepositoryNotFoundError:
             raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
-        except (HfHubHTTPError, OSError) as error:
+        except (HFValidationError, OSError) as error:
             raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
     if unreachable:
         raise FileNotFoundError(
             f"{names[0]} of {source} is neither a local folder's nor in the hub's cache, and the hub is out of reach; "
             f"where there is a network: hf download {source}, then give its folder or set HF_HOME")
     return None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub is within reach, asked once: `hf_hub_download` would ask for half a minute, for every file."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except (HTTPError, OSError):
+        return False
+    return True
 
 
 def described(source: str | Path) -> str:
@@ -859,24 +891,29 @@ def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> 
         print(f"{described(source)}: using {prefix}{path.name}", file=sys.stderr)
     if path.suffix != ".json":
         return [path]
-    shards = sorted(set(read_json(path)["weight_map"].values()))
+    index = read_json(path)
+    try:
+        shards = sorted(set(index["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} does not say which file has which tensor; fetch it anew") from None
     files = [find(source, prefix + shard) for shard in shards]
     if None in files:
         raise FileNotFoundError(f"no {prefix}{shards[files.index(None)]}, named in {path.name}, in {described(source)}")
     return files
 
 
-def read_tensors(path: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file. Raises ValueError for a file that is broken or something else."""
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name).to(device, dtype) for name in file.keys()}
+            return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
         with open(path, "rb") as file:
-            head = file.read(64).lstrip().lower()
+            head = file.read(64)
         kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file it stands for: run git lfs pull",
                  b"<": "an HTML page: fetch the file itself", b"pk\x03\x04": "a pickle, and is not opened",
                  b"\x80": "a pickle, and is not opened"}
+        head = b"" if head[8:9] == b"{" else head.lstrip().lower()  # after eight bytes the header, which is JSON
         what = next((what for start, what in kinds.items() if head.startswith(start)), None)
         raise ValueError(f"{path} is {what or f'cut or damaged, fetch it anew ({one_line(error)})'}") from None
 

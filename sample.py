@@ -89,7 +89,7 @@ def command_line() -> argparse.Namespace:
     add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
-    add("--guidance", type=number(float, 1), metavar="X", help="1 for none, if not the preset's")
+    add("--guidance", type=number(float, 1), metavar="X", help="strength, 1 for none, if not the preset's")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
         help="pictures of each prompt, seeds counting up")

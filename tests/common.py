@@ -1,4 +1,4 @@
-"""What the tests of the networks and oracle.py share: small configurations, and weights and inputs made from names."""
+"""What the tests share with oracle.py: small configurations, and weights and inputs made from names."""
 
 import math
 import zlib
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
 
-# Configurations as the official files write them. Every width differs from the others, so that none can be swapped.
-OFFICIAL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}
-SDXL = OFFICIAL | {
+# Configurations as the official files write them. All widths differ, so that none can be swapped.
+SMALL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}
+SDXL = SMALL | {
     "block_out_channels": [32, 64, 96], "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 3],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "use_linear_projection": True,
-    "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 24 + 6 * 8, "mid_block_type": "UNetMidBlock2DCrossAttn"}
-SD1 = OFFICIAL | {  # four levels, the last without attention; convolutions; no `mid_block_type`, which means there is one
+SD1 = SMALL | {  # the last level is without attention; no `mid_block_type`, which means that there is one
     "block_out_channels": [32, 64, 96, 128], "layers_per_block": 2, "attention_head_dim": 8,
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
     "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3}
@@ -69,7 +69,8 @@ def inputs(config: dict, size: str) -> dict[str, Tensor]:
     result = {"sample": draw(f"sample {size}", batch, 4, height, width), "timestep": torch.tensor(timestep),
               "context": draw(f"context {size}", batch, 7, config["cross_attention_dim"])}
     if config.get("addition_embed_type"):
-        sizes = torch.tensor([[1024.0, 768, 0, 37, 1024, 1024], [512, 512, 8, 0, 640, 640], [333, 1024, 0, 0, 960, 960]])
+        sizes = torch.tensor([
+            [1024.0, 768, 0, 37, 1024, 1024], [512, 512, 8, 0, 640, 640], [333, 1024, 0, 0, 960, 960]])
         result |= {"pooled": draw(f"pooled {size}", batch, 24), "time_ids": sizes[:batch]}
     return result
 

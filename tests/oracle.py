@@ -1,10 +1,10 @@
 """
-Makes answers/diffusers.safetensors, what diffusers answers where the tests ask; they hold it against model.py.
+Makes answers/diffusers.safetensors: what diffusers answers where the tests ask model.py.
 
     python tests/oracle.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 
-Outputs of its networks on small configurations, and as metadata a digest of the names and shapes of all tensors of
-the official networks. Uses nothing of model.py, neither to make the networks nor to fill them.
+Outputs of its networks on small configurations, and as metadata a digest of the names and shapes of all
+tensors of the official networks. Uses nothing of model.py, neither to make the networks nor to fill them.
 """
 
 import torch
@@ -17,20 +17,21 @@ from common import ANSWERS, PICTURES, SIZES, UNETS, VAES, digest, fill, inputs, 
 FULL = {  # the official configurations, where they differ from what diffusers takes for granted
     "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 10],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "attention_head_dim": [5, 10, 20],
-    "cross_attention_dim": 2048, "use_linear_projection": True, "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816}
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816}
 FULL_UNETS = {
     "sdxl": FULL,
     "1b": FULL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
     "700m": FULL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5], "mid_block_type": None},
 }
 FULL_VAE = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4}
+    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
 
 
-def predict(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, context: Tensor, **added: Tensor) -> Tensor:
+def predict(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, context: Tensor, **added) -> Tensor:
     """The answer of diffusers' U-Net to inputs by our names."""
     conditions = {"text_embeds": added["pooled"], "time_ids": added["time_ids"]} if added else None
     return unet(sample, timestep, context, added_cond_kwargs=conditions).sample
@@ -50,8 +51,9 @@ def main():
             answers |= {f"{name} {size} mean": found.mean, f"{name} {size} logvar": found.logvar}
             answers[f"{name} {size} image"] = vae.decode(latent).sample
     with torch.device("meta"):
-        digests = {name: digest(UNet2DConditionModel.from_config(config)) for name, config in FULL_UNETS.items()}
-        digests["vae"] = digest(AutoencoderKL.from_config(FULL_VAE))
+        networks = {name: UNet2DConditionModel.from_config(config) for name, config in FULL_UNETS.items()}
+        networks["vae"] = AutoencoderKL.from_config(FULL_VAE)
+    digests = {name: digest(network) for name, network in networks.items()}
     ANSWERS.parent.mkdir(exist_ok=True)
     save_file({name: answer.contiguous() for name, answer in answers.items()}, ANSWERS, digests)
 

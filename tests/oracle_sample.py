@@ -1,5 +1,5 @@
 """
-Makes answers/sample.safetensors, the pictures that diffusers' StableDiffusionXLPipeline draws of the cases in bundles.py.
+Makes answers/sample.safetensors, the pictures that StableDiffusionXLPipeline of diffusers draws of bundles.py's cases.
 
     python tests/oracle_sample.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 """

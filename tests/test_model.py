@@ -11,8 +11,8 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import ANSWERS, PICTURES, SIZES, UNETS, VAES, digest, draw, error, fill, inputs, pictures
-from model import (FEATURES, PRESETS, VAE, Features, UNet, UNetConfig, VAEConfig, feature_paths, inherit, stages,
-                   student_config)
+from model import (FEATURES, PRESETS, VAE, Features, UNet, UNetConfig, VAEConfig, feature_paths, inherit,
+                   stages, student_config)
 
 PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724, "vae": 83_653_863}
 SDXL_FILE = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
@@ -21,13 +21,17 @@ SDXL_FILE = {  # unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
     "attention_head_dim": [5, 10, 20], "block_out_channels": [320, 640, 1280], "center_input_sample": False,
     "class_embed_type": None, "class_embeddings_concat": False, "conv_in_kernel": 3, "conv_out_kernel": 3,
     "cross_attention_dim": 2048, "cross_attention_norm": None,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"], "downsample_padding": 1,
-    "dual_cross_attention": False, "encoder_hid_dim": None, "encoder_hid_dim_type": None, "flip_sin_to_cos": True,
-    "freq_shift": 0, "in_channels": 4, "layers_per_block": 2, "mid_block_only_cross_attention": None,
-    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05, "norm_num_groups": 32,
-    "num_attention_heads": None, "num_class_embeds": None, "only_cross_attention": False, "out_channels": 4,
-    "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0, "resnet_skip_time_act": False,
-    "resnet_time_scale_shift": "default", "sample_size": 128, "time_cond_proj_dim": None,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "downsample_padding": 1, "dual_cross_attention": False, "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+    "mid_block_only_cross_attention": None,
+    "mid_block_scale_factor": 1, "mid_block_type": "UNetMidBlock2DCrossAttn", "norm_eps": 1e-05,
+    "norm_num_groups": 32, "num_attention_heads": None, "num_class_embeds": None,
+    "only_cross_attention": False, "out_channels": 4,
+    "projection_class_embeddings_input_dim": 2816, "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False, "resnet_time_scale_shift": "default", "sample_size": 128,
+    "time_cond_proj_dim": None,
     "time_embedding_act_fn": None, "time_embedding_dim": None, "time_embedding_type": "positional",
     "timestep_post_act": None, "transformer_layers_per_block": [1, 2, 10],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "upcast_attention": None,
@@ -36,9 +40,11 @@ KOALA = {"1b": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]
          "700m": {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5], "mid_block_type": None}}
 VAE_FILE = {  # vae/config.json of the same
     "_class_name": "AutoencoderKL", "_diffusers_version": "0.20.0.dev0", "_name_or_path": "../sdxl-vae/",
-    "act_fn": "silu", "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "force_upcast": True, "in_channels": 3, "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32,
-    "out_channels": 3, "sample_size": 1024, "scaling_factor": 0.13025, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    "act_fn": "silu", "block_out_channels": [128, 256, 512, 512],
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "force_upcast": True, "in_channels": 3,
+    "latent_channels": 4, "layers_per_block": 2,
+    "norm_num_groups": 32, "out_channels": 3, "sample_size": 1024, "scaling_factor": 0.13025,
+    "up_block_types": ["UpDecoderBlock2D"] * 4}
 TINY = UNetConfig((32, 64), (0, 1), 1, 1, (2, 4), context_dim=40, pooled_dim=24, size_dim=8, groups=8)
 
 
@@ -115,7 +121,7 @@ def test_vae_bounds_the_variance():
 def test_timestep_may_be_one_number():
     ours, given = unet("700m"), inputs(UNETS["700m"], "batch")
     expected = ours(**given | {"timestep": torch.tensor([381] * 3)})
-    for timestep in (381, 381.0, torch.tensor(381), torch.tensor([381]), torch.tensor([381] * 3, dtype=torch.int32)):
+    for timestep in (381, 381.0, torch.tensor(381), torch.tensor([381]), torch.tensor([381] * 3).int()):
         assert torch.equal(ours(**given | {"timestep": timestep}), expected), timestep
 
 
@@ -165,9 +171,10 @@ def test_what_an_absent_entry_means():
 
 @pytest.mark.parametrize("changed", [
     {"act_fn": "gelu"}, {"time_cond_proj_dim": 256}, {"class_embed_type": "timestep"}, {"norm_eps": 1e-6},
-    {"mid_block_type": "UNetMidBlock2D"}, {"only_cross_attention": True}, {"resnet_time_scale_shift": "scale_shift"},
-    {"encoder_hid_dim_type": "text_proj"}, {"down_block_types": ["AttnDownBlock2D"] * 3}, {"num_attention_heads": 8},
-    {"flip_sin_to_cos": False}, {"addition_embed_type": "text"}, {"something_new": 1},
+    {"mid_block_type": "UNetMidBlock2D"}, {"only_cross_attention": True},
+    {"resnet_time_scale_shift": "scale_shift"}, {"encoder_hid_dim_type": "text_proj"},
+    {"down_block_types": ["AttnDownBlock2D"] * 3}, {"num_attention_heads": 8}, {"flip_sin_to_cos": False},
+    {"addition_embed_type": "text"}, {"something_new": 1},
     {"reverse_transformer_layers_per_block": [10, 2, 1]}, {"layers_per_block": [2, 2, 2]},
     {"transformer_layers_per_block": [1, [2, 2], [4, 4]]}, {"cross_attention_dim": [768, 2048, 2048]},
 ], ids=lambda changed: next(iter(changed)))
@@ -204,7 +211,8 @@ def test_surgery_of_other_teachers():
     assert student_config(shallow, "700m") == replace(shallow, pairs=1, mid_depth=0)
 
 
-@pytest.mark.parametrize("teacher", [PRESETS["1b"], replace(PRESETS["sdxl"], mid_depth=0), replace(PRESETS["sdxl"], pairs=3)])
+@pytest.mark.parametrize("teacher", [
+    PRESETS["1b"], replace(PRESETS["sdxl"], mid_depth=0), replace(PRESETS["sdxl"], pairs=3)])
 def test_surgery_needs_a_teacher_of_this_shape(teacher):
     with pytest.raises(ValueError, match="two pairs .* Mid"):
         student_config(teacher, "700m")
@@ -215,8 +223,10 @@ def test_every_tensor_is_the_teachers_at_the_same_place(name):
     teacher = unet("sdxl")
     student = UNet(student_config(teacher.config, name))
     inherit(student, teacher)
-    moved = {"up_blocks.0.resnets.1.": "up_blocks.0.resnets.2.", "up_blocks.0.attentions.1.": "up_blocks.0.attentions.2.",
-             "up_blocks.1.resnets.1.": "up_blocks.1.resnets.2.", "up_blocks.1.attentions.1.": "up_blocks.1.attentions.2.",
+    moved = {"up_blocks.0.resnets.1.": "up_blocks.0.resnets.2.",
+             "up_blocks.0.attentions.1.": "up_blocks.0.attentions.2.",
+             "up_blocks.1.resnets.1.": "up_blocks.1.resnets.2.",
+             "up_blocks.1.attentions.1.": "up_blocks.1.attentions.2.",
              "up_blocks.2.resnets.1.": "up_blocks.2.resnets.2."}
     weights, used = teacher.state_dict(), Counter()
     for path, tensor in student.state_dict().items():
@@ -250,7 +260,8 @@ COUNTS = {  # of the transformer blocks, and so of SA, CA and FFN; and of Res
 
 
 def all_paths(network: UNet) -> list[str]:
-    return [path for kind in FEATURES for stage in stages(network.config) for path in feature_paths(network, kind, stage)]
+    return [path for kind in FEATURES for stage in stages(network.config)
+            for path in feature_paths(network, kind, stage)]
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -266,7 +277,7 @@ def test_features_of_every_stage(name):
 
 
 def plain_hooks(network: UNet) -> dict:
-    """Collects the features of a run by the definitions of the paper, at other modules than `Features` does."""
+    """Collects the features of a run by the paper's definitions, at other modules than `Features` does."""
     found = {}
 
     def leaves(path: str, module: torch.nn.Module):
@@ -409,8 +420,10 @@ def test_features_of_a_distributed_unet(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-def test_a_compiled_unet_is_one_graph():
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_a_compiled_unet_is_one_graph(mode):
     network, given = fill(UNet(TINY)), inputs(UNETS["sdxl"], "odd")
+    network.set_checkpointing(mode)
     features = Features(network, all_paths(network))
     expected = gradients(network, features, given)
     compiled = torch.compile(network, backend="eager", fullgraph=True)

@@ -147,12 +147,16 @@ def test_the_true_noise_leads_back_to_the_image():
             torch.testing.assert_close(sample.euler(predict, start, ours, 5), image)
 
 
-def test_added_noise_is_the_sampler_s():
+def test_added_noise_and_targets_are_the_sampler_s():
     image, noise = torch.randn(2, 3, 4, 2, 2, generator=torch.Generator().manual_seed(0))
-    ours, timesteps = schedule("leading"), torch.tensor([0, 500, 999])
-    sigmas = ours.all_sigmas[timesteps][:, None, None, None]
-    expected = (image + sigmas * noise) / (sigmas**2 + 1).sqrt()
-    torch.testing.assert_close(ours.add_noise(image, noise, timesteps), expected.float())
+    timesteps = torch.tensor([0, 500, 999])
+    for prediction in ("epsilon", "v_prediction"):
+        ours = schedule("leading", prediction_type=prediction)
+        sigmas = ours.all_sigmas[timesteps][:, None, None, None]
+        scale = (sigmas**2 + 1).sqrt()
+        torch.testing.assert_close(ours.add_noise(image, noise, timesteps), ((image + sigmas * noise) / scale).float())
+        target = noise if prediction == "epsilon" else ((noise - sigmas * image) / scale).float()
+        torch.testing.assert_close(ours.target(image, noise, timesteps), target)
 
 
 # Pictures
@@ -193,7 +197,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
 def test_one_seed_is_every_prompt_s(pipeline):
     assert same(pipeline(["a box", "a box"], seed=5, **SMALL), pipeline(["a box", "a box"], seed=[5, 5], **SMALL))
     for prompts, seeds in ((["a box"], [1, 2]), ([], 0), ([], [])):
-        with pytest.raises(ValueError, match="one seed, or one for each prompt"):
+        with pytest.raises(ValueError, match="give one, or one for each prompt"):
             pipeline(prompts, seed=seeds)
 
 
@@ -352,12 +356,15 @@ def test_a_column_for_each_model_and_a_row_for_each_prompt_and_seed(program, fol
     assert sheet([[column[0] for column in columns]]).tobytes() == drawn.crop((0, 0, 96, 32)).tobytes()
 
 
-def test_all_columns_have_the_first_one_s_size(program, folder, tmp_path):
+def test_all_columns_have_the_first_one_s_size(program, folder, pipeline, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "unet" / "config.json").read_text())
     (other / "unet" / "config.json").write_text(json.dumps(config | {"sample_size": 4}))
     assert program("--prompt", "a box", "--model", other, folder, "--steps", "1")[0] == 0
-    assert Image.open("sample.png").size == (64, 32)
+    drawn = Image.open("sample.png")
+    assert drawn.size == (64, 32)
+    second = pipeline(["a box"], steps=1, height=32, width=32)
+    assert drawn.crop((32, 0, 64, 32)).tobytes() == second[0].tobytes()
 
 
 PROMPT = ("--prompt", "a box")
@@ -480,7 +487,7 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
     for args, code in (([*PROMPT, "--steps", "0"], 2), ([*PROMPT, "--out", tmp_path / "missing" / "x.png"], 1)):
         result = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", *args],
                                 capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-        imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if line.startswith("import time:")}
+        imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
         assert result.returncode == code and result.stderr.splitlines()[-1].startswith("error: ")
         assert "argparse" in imported and not imported & {"torch", "numpy", "PIL", "transformers", "safetensors"}
 

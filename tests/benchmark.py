@@ -1,0 +1,190 @@
+"""
+Our speed and memory beside diffusers', in turns and in one run, so that a slow moment of the machine falls on both.
+
+    python tests/benchmark.py                    # all; needs diffusers, and toy/checkpoint for the last three
+    python tests/benchmark.py unet toy           # some of: unet toy train load sample start distill
+
+Each line: median seconds of ours and theirs, and the median of the ratios of neighbours (below 1: ours is faster).
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import model  # noqa: E402
+
+TOY = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=96, pooled_dim=64, size_dim=32, groups=8,
+                       sample_size=32)
+
+
+def in_turns(name: str, ours, theirs, runs: int = 7):
+    times = []
+    for run in range(runs + 1):  # the first pair warms up
+        pair = []
+        for call in (ours, theirs):
+            start = time.perf_counter()
+            call()
+            pair.append(time.perf_counter() - start)
+        times += [pair] * (run > 0)
+    a, b = (statistics.median(side) for side in zip(*times))
+    ratio = statistics.median(mine / yours for mine, yours in times)
+    print(f"{name:34} ours {a:8.3f} s   diffusers {b:8.3f} s   ratio {ratio:.3f}   {runs} runs", flush=True)
+
+
+def networks(config: model.UNetConfig, dtype: torch.dtype):
+    """The same network twice, and a function that makes inputs for both."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(0)
+    ours = model.UNet(config).to(dtype)
+    theirs = UNet2DConditionModel.from_config(config.to_diffusers()).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    ours = ours.to(memory_format=torch.channels_last)  # as load_pipeline does
+
+    def inputs(batch: int, side: int):
+        return (torch.randn(batch, 4, side, side, dtype=dtype), torch.full((batch,), 500),
+                torch.randn(batch, 77, config.context_dim, dtype=dtype), torch.randn(batch, config.pooled_dim, dtype=dtype),
+                torch.full((batch, 6), 1024.0, dtype=dtype))
+
+    def call_theirs(x, t, context, pooled, time_ids):
+        return theirs(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
+
+    return ours, theirs, call_theirs, inputs
+
+
+@torch.inference_mode()
+def forward(name: str, config: model.UNetConfig, dtype: torch.dtype, batch: int, side: int):
+    ours, _, theirs, inputs = networks(config, dtype)
+    x = inputs(batch, side)
+    difference = (ours(*x) - theirs(*x)).norm() / theirs(*x).norm()
+    in_turns(f"{name} {str(dtype)[6:]}", lambda: ours(*x), lambda: theirs(*x))
+    print(f"{'':34} relative difference {difference:.1e}")
+
+
+def unet():
+    for dtype in (torch.float32, torch.bfloat16):
+        forward("700m, batch 2, latent 64, forward", model.PRESETS["700m"], dtype, 2, 64)
+
+
+def toy():
+    for batch in (2, 32):
+        forward(f"toy, batch {batch}, forward", TOY, torch.float32, batch, 32)
+
+
+def train():
+    narrow = model.replace(model.PRESETS["700m"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256, pooled_dim=128)
+    for name, config, batch, side in (("toy", TOY, 8, 32), ("700m, a fifth as wide", narrow, 2, 64)):
+        ours, _, theirs, inputs = networks(config, torch.float32)
+        x = inputs(batch, side)
+        in_turns(f"{name}, batch {batch}, and backward", lambda: ours(*x).square().mean().backward(),
+                 lambda: theirs(*x).square().mean().backward())
+
+
+def in_process(code: str) -> tuple[float, float]:
+    """Seconds and peak GB that a new process gives for `code`, its imports not counted in the seconds."""
+    head, body = code.split("# ---\n")
+    program = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n{head}\nstart = time.perf_counter()\n{body}\n"
+               "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)")
+    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    seconds, peak = output.split()[-2:]
+    return float(seconds), float(peak)
+
+
+def load():
+    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
+        unet = model.UNet(model.PRESETS["700m"]).half()
+        model.save_unet(unet.to_empty(device="cpu").requires_grad_(False).apply(
+            lambda module: [parameter.normal_(std=0.02) for parameter in module.parameters(recurse=False)]), folder)
+        size = Path(folder, f"{model.WEIGHTS}.safetensors").stat().st_size / 1e9
+        ours = f"import torch, model\n# ---\nmodel.load_unet({folder!r}, torch.float16)"
+        theirs = (f"import torch, diffusers\nfrom diffusers import UNet2DConditionModel\n# ---\n"
+                  f"UNet2DConditionModel.from_pretrained({folder!r}, torch_dtype=torch.float16)")
+        pairs = [(in_process(ours), in_process(theirs)) for _ in range(8)][1:]
+    for i, what in enumerate(("s", "GB at the peak")):
+        a, b = (statistics.median(side[i] for side in column) for column in zip(*pairs))
+        ratio = statistics.median(mine[i] / yours[i] for mine, yours in pairs)
+        print(f"{f'load 700m, a file of {size:.2f} GB':34} ours {a:8.3f} {what}   diffusers {b:8.3f} {what}   ratio {ratio:.3f}")
+
+
+def sample():
+    from diffusers import StableDiffusionXLPipeline
+    from sample import PRESETS, load_pipeline
+
+    ours, theirs = load_pipeline("toy"), StableDiffusionXLPipeline.from_pretrained(PRESETS["toy"].source)
+    theirs.set_progress_bar_config(disable=True)
+    prompts = ["a red circle left of a blue square"] * 4
+    in_turns("toy, 25 steps, 4 images", lambda: ours(prompts, guidance=5.0), lambda: theirs(prompts, num_inference_steps=25, guidance_scale=5.0))
+
+
+def start():
+    program = (f"from diffusers import StableDiffusionXLPipeline; StableDiffusionXLPipeline.from_pretrained("
+               f"{str(ROOT / 'toy' / 'checkpoint')!r})('a red circle', num_inference_steps=1).images[0].save('/dev/null', 'png')")
+    run = lambda *command: subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        in_turns("the whole command, 1 step", lambda: run("sample.py", "--prompt", "a red circle", "--steps", "1", "--out", f"{folder}/a.png"),
+                 lambda: run("-c", program))
+
+
+def distill():
+    """A step of ours and of a plain loop with diffusers' networks and hooks, with the same features and losses."""
+    from diffusers import UNet2DConditionModel
+    from distill import losses, match_features
+
+    teacher, student = model.UNet(TOY), model.UNet(model.student_config(TOY, "700m"))
+    model.inherit(student, teacher)
+    matched = match_features(student, teacher, "SA,LF@DW-1,LF@UP-3")
+    theirs = []
+    for network in (teacher, student):
+        theirs.append(UNet2DConditionModel.from_config(network.config.to_diffusers()))
+        theirs[-1].load_state_dict(network.state_dict())
+    teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+    theirs[0].requires_grad_(False)
+    student.to(memory_format=torch.channels_last)
+    taught, learned = model.Features(teacher, list(matched.values())), model.Features(student, list(matched))
+    kept = {}
+    for side, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
+        for path in paths:
+            network.get_submodule(path).register_forward_hook(
+                lambda module, args, output, key=(side, path): kept.__setitem__(key, output[0] if isinstance(output, tuple) else output))
+    batch = 16
+    x = (torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.randn(batch, 16, 96), torch.randn(batch, 64), torch.full((batch, 6), 64.0))
+    noise = torch.randn_like(x[0])
+    optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-5, fused=fused) for network, fused in ((student, True), (theirs[1], False))]
+
+    def ours_step():
+        with torch.no_grad(), taught as t:
+            wanted = teacher(*x)
+        with learned as s:
+            prediction = student(*x)
+        sum(losses(prediction, noise, wanted, [s[p] for p in matched], [t[p] for p in matched.values()])).backward()
+        optimizers[0].step()
+        optimizers[0].zero_grad()
+
+    def their_step():
+        named = {"added_cond_kwargs": {"text_embeds": x[3], "time_ids": x[4]}}
+        with torch.no_grad():
+            wanted = theirs[0](*x[:3], **named).sample
+        prediction = theirs[1](*x[:3], **named).sample
+        loss = F.mse_loss(prediction.float(), noise.float()) + F.mse_loss(prediction.float(), wanted.float())
+        loss = loss + sum(F.mse_loss(kept["s", a].float(), kept["t", b].float()) for a, b in matched.items())
+        loss.backward()
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+
+    in_turns(f"toy, distillation step of {batch}", ours_step, their_step)
+
+
+if __name__ == "__main__":
+    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}))
+    for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill"]:
+        globals()[name]()
