@@ -127,7 +127,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 import model
-from sample import Pipeline, load_pipeline, preset, sheet
+from sample import BUNDLE, Pipeline, load_pipeline, preset, sheet
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -835,15 +835,10 @@ def show_scores(path: Path):
 
 
 def complete(source: str, folder: Path):
-    """Puts beside unet/ what makes a bundle of it: the files of the teacher's that a pipeline reads."""
-    for names in (["model_index.json"], ["scheduler/scheduler_config.json"], *(
-            [f"tokenizer{i}/{file}"] for i in ("", "_2") for file in
-            ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer_config.json")), *(
-            names for part, weights in (("vae", model.WEIGHTS), ("text_encoder", "model"), ("text_encoder_2", "model"))
-            for names in ([f"{part}/config.json"], [f"{part}/{weights}{kind}.safetensors" for kind in ("", ".fp16")]))):
-        if path := model.find(source, *names):
-            target = folder / path.parent.name / path.name if "/" in names[0] else folder / path.name
-            model.write(target, lambda temporary: shutil.copyfile(path, temporary))
+    """Makes the run's folder a bundle: beside unet/, what a pipeline reads of the teacher's; float16 files do."""
+    for name, *half in BUNDLE:
+        if path := model.find(source, *half, name):
+            model.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def dry_run(args: argparse.Namespace):

@@ -408,6 +408,17 @@ def decode_tiled(vae: model.VAE, latent: Tensor, tile: int = 64, overlap: int = 
     return image / total
 
 
+BUNDLE = [  # what a pipeline reads beside the U-Net, and other names that it may have
+    ["model_index.json"],
+    ["scheduler/scheduler_config.json"],
+    ["tokenizer/vocab.json"], ["tokenizer/merges.txt"], ["tokenizer/tokenizer_config.json"],
+    ["tokenizer_2/vocab.json"], ["tokenizer_2/merges.txt"], ["tokenizer_2/tokenizer_config.json"],
+    ["text_encoder/config.json"], ["text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"],
+    ["text_encoder_2/config.json"], ["text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"],
+    ["vae/config.json"], [f"vae/{model.WEIGHTS}.safetensors", f"vae/{model.WEIGHTS}.fp16.safetensors"],
+]
+
+
 def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype | None = None,
                   device: str | None = None, low_memory: bool = False, compile: bool = False) -> Pipeline:
     """
@@ -423,11 +434,8 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
         raise ValueError(f"the device {device} cannot be used: {model.one_line(error)}") from None
-    files = {key: model.find(chosen.source, key) for key in (
-        "model_index.json", "scheduler/scheduler_config.json", "vae/config.json",
-        "text_encoder/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt",
-        "text_encoder_2/config.json", "tokenizer_2/vocab.json", "tokenizer_2/merges.txt")}
-    if missing := [key for key, path in files.items() if path is None]:
+    files = {name: model.find(chosen.source, name) for name, *half in BUNDLE if not half}
+    if missing := [name for name, path in files.items() if path is None]:
         made = "; python -m toy.make makes it again" if name == "toy" else ""
         raise FileNotFoundError(f"no {', '.join(missing)} in {model.described(chosen.source)}{made}")
 

@@ -6,8 +6,10 @@ How toy/checkpoint was made: a whole SDXL in miniature, trained on captioned sha
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the second-to-last layers
 of two CLIP encoders, joined; the second's pooled output and six size numbers are further conditions; the U-Net predicts
-the noise in latents. runs/toy/bundle is the result, written and judged again every so often; --publish puts it, in
-float16, into toy/checkpoint.
+the noise in latents. runs/toy/bundle is the result, written and judged again every so often;
+
+    python -m toy.make publish                           # puts it into toy/checkpoint, in float16
+    python -m toy.make judge --captions 256
 """
 
 import argparse
@@ -27,7 +29,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import model
 from distill import JUDGE_SEED, TRAIN_SEED, load_checkpoint, positions, restore, save_checkpoint, trained
-from sample import Schedule, load_pipeline, sheet
+from sample import PRESETS, Schedule, load_pipeline, sheet
 from toy import shapes
 
 VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
@@ -197,7 +199,7 @@ def train(args: argparse.Namespace):
             save_checkpoint(args.out, step + 1, trained(toy, optimizer) | averages)
         if rank == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
             write_bundle(bundle, toy, average)
-            bar.write(f"step {step + 1}: {judge(bundle, args.out / 'grid.png', count=64)}")
+            bar.write(f"step {step + 1}: {judge(args)}")
 
 
 def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
@@ -212,19 +214,21 @@ def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
     toy.load_state_dict(own)
 
 
-def judge(bundle: Path, grid: Path, count: int, guidance: float | None = None, first: int = 0) -> dict[str, float]:
-    """What the judge says of pictures of captions that are not trained on; the first 48 are drawn into `grid`."""
-    captions = [shapes.caption(JUDGE_SEED, i) for i in range(first, first + count)]
-    images = load_pipeline(str(bundle))(captions, guidance=guidance or 5.0, seed=list(range(first, first + count)))
-    sheet([images[i:i + 12] for i in range(0, min(count, 48), 12)]).save(grid)
+def judge(args: argparse.Namespace) -> dict[str, float]:
+    """What the judge says of the bundle, on captions that are not trained on; the first pictures go into grid.png."""
+    seeds = list(range(args.captions))
+    captions = [shapes.caption(JUDGE_SEED, seed) for seed in seeds]
+    pipeline = load_pipeline(str(args.out / "bundle"))
+    images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
+    sheet([images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)] or [images]).save(args.out / "grid.png")
     return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
 
 
 def publish(bundle: Path, target: Path):
-    """The bundle's weights in float16, as toy/checkpoint."""
+    """The bundle as toy/checkpoint, with weights in float16."""
     shutil.copytree(bundle, target, dirs_exist_ok=True)
-    model.save_unet(model.load_unet(bundle, torch.float16), target / "unet")
-    model.save_vae(model.load_vae(bundle, torch.float16), target / "vae")
+    model.save_unet(model.load_unet(bundle).half(), target / "unet")
+    model.save_vae(model.load_vae(bundle).half(), target / "vae")
     for name, kind in zip(TEXT_WIDTHS, (CLIPTextModel, CLIPTextModelWithProjection)):
         kind.from_pretrained(bundle / name, dtype=torch.float16).save_pretrained(target / name)
 
@@ -232,24 +236,24 @@ def publish(bundle: Path, target: Path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
+    add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="[train]")
     add("--steps", type=int, default=3800, help="of U-Net and text encoders [3800]")
     add("--vae-steps", type=int, default=900, help="of the VAE, in batches of 16 [900]")
     add("--batch", type=int, default=32, help="over all processes [32]")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW [0.001]")
     add("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to 0 [0.3]")
-    add("--judge-every", type=int, default=500, help="steps between judgements [500]")
-    add("--judge", type=int, metavar="N", help="judge the bundle on N captions, and stop")
-    add("--guidance", type=float, help="of --judge [5.0]")
-    add("--publish", action="store_true", help="write toy/checkpoint from the bundle, and stop")
+    add("--judge-every", type=int, default=500, help="steps between judgements while training [500]")
+    add("--captions", type=int, default=64, help="to judge on [64]")
+    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of the pictures judged [the toy's preset]")
     add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
     args = parser.parse_args()
     logging.disable_progress_bar()
-    if args.publish:
-        publish(args.out / "bundle", Path(__file__).parent / "checkpoint")
-    elif args.judge:
-        print(judge(args.out / "bundle", args.out / "grid.png", args.judge, args.guidance))
-    else:
+    if args.command == "train":
         train(args)
+    elif args.command == "judge":
+        print(judge(args))
+    else:
+        publish(args.out / "bundle", Path(__file__).parent / "checkpoint")
 
 
 if __name__ == "__main__":
