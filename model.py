@@ -3,7 +3,7 @@ The networks of SDXL and KOALA: U-Net, VAE, the KOALA surgery, features for dist
 
 KOALA   Lee et al., arXiv 2312.04005          SDXL   Podell et al., arXiv 2307.01952
 
-One U-Net is written here; every variant of it is a row of numbers in PRESETS. The stages have the paper's names:
+One U-Net is written here; every variant is a row of numbers in PRESETS. Its stages have the paper's names:
 
     noisy latent                                                            noise prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
@@ -15,11 +15,12 @@ One U-Net is written here; every variant of it is a row of numbers in PRESETS. T
     T  transformer blocks, each self-attention (SA), cross-attention (CA), feed-forward (FFN):
        in SDXL two at DW-2 and UP-2, ten at DW-3, Mid and UP-1
 
-KOALA (section 4.1) drops one RT pair of every stage, cuts the ten to six (1B) or five (700M), and Mid for 700M.
-Modules are named as in the official checkpoints, so those load directly: `down_blocks.1` is DW-2, `up_blocks.0`
-is UP-1, and a lone `to_out.0` or `ff.net.2` keeps its number from a dropout or activation that has no weights.
+KOALA (section 4.1) drops one RT pair of every stage, cuts ten T to six (1B) or five (700M); 700M has no Mid.
+Modules are named as in the official checkpoints, which load directly: `down_blocks.1` is DW-2, `up_blocks.0`
+is UP-1, and a lone `to_out.0` or `ff.net.2` has its number from a dropout that once stood beside it.
 
-Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled width.
+Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens,
+P pooled width.
 """
 
 import json
@@ -47,22 +48,22 @@ class UNetConfig:
     """A U-Net of the Stable Diffusion family in numbers; the defaults are SDXL's."""
 
     channels: tuple[int, ...] = (320, 640, 1280)  # width of each level, finest first
-    depths: tuple[int, ...] = (0, 2, 10)  # transformer blocks in each pair of a level; 0: residual blocks alone
-    mid_depth: int = 10                   # transformer blocks in Mid; 0: there is no Mid
-    pairs: int = 2                        # residual-transformer pairs in an encoder stage; a decoder has one more
-    heads: tuple[int, ...] = (5, 10, 20)  # attention heads at each level
-    context_dim: int = 2048               # D of the text sequence
-    pooled_dim: int = 1280                # P of the pooled text; 0: neither it nor the sizes are conditions
-    size_dim: int = 256                   # sinusoids for each of the six size and crop numbers
-    linear_projection: bool = True        # tokens enter and leave a transformer by linear layers, or convolutions
-    groups: int = 32                      # of every group norm
+    depths: tuple[int, ...] = (0, 2, 10)          # transformer blocks in a pair, by level; 0: R alone
+    mid_depth: int = 10                           # transformer blocks in Mid; 0: there is no Mid
+    pairs: int = 2                                # RT in an encoder stage; a decoder stage has one more
+    heads: tuple[int, ...] = (5, 10, 20)          # of attention, by level
+    context_dim: int = 2048                       # D of the text sequence
+    pooled_dim: int = 1280                        # P of the pooled text; 0: no conditions but text and time
+    size_dim: int = 256                           # sinusoids for each of the six size and crop numbers
+    linear_projection: bool = True                # into and out of a transformer; or a 1x1 convolution
+    groups: int = 32                              # of every group norm
     in_channels: int = 4
     out_channels: int = 4
-    sample_size: int = 128                # latent height and width that it was trained for
+    sample_size: int = 128                        # latent height and width that it was trained for
 
     @classmethod
     def from_diffusers(cls, config: dict) -> "UNetConfig":
-        """Reads an official unet/config.json; ValueError names what it asks for that this U-Net does not have."""
+        """Reads an official unet/config.json; ValueError names what it asks for that is not here."""
         levels = len(config["block_out_channels"])
         attention = ["CrossAttn" in block for block in config["down_block_types"]]
         depths = per_level(config.get("transformer_layers_per_block", 1), levels)
@@ -93,7 +94,7 @@ class UNetConfig:
         depths = [depth or 1 for depth in self.depths]  # the official files write an unused depth as 1
         depths[-1] = self.depths[-1] or self.mid_depth or 1
         if self.mid_depth not in (0, depths[-1]):
-            raise ValueError(f"the official format cannot say a depth of {depths[-1]} with {self.mid_depth} in Mid")
+            raise ValueError(f"the official format has no depth {self.mid_depth} of Mid beside {depths[-1]}")
         return {
             "_class_name": "UNet2DConditionModel",
             "act_fn": "silu",
@@ -134,7 +135,7 @@ class VAEConfig:
     """An AutoencoderKL in numbers; the defaults are SDXL's."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
-    layers: int = 2                                   # residual blocks in an encoder level; a decoder's has one more
+    layers: int = 2                                   # R in an encoder stage; a decoder stage has one more
     latent_channels: int = 4
     groups: int = 32                                  # of every group norm
     scaling_factor: float = 0.13025                   # the U-Net sees latents times this
@@ -148,7 +149,7 @@ class VAEConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict) -> "VAEConfig":
-        """Reads an official vae/config.json; ValueError names what it asks for that this VAE does not have."""
+        """Reads an official vae/config.json; ValueError names what it asks for that is not here."""
         result = cls(
             channels=tuple(config["block_out_channels"]),
             layers=config.get("layers_per_block", 1),
@@ -192,9 +193,9 @@ def per_level(value: int | list, levels: int) -> tuple:
 
 
 def check_supported(read: dict, written: dict):
-    """Raises ValueError for every entry of a config.json that we would not have written. Null is false is absent."""
-    wrong = [f"{key}={value!r}" for key, value in read.items()
-             if not key.startswith("_") and ((value or None) != (written.get(key) or None) or uneven(key, value))]
+    """Raises ValueError for the entries of a config.json that we would not write; null is false is absent."""
+    wrong = [f"{key}={value!r}" for key, value in read.items() if not key.startswith("_")
+             and ((value or None) != (written.get(key) or None) or uneven(key, value))]
     if wrong:
         raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
 
@@ -206,7 +207,7 @@ def uneven(key: str, value) -> bool:
         key not in lists or any(isinstance(entry, (list, tuple)) for entry in value))
 
 
-PRESETS = {  #         transformer blocks   in Mid        pairs       parameters: Table 2's 2,567M, 1,161M and 782M
+PRESETS = {  #         transformer blocks   in Mid        pairs       parameters (Table 2)
     "sdxl": UNetConfig(depths=(0, 2, 10), mid_depth=10, pairs=2),  # 2,567,463,684
     "1b":   UNetConfig(depths=(0, 2, 6),  mid_depth=6,  pairs=1),  # 1,161,184,324
     "700m": UNetConfig(depths=(0, 2, 5),  mid_depth=0,  pairs=1),  #   782,822,724
@@ -221,7 +222,7 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     """
     koala = PRESETS[name]
     if teacher.pairs != 2 or not teacher.mid_depth:
-        raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in an encoder stage, and a Mid block")
+        raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in encoder stages, and Mid")
     lowest = min(koala.depths[-1], teacher.depths[-1])
     return replace(teacher, pairs=koala.pairs, depths=(*teacher.depths[:-1], lowest),
                    mid_depth=min(koala.mid_depth, teacher.mid_depth))
@@ -239,7 +240,7 @@ class Recomputed(nn.Module):
     def __call__(self, *args):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return super().__call__(*args)
-        # Non-reentrant, or a feature taken inside would come without a gradient. There is no dropout: no random state.
+        # Non-reentrant, or a feature taken inside would have no gradient. Nothing here is random.
         return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False,
                           **CHECKPOINTING[self.checkpointing])
 
@@ -311,7 +312,7 @@ class ResBlock(Recomputed):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `context`, or over itself (SA); its output is the feature of KOALA's loss."""
+    """Multi-head attention of x over `context`, or over itself: the SA that KOALA distils."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -339,14 +340,14 @@ class Attention(nn.Module):
 
 
 def sinusoids(numbers: Tensor, dim: int) -> Tensor:
-    """Numbers (N,) as cosines and sines of `dim` / 2 frequencies from 1 down to almost 1/10000: (N, dim), float32."""
+    """Numbers (N,) as cosines and sines of frequencies from 1 almost to 1/10000: (N, dim), float32."""
     frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float32, device=numbers.device) / (dim // 2))
     angles = numbers.float()[:, None] * frequencies              # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 class Embedding(nn.Module):
-    """Two linear layers that make sinusoids, or the added conditions, into the embedding the residual blocks read."""
+    """Two linear layers that make conditions into the embedding that residual blocks read."""
 
     def __init__(self, din: int, dout: int):
         super().__init__()
@@ -425,9 +426,10 @@ def image(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class Stage(nn.Module):
-    """Residual blocks, each from one width to another, with `transformers` of them followed by transformer blocks."""
+    """Residual blocks, from one width to another; the first `transformers` of them have one."""
 
-    def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int, config: UNetConfig):
+    def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int,
+                 config: UNetConfig):
         super().__init__()
         cout = widths[-1][1]
         self.resnets = nn.ModuleList(
@@ -473,8 +475,8 @@ class MidStage(Stage):
 class UpStage(Stage):
     """UP-i. Every pair reads one skip more; `skip_widths` are theirs, in the order they are used."""
 
-    def __init__(self, cin: int, cout: int, skip_widths: list[int], depth: int, heads: int, config: UNetConfig,
-                 last: bool):
+    def __init__(self, cin: int, cout: int, skip_widths: list[int], depth: int, heads: int,
+                 config: UNetConfig, last: bool):
         widths = [((cin if i == 0 else cout) + skip, cout) for i, skip in enumerate(skip_widths)]
         super().__init__(widths, len(widths) if depth else 0, depth, heads, config)
         self.upsamplers = nn.ModuleList([] if last else [Upsample(cout)])
@@ -484,7 +486,7 @@ class UpStage(Stage):
             x = torch.cat([x, skips.pop()], dim=1)               # (B, C + C of the skip, H, W)
             x = self.pair(i, x, emb, context)                    # (B, C, H, W)
         for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])                 # (B, C, 2H, 2W), or one less where the skip has
+            x = upsample(x, skips[-1].shape[2:])                 # (B, C, 2H, 2W), or the skip's one less
         return x                                                 # LF
 
 
@@ -505,7 +507,7 @@ class UNet(nn.Module):
             self.add_embedding = Embedding(config.pooled_dim + 6 * config.size_dim, emb_dim)
 
         self.down_blocks = nn.ModuleList()
-        x, skips = channels[0], [channels[0]]                    # widths, followed as `forward` follows tensors
+        x, skips = channels[0], [channels[0]]  # widths, followed as `forward` follows tensors
         for i, (cout, depth, heads) in enumerate(zip(channels, config.depths, config.heads)):
             self.down_blocks.append(DownStage(x, cout, depth, heads, config, last=i == last))
             x = cout
@@ -530,8 +532,8 @@ class UNet(nn.Module):
         The noise in `sample`.
 
         sample (B, 4, H, W) noisy latent; timestep (B,) or a single number, 0 to 999; context (B, L, D) text;
-        pooled (B, P) pooled text; time_ids (B, 6) original height and width, crop top and left, target height and
-        width, in pixels. The last two are for configurations with a `pooled_dim`. Returns (B, 4, H, W).
+        pooled (B, P) pooled text; time_ids (B, 6) original height and width, crop top and left, target height
+        and width, in pixels. The last two are for configurations with a `pooled_dim`. Returns (B, 4, H, W).
         """
         timestep = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         emb = self.time_embedding(sinusoids(timestep, self.config.channels[0]).to(sample.dtype))
@@ -543,18 +545,18 @@ class UNet(nn.Module):
         x = self.conv_in(sample)                                 # (B, C, H, W)
         skips = [x]
         for stage in self.down_blocks:                           # DW-1, DW-2, DW-3
-            x = stage(x, emb, context, skips)                    # (B, C, H, W), (B, 2C, H/2, W/2), (B, 4C, H/4, W/4)
+            x = stage(x, emb, context, skips)                    # (B, C, H/2, W/2) to (B, 4C, H/4, W/4)
         if self.config.mid_depth:                                # Mid
             x = self.mid_block(x, emb, context)                  # (B, 4C, H/4, W/4)
         for stage in self.up_blocks:                             # UP-1, UP-2, UP-3
-            x = stage(x, emb, context, skips)                    # (B, 4C, H/2, W/2), (B, 2C, H, W), (B, C, H, W)
+            x = stage(x, emb, context, skips)                    # (B, 4C, H/2, W/2) to (B, C, H, W)
         return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 4, H, W)
 
     def set_checkpointing(self, mode: str):
-        """What the backward pass recomputes: "none", "selective" (the cheap layers) or "full" (whole blocks)."""
+        """What the backward pass recomputes: "none", "selective" (cheap layers) or "full" (whole blocks)."""
         if mode not in CHECKPOINTING:
             raise ValueError(f"no checkpointing {mode!r}; choose from {', '.join(CHECKPOINTING)}")
-        if mode != "none":  # a compiled U-Net too keeps features in the forward pass alone, and stays one graph
+        if mode != "none":  # features of a compiled U-Net too are of the forward pass alone
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
             if isinstance(module, Recomputed):
@@ -569,8 +571,8 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     """
     Where in the teacher a module or tensor of the student comes from.
 
-    Encoder stages keep the first pair of two, and decoder stages drop the middle one of three (section 4.1): pair 1
-    of a KOALA decoder stage is pair 2 of its teacher. All else keeps its name.
+    Encoder stages keep the first pair of two, and decoder stages drop the middle one of three (section 4.1):
+    pair 1 of a KOALA decoder stage is pair 2 of its teacher. All else keeps its name.
     """
     if student.pairs == teacher.pairs:
         return path
@@ -585,24 +587,25 @@ def inherit(student: UNet, teacher: UNet):
 
 
 def stages(config: UNetConfig) -> dict[str, str]:
-    """The paper's names of the stages that a U-Net has, in the order they run, and the paths of their modules."""
+    """The paper's names of a U-Net's stages, in the order they run, and the paths of their modules."""
     levels = range(len(config.channels))
     return ({f"DW-{i + 1}": f"down_blocks.{i}" for i in levels}
             | ({"Mid": "mid_block"} if config.mid_depth else {})
             | {f"UP-{i + 1}": f"up_blocks.{i}" for i in levels})
 
 
-FEATURES = {  # the paper's feature types (section 4.2, F1), as patterns of module paths within a stage
-    "SA": r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn1",  # after its output projection, before the residual
-    "CA": r"\.attentions\.\d+\.transformer_blocks\.\d+\.attn2",
-    "FFN": r"\.attentions\.\d+\.transformer_blocks\.\d+\.ff",
+T = r"\.attentions\.\d+\.transformer_blocks\.\d+"
+FEATURES = {  # the paper's feature types (section 4.2, F1), as patterns of module paths in a stage
+    "SA": T + r"\.attn1",  # after its output projection, before the residual
+    "CA": T + r"\.attn2",
+    "FFN": T + r"\.ff",
     "Res": r"\.resnets\.\d+",
-    "LF": r"",                                                     # the stage itself: after its down- or upsampler
+    "LF": "",  # the stage itself: after its down- or upsampler
 }
 
 
 def feature_paths(unet: UNet, kind: str, stage: str) -> list[str]:
-    """Paths of the modules whose outputs are the features of this kind at this stage; empty if it has none."""
+    """Paths of the modules whose outputs are features of this kind at this stage; empty if it has none."""
     pattern = re.escape(stages(unet.config)[stage]) + FEATURES[kind]
     return [path for path, _ in unet.named_modules() if re.fullmatch(pattern, path)]
 
@@ -616,9 +619,9 @@ class Features:
             unet(...)
         captured[path]  # (B, T, D) or (B, C, H, W)
 
-    Outside of `with` nothing is kept, so that recomputation in the backward pass leaves no second copy. Works on
-    module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends, and `with` is left, when
-    all are captured. Raises RuntimeError if a module did not run.
+    Outside of `with` nothing is kept, so that recomputation in the backward pass leaves no second copy. Works
+    on module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends, and `with` is
+    left, when all are captured. Raises RuntimeError if a module did not run.
     """
 
     class Stop(Exception):
@@ -643,7 +646,7 @@ class Features:
         captured, self.captured = self.captured, None
         missing = [path for path in self.paths if path not in captured]
         if missing and error is None:
-            raise RuntimeError(f"{len(missing)} features were asked for and not captured, the first {missing[0]}")
+            raise RuntimeError(f"{len(missing)} features were not captured, the first {missing[0]}")
         return error is self.Stop
 
 
@@ -667,7 +670,8 @@ class VAEStage(nn.Module):
 
     def __init__(self, cin: int, cout: int, layers: int, groups: int, **sampler: nn.Module):
         super().__init__()
-        self.resnets = nn.ModuleList([ResBlock(cin if i == 0 else cout, cout, groups, 1e-6) for i in range(layers)])
+        widths = [cin] + [cout] * (layers - 1)
+        self.resnets = nn.ModuleList([ResBlock(width, cout, groups, 1e-6) for width in widths])
         for name, module in sampler.items():
             self.add_module(name, nn.ModuleList([module]))
 
@@ -732,7 +736,7 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Images to latents and back. Images are in [-1, 1]; latents are not scaled by `config.scaling_factor` here."""
+    """Images in [-1, 1] to latents and back; `config.scaling_factor` is for others to apply."""
 
     FOLDER, CONFIG = "vae", VAEConfig
 
@@ -744,7 +748,7 @@ class VAE(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, 3, 8H, 8W) to the mean and the logarithm of the variance of their latents, each (B, 4, H, W)."""
+        """Images (B, 3, 8H, 8W) to mean and log variance of their latents, each (B, 4, H, W)."""
         mean, logvar = self.quant_conv(self.encoder(image)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)
 
@@ -804,9 +808,8 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
     weights = {}
     for file in weight_files(source, prefix, dtype):
         weights |= read_tensors(file)
-    # SDXL's VAE and older ones name the attention of the Mid block differently.
-    weights = {re.sub(r"(attentions\.0\.)(query|key|value|proj_attn)\b",
-                      lambda old: old[1] + OLD_NAMES[old[2]], name): tensor for name, tensor in weights.items()}
+    old = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b")
+    weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor for name, tensor in weights.items()}
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = kind(config)
     check_tensors(weights, network, path.parent)
@@ -816,24 +819,25 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
     return network
 
 
+# In older VAE files, SD-v1.4's among them.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def find(source: str | Path, *names: str) -> Path | None:
-    """The first of these files that `source` has: a local folder if there is one, else a hub id. None if none."""
+    """The first of these files that `source`, a local folder or else a hub id, has; None if it has none."""
     if Path(source).is_dir():
         return next((path for name in names if (path := Path(source, name)).is_file()), None)
     if Path(source).is_file():
         raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"no folder {source}; give a folder, or a hub id such as etri-vilab/koala-700m")
+        raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError,
                                         RepositoryNotFoundError)
 
     for name in names:
         try:
-            return Path(hf_hub_download(str(source), name, etag_timeout=5, local_files_only=not hub_answers()))
+            return Path(hf_hub_download(str(source), name, local_files_only=not hub_answers()))
         except LocalEntryNotFoundError:
             unreachable = True  # nor is it in the local cache; another name may be
         except EntryNotFoundError:
@@ -844,14 +848,14 @@ def find(source: str | Path, *names: str) -> Path | None:
             raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
     if unreachable:
         raise FileNotFoundError(
-            f"{names[0]} of {source} is neither a local folder's nor in the hub's cache, and the hub is out of reach; "
-            f"where there is a network: hf download {source}, then give its folder or set HF_HOME")
+            f"no folder {source}, no {names[0]} of it in the hub's cache, and the hub is out of reach; where "
+            f"it is not: hf download {source}, then give its folder or set HF_HOME")
     return None
 
 
 @cache
 def hub_answers() -> bool:
-    """Whether the hub is within reach, asked once: `hf_hub_download` would ask for half a minute, for every file."""
+    """Whether the hub is within reach, asked once: `hf_hub_download` would try for long, for every file."""
     from huggingface_hub import constants
     from huggingface_hub.errors import HTTPError
     from huggingface_hub.utils import get_session
@@ -898,7 +902,8 @@ def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> 
         raise ValueError(f"{path} does not say which file has which tensor; fetch it anew") from None
     files = [find(source, prefix + shard) for shard in shards]
     if None in files:
-        raise FileNotFoundError(f"no {prefix}{shards[files.index(None)]}, named in {path.name}, in {described(source)}")
+        lost = prefix + shards[files.index(None)]
+        raise FileNotFoundError(f"no {lost}, named in {path.name}, in {described(source)}")
     return files
 
 
@@ -910,16 +915,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except SafetensorError as error:
         with open(path, "rb") as file:
             head = file.read(64)
-        kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file it stands for: run git lfs pull",
-                 b"<": "an HTML page: fetch the file itself", b"pk\x03\x04": "a pickle, and is not opened",
-                 b"\x80": "a pickle, and is not opened"}
-        head = b"" if head[8:9] == b"{" else head.lstrip().lower()  # after eight bytes the header, which is JSON
-        what = next((what for start, what in kinds.items() if head.startswith(start)), None)
-        raise ValueError(f"{path} is {what or f'cut or damaged, fetch it anew ({one_line(error)})'}") from None
+        kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file itself: run git lfs pull",
+                 b"<": "an HTML page: fetch the file itself",
+                 b"PK\x03\x04": "a pickle, and is not opened", b"\x80": "a pickle, and is not opened"}
+        what = f"cut or damaged, fetch it anew ({one_line(error)})"
+        if head[8:9] != b"{":  # a safetensors file has its header, which is JSON, after eight bytes
+            what = next((kind for start, kind in kinds.items() if head.lstrip().startswith(start)), what)
+        raise ValueError(f"{path} is {what}") from None
 
 
 def check_tensors(weights: dict[str, Tensor], network: nn.Module, where: Path):
-    """Raises ValueError unless names, shapes and types are those of the network, and all numbers are finite."""
+    """Raises ValueError unless names and shapes are the network's, and numbers are floating and finite."""
     shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     wrong = {"missing": [name for name in shapes if name not in found],
@@ -930,15 +936,15 @@ def check_tensors(weights: dict[str, Tensor], network: nn.Module, where: Path):
                            for what, names in wrong.items() if names)
         hint = ""
         if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
-            hint = "; these are names of the single-file format: get the model as a folder in diffusers' layout"
+            hint = "; these are names of the single-file format: get the folder in diffusers' layout"
         elif fits := [name for name, config in PRESETS.items() if found == meta_shapes(config)]:
             hint = f"; the file fits {fits[0]}, its config.json does not"
         raise ValueError(f"the weights in {where} do not fit their config.json: {counts}{hint}")
     for name, tensor in weights.items():
         if tensor.dtype not in (torch.float32, *HALF):
-            raise ValueError(f"the weights in {where} have the type {tensor.dtype} ({name}); float32, float16 or bfloat16 is read")
+            raise ValueError(f"the weights in {where} are {tensor.dtype} ({name}); float32 or a half is read")
         if not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"the weights in {where} have NaN or infinite numbers ({name}): fetch or train them anew")
+            raise ValueError(f"the weights in {where} are NaN or infinite ({name}): fetch or train them anew")
 
 
 def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
@@ -955,7 +961,7 @@ def save(network: nn.Module, folder: str | Path):
 
 
 def write(path: Path, make):
-    """Makes a file by `make(temporary path)`, then puts it in its place: at any moment it is the old or the new one."""
+    """Makes a file by `make(temporary path)`, and puts it in its place: it is always the old or the new."""
     beside = path.parent / ".writing"
     shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
     beside.mkdir(parents=True)

@@ -123,7 +123,7 @@ import resource
 import time
 
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -464,13 +464,16 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
 # The program
 
 
-def sheet(rows: list[list[Image.Image]]) -> Image.Image:
-    """Images of one size as one picture."""
+def sheet(rows: list[list[Image.Image]], names: list[str] | None = None) -> Image.Image:
+    """Images of one size as one picture, with the names of the rows, if there are any, on its left."""
     width, height = rows[0][0].size
-    picture = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    left = 8 + max(int(ImageDraw.Draw(rows[0][0]).textlength(name)) for name in names) if names else 0
+    picture = Image.new("RGB", (left + width * len(rows[0]), height * len(rows)), "white")
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
-            picture.paste(image, (x * width, y * height))
+            picture.paste(image, (left + x * width, y * height))
+    for y, name in enumerate(names or []):
+        ImageDraw.Draw(picture).text((left // 2, y * height + height // 2), name, "black", anchor="mm")
     return picture
 
 

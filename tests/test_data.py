@@ -10,7 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch.utils.data import DataLoader
 
 from distill import Pairs, Samples, Shapes, Skip, positions
@@ -126,7 +126,7 @@ def test_the_encoding_of_a_caption(tmp_path, text, read):
             source.load(0)
 
 
-@pytest.mark.parametrize("text", [None, 7, ["a box"], {"en": "a box"}], ids=str)
+@pytest.mark.parametrize("text", [None, ["a box"], {"en": "a box"}], ids=str)
 def test_a_caption_in_metadata_that_is_not_text_is_skipped(tmp_path, text):
     (write(tmp_path, pair("x")) / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "text": text}))
     with pytest.raises(Skip, match="caption"):
@@ -189,11 +189,13 @@ def test_pairs_of_which_none_is_good_are_an_error(tmp_path):
     assert "\n" not in str(found.value)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_pictures_that_are_damaged_anywhere_never_stop_a_run(tmp_path):
     """What Pillow raises for a changed byte is not only OSError."""
     rng, exif = np.random.default_rng(0), Image.Exif()
     exif[0x0112], exif[0x010e] = 6, "words"
     kinds = {"PNG": {"exif": exif}, "JPEG": {"exif": exif}, "WEBP": {"exif": exif}, "TIFF": {}, "GIF": {}}
+    kinds |= {"AVIF": {}} if features.check("avif") else {}
     files = {}
     for kind, options in kinds.items():
         whole = np.frombuffer(encoded(plain(), kind, **options), np.uint8)
@@ -203,7 +205,7 @@ def test_pictures_that_are_damaged_anywhere_never_stop_a_run(tmp_path):
             files |= pair(f"{kind}-{i}", damaged.tobytes(), ending=".jpg")
     source = Pairs(str(write(tmp_path, files)))
     good, skipped = one_pass(source)
-    assert good + skipped.total() == 300 and 0 < good < 300
+    assert good + skipped.total() == len(source) and 0 < good < len(source)
 
 
 # Shards
@@ -361,7 +363,7 @@ def test_the_crop_is_where_its_conditions_say_and_flips_come_first(tmp_path, hei
         assert red[0, 0] == (width - 1 - left if flipped else left)
         seen.add((flipped, top, left))
     assert {flipped for flipped, *_ in seen} == {False, True}
-    assert len({place for _, *place in map(tuple, seen) for place in [tuple(place)]}) > 10 or height == width
+    assert len({place for _, *place in seen for place in place}) > 10 or height == width
 
 
 def test_a_crop_of_a_picture_that_is_resized(tmp_path):

@@ -1,0 +1,88 @@
+"""The embedded toy: its bundle, what it draws, and the script that made it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import model
+from sample import PRESETS, load_pipeline
+from toy import make, shapes
+
+CHECKPOINT = Path(PRESETS["toy"].source)
+PROMPT = "a red circle left of a blue square"
+
+
+@pytest.fixture(scope="module")
+def toy():
+    return load_pipeline("toy")
+
+
+def test_the_bundle_is_small_and_has_sdxls_topology():
+    assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 20e6
+    unet = model.load_unet(CHECKPOINT)
+    assert unet.config == make.UNET and {p.dtype for p in unet.parameters()} == {torch.float16}
+    assert unet.config.depths == model.PRESETS["sdxl"].depths and unet.config.pairs == 2
+    student = model.student_config(unet.config, "700m")
+    count = lambda config: sum(torch.Size(shape).numel() for shape in model.meta_shapes(config).values())
+    assert count(student) / count(unet.config) - 1 == pytest.approx(782_822_724 / 2_567_463_684 - 1, abs=0.005)
+
+
+def test_every_word_of_a_caption_is_one_token(toy):
+    for tokenizer in toy.text.tokenizers:
+        assert all(len(tokenizer.tokenize(word)) == 1 for word in shapes.WORDS)
+        assert tokenizer.unk_token_id not in tokenizer(" ".join(shapes.WORDS)).input_ids[1:-1]
+    ids = [tokenizer([PROMPT], padding="max_length").input_ids[0] for tokenizer in toy.text.tokenizers]
+    assert ids[0][:10] == ids[1][:10] and ids[0][10:] != ids[1][10:], "the second tokenizer pads with another token"
+
+
+def test_it_draws_what_captions_say(toy):
+    """Far above chance, which is under 0.05; toy/README.md has the figures of many more captions."""
+    seeds = list(range(10))
+    captions = [shapes.caption(make.JUDGE_SEED, seed) for seed in seeds]
+    scores = shapes.scores(toy(captions, seed=seeds), captions)
+    assert scores["colour"] >= 0.6 and scores["shape"] >= 0.5
+
+
+def test_diffusers_draws_the_same(toy):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(CHECKPOINT)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPT, num_inference_steps=25, guidance_scale=PRESETS["toy"].guidance,
+                      generator=torch.Generator().manual_seed(3)).images[0]
+    difference = np.abs(np.int16(toy([PROMPT], seed=3)[0]) - np.int16(expected))
+    assert difference.max() <= 2
+
+
+def test_unknown_words_are_named(toy):
+    with pytest.raises(ValueError, match=r"does not know dog, pink; it knows .*triangle.*--model 700m"):
+        toy(["a pink dog"])
+
+
+def test_a_damaged_bundle_says_what_is_missing_and_how_to_make_it(tmp_path, monkeypatch):
+    shutil.copytree(CHECKPOINT, tmp_path / "toy", ignore=shutil.ignore_patterns("vae"))
+    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(source=str(tmp_path / "toy")))
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json.*toy.make"):
+        load_pipeline("toy")
+
+
+def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
+    """Two steps, stopped after the first or not, give the same weights."""
+    def run(folder: Path, steps: int):
+        monkeypatch.setattr(sys, "argv", [
+            "make", "--steps", str(steps), "--vae-steps", "2", "--batch", "2", "--decay", "0.1", "--captions", "1",
+            "--out", str(folder)])
+        make.main()
+
+    run(tmp_path / "whole", 2)
+    run(tmp_path / "parts", 1)
+    run(tmp_path / "parts", 2)
+    whole, parts = (make.load_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
+    make.publish(tmp_path / "parts" / "bundle", tmp_path / "published")
+    assert len(load_pipeline(str(tmp_path / "published"))([PROMPT], steps=1)) == 1
+    assert json.loads((tmp_path / "published" / "model_index.json").read_text()) == make.INDEX
