@@ -1,13 +1,13 @@
 """
 Teacher to student: KOALA's knowledge distillation with self-attention features (sections 4.2, 5.1 and A.1).
 
-    python distill.py --student 700m                                       # the embedded toy: minutes on a laptop
-    python distill.py --student 700m --teacher sdxl --data laion/          # the paper's recipe, on one GPU
+    python distill.py --student 700m                                   # the embedded toy: minutes on a laptop
+    python distill.py --student 700m --teacher sdxl --data laion/      # the paper's recipe, on one GPU
     torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
 
-A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and at the end a
-complete bundle. The same command goes on where a run was stopped. All that is random about training sample p comes
-from (seed, p), so a run is the same on one process or many, stopped or not.
+A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and at the
+end a complete bundle. The same command goes on where a run was stopped. All that is random about training
+sample p comes from (seed, p), so a run is the same on one process or many, stopped or not.
 """
 
 import argparse
@@ -16,11 +16,11 @@ import os
 import sys
 from pathlib import Path
 
-# Two recipes: the paper's (section 5.1 and A.1), and a quick one for the toy. `decay`, and the paper's lack of it,
-# `micro_batch` and what follows are ours.
-RECIPES = {
-    "paper": dict(steps=100_000, batch=128, micro_batch=8, lr=1e-5, decay=0.0, save_every=500, preview_every=1000),
-    "toy": dict(steps=300, batch=32, micro_batch=32, lr=1e-3, decay=0.5, save_every=50, preview_every=100),
+RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
+    "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
+              "save_every": 500, "preview_every": 1000},
+    "toy": {"steps": 300, "batch": 32, "micro_batch": 32, "lr": 1e-3, "decay": 0.5,
+            "save_every": 50, "preview_every": 100},
 }
 NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meaning
     ("task", 0.0, 1e9, 1.0, "weight of the task loss (equation 1)"),
@@ -43,28 +43,28 @@ NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meanin
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("--student", choices=["700m", "1b"], default="700m", help="what the surgery leaves of the teacher [700m]")
-    add("--teacher", default="toy", metavar="T", help="toy, sdxl, hub id, folder; none: the task loss alone [toy]")
+    add("--student", choices=["700m", "1b"], default="700m", help="what the surgery makes of the teacher [700m]")
+    add("--teacher", default="toy", metavar="T", help="toy, sdxl, hub id, folder; none: task loss alone [toy]")
     add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder [teacher]")
     add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
-        help="SA, CA, Res, FFN, LF, each at every stage or @STAGE; LF is BK-SDM; or none [SA,LF@DW-1,LF@UP-3]")
+        help="SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none [SA,LF@DW-1,LF@UP-3]")
     add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom",
         help="which of a deeper teacher's transformer blocks (Table 3c) [bottom]")
-    add("--data", default="shapes", metavar="D", help="shapes, or a folder: images and .txt files, or images and "
-        "metadata.jsonl, or img2dataset's .tar shards [shapes]")
+    add("--data", default="shapes", metavar="D",
+        help="shapes; or a folder: images and .txt files, images and metadata.jsonl, or .tar shards [shapes]")
     add("--caption", metavar="TEXT", help="one caption for all images, as DreamBooth has it")
-    add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; each image then has one crop")
+    add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; fixes each image's crop")
     add("--flip", action="store_true", help="mirror half of the images")
     for flag, low, high, default, text in NUMBERS:
         name = flag.replace("-", "_")
         shown = default if default is not None else ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
         add("--" + flag, type=type(low), default=default, metavar="N", help=f"{text} [{shown}]")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="[bf16 on a GPU, fp32 elsewhere]")
-    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="what is recomputed [none]")
+    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="recomputed parts [none]")
     add("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", help="[a GPU if there is one]")
     add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
@@ -84,7 +84,7 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
     if args.batch % (world * args.micro_batch):
-        parser.error(f"--batch {args.batch} is not a multiple of {world} process(es) x --micro-batch {args.micro_batch}")
+        parser.error(f"--batch {args.batch} is not a multiple of {world} x --micro-batch {args.micro_batch}")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if args.caption and args.data == "shapes":
@@ -135,12 +135,12 @@ from toy import shapes
 
 
 def parse_features(text: str) -> list[tuple[str, str | None]]:
-    """ "SA,LF@DW-1" is [("SA", None), ("LF", "DW-1")]; None: every stage that has them. ValueError for other words."""
+    """From "SA,LF@DW-1" [("SA", None), ("LF", "DW-1")]; None: at every stage. ValueError for other words."""
     terms = []
     for term in text.split(",") if text != "none" else []:
         kind, _, stage = term.strip().partition("@")
         if kind not in model.FEATURES:
-            raise ValueError(f"--features: {term!r} is none of {', '.join(model.FEATURES)}, with or without @STAGE")
+            raise ValueError(f"--features: {term!r} is none of {', '.join(model.FEATURES)}, with @STAGE or without")
         terms.append((kind, stage or None))
     return terms
 
@@ -149,25 +149,27 @@ def teacher_block(block: int, depth: int, teacher_depth: int, blocks: str) -> in
     """
     Which of a teacher's transformer blocks the student's learns from (Table 3c), both counted from 0.
 
-    bottom: the first ones; up: the last ones; interleave: 1, 3, 5, 7, 9, 10 of ten, counted from 1. Where the depths
-    are equal the blocks match one to one.
+    bottom: the first ones; up: the last ones; interleave: 1, 3, 5, 7, 9, 10 of ten, counted from 1. Where the
+    depths are equal the blocks match one to one.
     """
     if depth == teacher_depth or blocks == "bottom":
         return block
     return block + teacher_depth - depth if blocks == "up" else min(2 * block, teacher_depth - 1)
 
 
-def match_features(student: model.UNet, teacher: model.UNet, text: str, blocks: str = "bottom") -> dict[str, str]:
+def match_features(student: model.UNet, teacher: model.UNet, text: str,
+                   blocks: str = "bottom") -> dict[str, str]:
     """
-    Which module of the teacher each module of the student learns from, by path in the U-Net.
+    Which module of the teacher each module of the student learns from, by their paths (Table 3).
 
-    Raises ValueError for a term of the grammar that neither has at the stage.
+    Raises ValueError for a term of `text` that the student does not have.
     """
     stages, matched = model.stages(student.config), {}
     for kind, stage in parse_features(text):
         if stage and stage not in stages:
             raise ValueError(f"--features: the student has no stage {stage}, only {', '.join(stages)}")
-        paths = [path for s in ([stage] if stage else stages) for path in model.feature_paths(student, kind, s)]
+        at = [stage] if stage else stages
+        paths = [path for stage in at for path in model.feature_paths(student, kind, stage)]
         if not paths:
             raise ValueError(f"--features: the student has no {kind} at {stage}")
         for path in paths:
@@ -190,13 +192,14 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     outKD   the teacher's prediction against the student's                               equation (2)
     featKD  the sum over features i of f_T^i against f_S^i                                equation (3)
 
-    Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of features
-    could cancel; we take it outside, as BK-SDM's code does.
+    Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of
+    features could cancel; here it is outside, as in BK-SDM's code.
     """
+    error = lambda a, b: F.mse_loss(a.float(), b.float())
     zero = prediction.new_zeros((), dtype=torch.float32)
-    task = F.mse_loss(prediction.float(), target.float())
-    out_kd = zero if teacher_prediction is None else F.mse_loss(prediction.float(), teacher_prediction.float())
-    feat_kd = sum((F.mse_loss(s.float(), t.float()) for s, t in zip(features, teacher_features, strict=True)), zero)
+    task = error(prediction, target)
+    out_kd = zero if teacher_prediction is None else error(prediction, teacher_prediction)
+    feat_kd = sum((error(s, t) for s, t in zip(features, teacher_features, strict=True)), zero)
     return task, out_kd, feat_kd
 
 
@@ -238,15 +241,15 @@ class Shapes:
         return picture, caption, picture.size[::-1]
 
 
-TRAIN_SEED, JUDGE_SEED = 0, 1  # of the toy's pictures: no caption is both trained and judged on the same scene
+TRAIN_SEED, JUDGE_SEED = 0, 1  # of the toy's pictures: what is judged was not trained on
 
 
 class Pairs:
     """
-    The images and captions of a folder: `name.jpg` with `name.txt`, or metadata.jsonl, or img2dataset's .tar shards.
+    The images and captions of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    What has no partner is counted in `skipped` by reason; so are shards that are cut, as far as they can be read.
-    Raises FileNotFoundError or ValueError if the folder is none of these.
+    What has no partner is counted in `skipped` by reason, and so is a shard that is cut; what comes before the
+    cut is used. Raises FileNotFoundError or ValueError if nothing is left.
     """
 
     def __init__(self, folder: str, caption: str | None = None):
@@ -295,7 +298,7 @@ class Pairs:
         return items
 
     def members(self, shard: Path):
-        """The files (name, Span) of a shard. A tar ends with a block of zeros; tarfile itself is silent where it does not."""
+        """The files (name, Span) of a shard. A whole one ends with a block of zeros; tarfile does not look."""
         end, size = 0, shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -307,7 +310,7 @@ class Pairs:
             pass
         if end > size or Span(str(shard), end, 512).read() != bytes(512) or not end:
             self.skipped["bad_shard"] += 1
-            print(f"warning: {shard} is cut or damaged after byte {min(end, size)}: the rest of it is lost", file=sys.stderr)
+            print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost", file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -338,7 +341,10 @@ class Pairs:
 
 def read_caption(item: dict[str, Span]) -> str:
     try:
-        text = item["txt"].read().decode("utf-8-sig") if "txt" in item else json.loads(item["line"].read())["text"]
+        if "txt" in item:
+            text = item["txt"].read().decode("utf-8-sig")
+        else:
+            text = json.loads(item["line"].read())["text"]
     except (UnicodeDecodeError, OSError):
         raise Skip("bad_encoding") from None
     except (ValueError, KeyError):
@@ -360,16 +366,16 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def counted(reasons: Counter) -> str:
-    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none skipped"
+    return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 
 class Samples(Dataset):
     """
     Training sample p as a dictionary, for any p from 0: a function of (seed, p) alone.
 
-    pixels (3, S, S) in [-1, 1]; caption, "" if dropped; dropped; time_ids (6,); timestep; noise and, to draw the
-    latent from the VAE's distribution, latent_noise (4, s, s). Or, with a cache that has it, what `encode` kept of it
-    in place of the pixels.
+    pixels (3, S, S) in [-1, 1] and caption, or what a cache has in their place; dropped, whether the caption is;
+    time_ids (6,); timestep; noise and, to draw the latent from the VAE's distribution, latent_noise (4, s, s);
+    index in the source; skipped, the reasons by index why others were not taken.
     """
 
     def __init__(self, source: Shapes | Pairs, size: int, latent_shape: tuple[int, int, int], seed: int,
@@ -384,12 +390,13 @@ class Samples(Dataset):
             return p
         epoch, place = divmod(p, len(self.source))
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, 1, epoch)).permutation(len(self.source))
+            rng = np.random.default_rng((self.seed, 1, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.source))
         return int(self.order[place])
 
     def __getitem__(self, p: int) -> dict:
         skipped = {}
-        for place in range(p, p + len(self.source)):             # a bad sample is replaced by the next good one
+        for place in range(p, p + len(self.source)):  # a bad sample is replaced by the next good one
             index = self.index(place)
             try:
                 sample = self.cached(index) or self.picture(index, p)
@@ -406,26 +413,38 @@ class Samples(Dataset):
             "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
-        """Flip, then crop, so that the crop's place is the place in what is seen (users of SDXL trip over that)."""
+        """An image resized by its short side, flipped, and only then cropped: the crop's place is as seen."""
         rng = np.random.default_rng((self.seed, 3, index if self.cache else p))
         image, caption, (height, width) = self.source.load(index)
         if min(image.size) < max(8, self.size // 8):
             raise Skip("too_small")
         scale = self.size / min(image.size)
         if scale != 1:
-            image = image.resize((max(self.size, round(image.width * scale)), max(self.size, round(image.height * scale))),
-                                 Image.Resampling.LANCZOS)
+            sides = [max(self.size, round(side * scale)) for side in image.size]
+            image = image.resize(sides, Image.Resampling.LANCZOS)
         if self.flip and rng.random() < 0.5:
             image = ImageOps.mirror(image)
-        top, left = int(rng.integers(image.height - self.size + 1)), int(rng.integers(image.width - self.size + 1))
+        top, left = (int(rng.integers(side - self.size + 1)) for side in (image.height, image.width))
         image = image.crop((left, top, left + self.size, top + self.size))
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
         time_ids = torch.tensor([height, width, top, left, self.size, self.size], dtype=torch.float32)
         return {"pixels": pixels, "caption": caption, "time_ids": time_ids}
 
     def cached(self, index: int) -> dict | None:
-        path = self.cache and self.cache / f"{index:09d}.safetensors"
+        path = self.cache and in_cache(self.cache, index)
         return model.read_tensors(path) if path and path.exists() else None
+
+
+def in_cache(folder: Path, index: int) -> Path:
+    return folder / f"{index:09d}.safetensors"
+
+
+def keep(sample: dict, folder: Path):
+    """Writes into a cache what a sample need not be encoded for again."""
+    path = in_cache(folder, sample["index"])
+    names = ("mean", "std", "context", "pooled", "time_ids")
+    save_file({name: sample[name].cpu().contiguous() for name in names}, f"{path}.{os.getpid()}")
+    os.replace(f"{path}.{os.getpid()}", path)
 
 
 def positions(start: int, stop: int, batch: int, micro: int, rank: int, world: int):
@@ -460,7 +479,7 @@ class Distillation:
         self.matched = match_features(self.student, self.teacher, asked, args.sa_blocks)
         self.learned = model.Features(self.student, list(self.matched))
         if taught:  # without outKD nothing is computed of the teacher that is later than its last feature
-            self.taught = model.Features(self.teacher, list(dict.fromkeys(self.matched.values())), stop=not args.out_kd)
+            self.taught = model.Features(self.teacher, list(self.matched.values()), stop=not args.out_kd)
         self.check_gradients()
         if args.compile:
             self.student.compile()
@@ -487,31 +506,27 @@ class Distillation:
         return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32)
 
     def check_gradients(self):
-        """Raises RuntimeError if a feature of the student could not be trained: better now than after a night."""
-        config = self.student.config
+        """Raises RuntimeError if a feature of the student could not be trained: now, not after a night."""
+        config, zeros = self.student.config, partial(torch.zeros, device=self.device)
         with self.learned as features:
-            self.student(torch.randn(1, config.in_channels, 8, 8, device=self.device), 0,
-                         torch.randn(1, 1, config.context_dim, device=self.device),
-                         torch.randn(1, config.pooled_dim, device=self.device), torch.zeros(1, 6, device=self.device))
+            self.student(zeros(1, config.in_channels, 8, 8), 0, zeros(1, 1, config.context_dim),
+                         zeros(1, config.pooled_dim), zeros(1, 6))
         if dead := [path for path, feature in features.items() if not feature.requires_grad]:
             raise RuntimeError(f"{len(dead)} features have no gradient, the first {dead[0]}")
 
     @torch.no_grad()
     def encode(self, samples: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
-        """Scaled latents (B, 4, H, W), text (B, L, D) and pooled text (B, P) of samples; both zero if dropped."""
+        """Scaled latents (B, 4, H, W), text (B, L, D) and pooled text (B, P); text is zero where dropped."""
         new = [sample for sample in samples if "pixels" in sample]
         if new:
             pixels = torch.stack([sample["pixels"] for sample in new]).to(self.device)
             mean, logvar = self.pipeline.vae.encode(pixels.to(next(self.pipeline.vae.parameters()).dtype))
             context, pooled = self.pipeline.text([sample["caption"] for sample in new])
             for i, sample in enumerate(new):
-                kept = {"mean": mean[i], "std": (logvar[i] / 2).exp(), "context": context[i], "pooled": pooled[i]}
-                sample |= kept
+                std = (logvar[i] / 2).exp()
+                sample |= {"mean": mean[i], "std": std, "context": context[i], "pooled": pooled[i]}
                 if self.args.cache:
-                    kept = {name: tensor.contiguous() for name, tensor in kept.items()}
-                    path = self.args.cache / f"{sample['index']:09d}.safetensors"
-                    save_file(kept | {"time_ids": sample["time_ids"]}, f"{path}.{os.getpid()}")
-                    os.replace(f"{path}.{os.getpid()}", path)
+                    keep(sample, self.args.cache)
         mean, std, latent_noise, context, pooled = (
             torch.stack([sample[name].to(self.device) for sample in samples]).float()
             for name in ("mean", "std", "latent_noise", "context", "pooled"))
@@ -550,8 +565,9 @@ class Distillation:
 # The run: a folder that can be left and taken up again
 
 # What may differ between the sittings of one run; anything else would make it another run.
-FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "checkpointing", "compile", "device", "out",
-        "cache", "dry_run", "precision"}
+FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing", "compile",
+        "device", "out", "cache", "dry_run"}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -565,9 +581,9 @@ def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
     """All that training changes: parameters and Adam's moments, by name."""
     tensors = {}
     for name, parameter in network.named_parameters():
-        moments = optimizer.state.get(parameter, {})
         tensors[f"parameter.{name}"] = parameter.detach()
-        tensors |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq") if moment in moments}
+        if state := optimizer.state.get(parameter):
+            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
     return tensors
 
 
@@ -575,9 +591,10 @@ def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimi
     """Puts what `trained` gave after that many updates back into its place."""
     for name, parameter in network.named_parameters():
         parameter.data.copy_(tensors[f"parameter.{name}"])
-        if f"exp_avg.{name}" in tensors:
-            moments = {key: torch.empty_like(parameter).copy_(tensors[f"{key}.{name}"]) for key in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[parameter] = {"step": torch.tensor(float(updates), device=parameter.device)} | moments
+        if f"{MOMENTS[0]}.{name}" in tensors:
+            step = torch.tensor(float(updates), device=parameter.device)
+            optimizer.state[parameter] = {"step": step} | {
+                moment: torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"]) for moment in MOMENTS}
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metadata):
@@ -588,23 +605,25 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metad
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is not finite: it is not saved, and the checkpoint before is good")
+        raise FloatingPointError(f"{bad[0]} is not finite and not saved; the checkpoint before is good")
     metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
-    model.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, {"run": json.dumps(metadata)}))
+    run = {"run": json.dumps(metadata)}
+    model.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
     for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
         old.unlink()
 
 
 def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
-    """Metadata and tensors of the newest good checkpoint, None if there is none; ValueError if all are damaged."""
+    """Metadata and tensors of the newest good checkpoint; None if there is none, ValueError if none is good."""
     paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
     for path in paths:
         try:
             tensors = model.read_tensors(path)
             with safe_open(path, "pt") as file:
                 metadata = json.loads(file.metadata()["run"])
-            if bad := [name for name, tensor in tensors.items() if checksum(tensor) != metadata["checksums"][name]]:
-                raise ValueError(f"{path} is damaged: the checksum of {bad[0]} is wrong")
+            for name, tensor in tensors.items():
+                if checksum(tensor) != metadata["checksums"][name]:
+                    raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
             return metadata, tensors
         except (ValueError, KeyError, TypeError) as error:
             print(f"warning: {error}; trying the checkpoint before", file=sys.stderr)
@@ -620,14 +639,16 @@ def checksum(tensor: Tensor) -> int:
 def check_settings(old: dict, args: argparse.Namespace):
     """Raises ValueError if a run was begun with other settings."""
     new = settings(args)
-    if changed := [f"{name} was {old[name]!r} and is {new.get(name)!r}" for name in old if old[name] != new.get(name)]:
-        raise ValueError(f"{args.out} was begun with other settings: {'; '.join(changed)}. Give another --out")
+    changed = [f"{name} was {old[name]!r} and is {new.get(name)!r}" for name in old if old[name] != new.get(name)]
+    if changed:
+        raise ValueError(f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
 
 
 class Log:
     """log.csv: a line for each step, of the steps that the checkpoint has and no other."""
 
-    COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images", "skipped_samples", "skipped_steps")
+    COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images", "skipped_samples",
+               "skipped_steps")
 
     def __init__(self, path: Path, step: int):
         rows = []
@@ -640,7 +661,8 @@ class Log:
         self.writer.writerows(rows)
 
     def write(self, **row):
-        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()})
+        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                              for name, value in row.items()})
         self.file.flush()
 
 
@@ -691,7 +713,7 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
     weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)
     log = Log(args.out / "log.csv", step) if rank == 0 else None
     skipped_samples, skipped_in_a_row, skipped_steps = dict[int, str](), 0, 0
-    bar = tqdm(range(step, args.steps), args.out.name, args.steps, initial=step, unit="step", disable=rank > 0)
+    bar = tqdm(range(step, args.steps), args.out.name, args.steps, initial=step, unit="step", disable=rank)
 
     for step in bar:
         start = time.perf_counter()
@@ -725,16 +747,17 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
         bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
         done, stop = step + 1, signals.agreed(device)
         if rank == 0:
-            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd, total=(total * weights).sum().item(), lr=rate,
-                      norm=norm.item(), seconds=time.perf_counter() - start, images=done * args.batch,
+            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd, total=(total * weights).sum().item(),
+                      lr=rate, norm=norm.item(), seconds=time.perf_counter() - start, images=done * args.batch,
                       skipped_samples=len(skipped_samples), skipped_steps=skipped_steps)
         if skipped_in_a_row == 20:
             raise FloatingPointError(
-                f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, featKD "
-                f"{feat_kd:.3g}); the last checkpoint in {args.out} is good. Try --precision bf16, or a lower --lr")
+                f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
+                f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, or a "
+                f"lower --lr")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or stop):
-            save_checkpoint(args.out, done, trained(student, optimizer), updates=updates, settings=settings(args),
-                            scaler=scaler.state_dict())
+            save_checkpoint(args.out, done, trained(student, optimizer), updates=updates,
+                            settings=settings(args), scaler=scaler.state_dict())
             model.save_unet(student, args.out / "unet")
             bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
@@ -751,16 +774,18 @@ def training_data(args: argparse.Namespace, distillation: Distillation) -> Sampl
     config, vae = distillation.student.config, distillation.pipeline.vae.config
     size = args.size or config.sample_size * vae.downscale
     if isinstance(source, Shapes) and size != shapes.SIZE:
-        raise ValueError(f"--data shapes are {shapes.SIZE} pixels wide; for {args.source} or --size {size}, give a folder")
+        raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
-        made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip, "seed": args.seed}
+        made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip,
+                "caption": args.caption, "seed": args.seed}
         note = args.cache / "settings.json"
-        if note.exists() and model.read_json(note) != made:
-            raise ValueError(f"--cache: {args.cache} was made with {model.read_json(note)}, not {made}; choose another")
-        model.write(note, lambda path: path.write_text(json.dumps(made)))
+        if note.exists() and (old := model.read_json(note)) != made:
+            raise ValueError(f"--cache: {args.cache} was made with {old}, not {made}; choose another")
+        note.write_text(json.dumps(made))
     side = size // vae.downscale
-    return Samples(source, size, (config.in_channels, side, side), args.seed, args.dropout, args.flip, args.cache)
+    latent = (config.in_channels, side, side)
+    return Samples(source, size, latent, args.seed, args.dropout, args.flip, args.cache)
 
 
 def leave_signals_alone(worker: int):
@@ -777,22 +802,24 @@ def report_skipped(skipped: dict[int, str], source, rank: int, world: int):
         dist.all_gather_object(everywhere, skipped)
     union = {index: reason for part in everywhere for index, reason in part.items()}
     if rank == 0:
-        print(f"first pass: {len(source) - len(union)} pairs used; skipped: {counted(Counter(union.values()) + source.skipped)}")
+        reasons = counted(Counter(union.values()) + source.skipped)
+        print(f"first pass over the data: {len(source) - len(union)} pairs used; skipped: {reasons}")
 
 
 # ------------------------------------------------------------------------------------------------------------
 # What there is to see
 
 
-PREVIEWS = ["a portrait of a koala, watercolour", "a red fox reading a newspaper in a cafe", "a lighthouse at dawn, photo",
-            "two cups of tea on a wooden table"]
+PREVIEWS = ["a portrait of a koala, watercolour", "a red fox reading a newspaper in a cafe",
+            "a lighthouse at dawn, photo", "two cups of tea on a wooden table"]
 
 
-def painter(distillation: Distillation, unet: model.UNet) -> Pipeline:
-    """The pipeline with this U-Net in it."""
+def draw(distillation: Distillation, unet: model.UNet, prompts: list[str], progress: str | None = None):
+    """An image of each prompt by this U-Net, from seeds 0, 1, ..."""
     pipeline = copy.copy(distillation.pipeline)
     pipeline.unet = unet
-    return pipeline
+    with distillation.autocast():
+        return pipeline(prompts, seed=list(range(len(prompts))), progress=progress)
 
 
 def preview(distillation: Distillation, path: Path):
@@ -800,54 +827,55 @@ def preview(distillation: Distillation, path: Path):
     args = distillation.args
     prompts = [shapes.caption(JUDGE_SEED, i) for i in range(8)] if args.data == "shapes" else PREVIEWS
     prompts = [args.caption] * 4 if args.caption else prompts
-    unets = [unet for unet in (distillation.teacher, distillation.student) if unet]
-    with distillation.autocast():
-        rows = [painter(distillation, unet)(prompts, seed=list(range(len(prompts)))) for unet in unets]
+    unets = {"teacher": distillation.teacher, "student": distillation.student}
+    rows = {name: draw(distillation, unet, prompts) for name, unet in unets.items() if unet}
     path.parent.mkdir(exist_ok=True)
-    model.write(path, lambda path: sheet(rows).save(path))
+    model.write(path, lambda path: sheet(list(rows.values()), list(rows)).save(path))
 
 
 def judge(distillation: Distillation):
-    """Prints, and keeps in scores.csv, what the toy's judge says of teacher, student before and student after."""
+    """What the toy's judge says of teacher, student before and student after: scores.csv, and judged.png."""
     args = distillation.args
     captions = [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)]
     unets = {"teacher": distillation.teacher, "student before": distillation.new_student(),
              "student after": distillation.student}
-    rows = []
-    for name, unet in unets.items():
-        if unet:
-            images = painter(distillation, unet)(captions, seed=list(range(args.judge)), progress=f"judging {name}")
-            rows.append({"model": name} | {key: f"{value:.3f}" for key, value in shapes.scores(images, captions).items()})
+    images = {name: draw(distillation, unet, captions, f"judging {name}") for name, unet in unets.items() if unet}
 
     def write(path: Path):
         with open(path, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+            writer = csv.writer(file)
+            writer.writerow(["", "colour", "shape", "spatial"])
+            for name in images:
+                scores = shapes.scores(images[name], captions)
+                writer.writerow([name, *(f"{scores[key]:.3f}" for key in ("colour", "shape", "spatial"))])
 
+    model.write(args.out / "judged.png", lambda path: sheet(
+        [[image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]] for row in images.values()],
+        list(images)).save(path))
     model.write(args.out / "scores.csv", write)
 
 
 def show_scores(path: Path):
     with open(path, newline="") as file:
         for row in csv.reader(file):
-            print(f"{row[0]:16}" + "".join(f"{cell:>10}" for cell in row[1:]))
+            print(f"{row[0]:16}" + "".join(f"{cell:>9}" for cell in row[1:]))
 
 
 def complete(source: str, folder: Path):
-    """Makes the run's folder a bundle: beside unet/, what a pipeline reads of the teacher's; float16 files do."""
+    """Makes a bundle of the run's folder: beside unet/, what a pipeline reads of the teacher's."""
     for name, *half in BUNDLE:
         if path := model.find(source, *half, name):
             model.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def dry_run(args: argparse.Namespace):
-    """Prints what the run would be: settings, matched features, parameters, memory and work. Needs no weights."""
+    """Prints what the run would be, without weights: settings, matched features, parameters, memory, work."""
     base = args.teacher if args.teacher != "none" else "toy"
     if base in model.PRESETS:
         teacher_config, vae_config = model.PRESETS[base], model.VAEConfig()
     else:
-        teacher_config, vae_config = (model.read_config(kind, preset(base).source)[0] for kind in (model.UNet, model.VAE))
+        source = preset(base).source
+        teacher_config, vae_config = (model.read_config(kind, source)[0] for kind in (model.UNet, model.VAE))
     size = args.size or teacher_config.sample_size * vae_config.downscale
     side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
@@ -855,7 +883,8 @@ def dry_run(args: argparse.Namespace):
     torch.set_default_dtype(torch.bfloat16)
     with FakeTensorMode():  # tensors of all sizes, without memory
         student = model.UNet(model.student_config(teacher_config, args.student))
-        teacher, vae = model.UNet(teacher_config).requires_grad_(False), model.VAE(vae_config).requires_grad_(False)
+        teacher = model.UNet(teacher_config).requires_grad_(False)
+        vae = model.VAE(vae_config).requires_grad_(False)
         inputs = [torch.empty(shape) for shape in (
             (1, teacher_config.in_channels, side, side), (1,), (1, 77, teacher_config.context_dim),
             (1, teacher_config.pooled_dim), (1, 6))]
@@ -867,23 +896,24 @@ def dry_run(args: argparse.Namespace):
         print(f"\n{len(matched)} features, student <- teacher")
         print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
     s, t, v = (sum(p.numel() for p in network.parameters()) for network in (student, teacher, vae))
+    step, weights, tera, giga = args.batch * (taught + learned + encoded), 18 * s + 2 * t + 2 * v, 1e12, 1e9
     print(f"""
 parameters   teacher {t:,}, student {s:,} ({s / t - 1:+.1%}), VAE {v:,}
-work         TFLOP an image: teacher {taught / 1e12:.4g}, student forward and backward {learned / 1e12:.4g}, VAE encoder
-             {encoded / 1e12:.4g} (once, with --cache); a step of {args.batch}: {args.batch * (taught + learned + encoded) / 1e12:.4g}
-memory       GB: the student's weights, gradients and moments, and the others' weights {(18 * s + 2 * t + 2 * v) / 1e9:.2f};
-             activations of {args.micro_batch} images, without checkpointing, {args.micro_batch * kept / 1e9:.2f}
+work         TFLOP an image: teacher {taught / tera:.4g}, student forward and backward {learned / tera:.4g},
+             VAE encoder {encoded / tera:.4g} (once, with --cache); a step of {args.batch}: {step / tera:.4g}
+memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {args.micro_batch} images,
+             without checkpointing, {args.micro_batch * kept / giga:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
 
 
 def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """FLOPs of a network's forward pass, and backward if it is to be trained; bytes it keeps for going backward."""
+    """FLOPs of a network's forward pass, and backward if it is trained; bytes that it keeps to go backward."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor  # the tensor too, or its storage's number is used again
+            kept[tensor.untyped_storage()._cdata] = tensor  # itself too, or its number is used again
         return tensor
 
     attention = {  # of the CPU, which the counter does not know by itself
@@ -924,25 +954,25 @@ def main(args: argparse.Namespace) -> int:
     if rank > 0:
         return stop and 128 + stop
     if stop:
-        print(f"stopped; the same command goes on from here")
+        print("stopped; the same command goes on from here")
         return 128 + stop
     complete(distillation.pipeline.preset.source, args.out)
     if args.data == "shapes" and args.judge and not (args.out / "scores.csv").exists():
         judge(distillation)
     if (args.out / "scores.csv").exists():
         show_scores(args.out / "scores.csv")
-    print(f"{args.out} is finished at step {args.steps}: python sample.py --unet {args.out / 'unet'} --prompt ...")
+    print(f"{args.out} is finished, {args.steps} steps: python sample.py --unet {args.out}/unet --prompt ...")
     return 0
 
 
 def claim(folder: Path):
-    """Makes the folder of a run and holds its lock. Raises OSError if it cannot be, or another process has it."""
+    """Makes the folder of a run and holds its lock. Raises OSError if it cannot, or another process does."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BlockingIOError(f"{folder} is being trained by another process; wait for it, or choose another --out") from None
+        raise BlockingIOError(f"another process is at work in {folder}; wait, or give another --out") from None
     shutil.rmtree(folder / ".writing", ignore_errors=True)
     return lock
 

@@ -3,7 +3,7 @@ Makes answers/distill.safetensors: the losses that diffusers' networks, with hoo
 
     python tests/oracle_distill.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 
-Which module of the teacher each module of the student learns from is written out here once more, from the paper.
+Which module of the teacher each module of the student learns from is written out once more, from the paper.
 """
 
 from pathlib import Path
@@ -15,37 +15,34 @@ from torch import Tensor, nn
 from common import SDXL, draw, fill, inputs
 
 ANSWERS = Path(__file__).with_name("answers") / "distill.safetensors"
-TEACHER = SDXL | {"block_out_channels": [16, 32, 48], "attention_head_dim": [1, 2, 3], "transformer_layers_per_block": [1, 2, 10]}
+TEACHER = SDXL | {"block_out_channels": [16, 32, 48], "attention_head_dim": [1, 2, 3],
+                  "transformer_layers_per_block": [1, 2, 10]}
 STUDENTS = {
-    "700m": TEACHER | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5], "mid_block_type": None},
+    "700m": TEACHER | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 5],
+                       "mid_block_type": None},
     "1b": TEACHER | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 6]},
 }
 CASES = [  # student, features, teacher's blocks
     *[("700m", features, "bottom") for features in (
-        "SA", "CA", "Res", "FFN", "LF", "SA@UP-1", "SA,LF@DW-1,LF@UP-3", "SA,Res@DW-1,Res@UP-3", "SA,LF", "SA,Res",
-        "SA,CA,Res,FFN,LF")],
+        "SA", "CA", "Res", "FFN", "LF", "SA@UP-1", "SA,LF@DW-1,LF@UP-3", "SA,Res@DW-1,Res@UP-3", "SA,LF",
+        "SA,Res", "SA,CA,Res,FFN,LF")],
     ("700m", "SA", "interleave"), ("700m", "SA", "up"),
     *[("1b", "SA,CA,Res,FFN,LF", blocks) for blocks in ("bottom", "interleave", "up")],
 ]
 LATENTS, NOISE = draw("latents", 3, 4, 8, 12), draw("noise", 3, 4, 8, 12)
 CONDITIONS = {name: value for name, value in inputs(TEACHER, "batch").items() if name != "sample"}
 
-RESIDUAL = {  # modules of the student and of its teacher, which has a pair more
-    "down_blocks.0.resnets.0": "down_blocks.0.resnets.0", "down_blocks.1.resnets.0": "down_blocks.1.resnets.0",
-    "down_blocks.2.resnets.0": "down_blocks.2.resnets.0",
-    "mid_block.resnets.0": "mid_block.resnets.0", "mid_block.resnets.1": "mid_block.resnets.1",
-    "up_blocks.0.resnets.0": "up_blocks.0.resnets.0", "up_blocks.0.resnets.1": "up_blocks.0.resnets.2",
-    "up_blocks.1.resnets.0": "up_blocks.1.resnets.0", "up_blocks.1.resnets.1": "up_blocks.1.resnets.2",
-    "up_blocks.2.resnets.0": "up_blocks.2.resnets.0", "up_blocks.2.resnets.1": "up_blocks.2.resnets.2",
-}
-TRANSFORMERS = {
-    "down_blocks.1.attentions.0": "down_blocks.1.attentions.0", "down_blocks.2.attentions.0": "down_blocks.2.attentions.0",
-    "mid_block.attentions.0": "mid_block.attentions.0",
-    "up_blocks.0.attentions.0": "up_blocks.0.attentions.0", "up_blocks.0.attentions.1": "up_blocks.0.attentions.2",
-    "up_blocks.1.attentions.0": "up_blocks.1.attentions.0", "up_blocks.1.attentions.1": "up_blocks.1.attentions.2",
-}
-BLOCKS = {("700m", "bottom"): [0, 1, 2, 3, 4], ("700m", "interleave"): [0, 2, 4, 6, 8], ("700m", "up"): [5, 6, 7, 8, 9],
-          ("1b", "bottom"): [0, 1, 2, 3, 4, 5], ("1b", "interleave"): [0, 2, 4, 6, 8, 9], ("1b", "up"): [4, 5, 6, 7, 8, 9]}
+# Modules of the student and of its teacher, which has a pair more in each stage.
+RESIDUAL = {f"{path}.resnets.{i}": f"{path}.resnets.{j}" for path, i, j in (
+    ("down_blocks.0", 0, 0), ("down_blocks.1", 0, 0), ("down_blocks.2", 0, 0),
+    ("mid_block", 0, 0), ("mid_block", 1, 1), ("up_blocks.0", 0, 0), ("up_blocks.0", 1, 2),
+    ("up_blocks.1", 0, 0), ("up_blocks.1", 1, 2), ("up_blocks.2", 0, 0), ("up_blocks.2", 1, 2))}
+TRANSFORMERS = {f"{path}.attentions.{i}": f"{path}.attentions.{j}" for path, i, j in (
+    ("down_blocks.1", 0, 0), ("down_blocks.2", 0, 0), ("mid_block", 0, 0),
+    ("up_blocks.0", 0, 0), ("up_blocks.0", 1, 2), ("up_blocks.1", 0, 0), ("up_blocks.1", 1, 2))}
+BLOCKS = {("700m", "bottom"): [0, 1, 2, 3, 4], ("1b", "bottom"): [0, 1, 2, 3, 4, 5],
+          ("700m", "interleave"): [0, 2, 4, 6, 8], ("1b", "interleave"): [0, 2, 4, 6, 8, 9],
+          ("700m", "up"): [5, 6, 7, 8, 9], ("1b", "up"): [4, 5, 6, 7, 8, 9]}
 STAGES = {"DW-1": "down_blocks.0", "DW-2": "down_blocks.1", "DW-3": "down_blocks.2", "Mid": "mid_block",
           "UP-1": "up_blocks.0", "UP-2": "up_blocks.1", "UP-3": "up_blocks.2"}
 LAYERS = {"SA": "attn1", "CA": "attn2", "FFN": "ff"}
@@ -64,7 +61,8 @@ def pairs(student: str, features: str, blocks: str) -> list[tuple[str, str]]:
     found = []
     for term in features.split(","):
         kind, _, stage = term.partition("@")
-        places = [STAGES[stage]] if stage else [place for place in STAGES.values() if student == "1b" or place != "mid_block"]
+        places = [STAGES[stage]] if stage else [
+            place for place in STAGES.values() if student == "1b" or place != "mid_block"]
         for place in places:
             if kind == "LF":
                 found.append((place, place))
@@ -74,7 +72,8 @@ def pairs(student: str, features: str, blocks: str) -> list[tuple[str, str]]:
                 for ours, theirs in TRANSFORMERS.items():
                     lowest = place in ("down_blocks.2", "mid_block", "up_blocks.0")
                     matched = enumerate(BLOCKS[student, blocks] if lowest else [0, 1])
-                    found += [(f"{ours}.transformer_blocks.{i}.{LAYERS[kind]}", f"{theirs}.transformer_blocks.{j}.{LAYERS[kind]}")
+                    found += [(f"{ours}.transformer_blocks.{i}.{LAYERS[kind]}",
+                               f"{theirs}.transformer_blocks.{j}.{LAYERS[kind]}")
                               for i, j in matched if ours.startswith(place)]
     return found
 

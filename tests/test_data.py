@@ -1,4 +1,4 @@
-"""The data of distill.py: which pictures and captions are used, which are skipped and why, and what sample p is."""
+"""The data of distill.py: which pictures and captions are used, which are skipped, and what sample p is."""
 
 import io
 import json
@@ -34,7 +34,8 @@ def plain(colour=(200, 30, 40), size=(40, 24), mode="RGB"):
 
 
 def noisy(kind):
-    return encoded(Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), kind)
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return encoded(Image.fromarray(pixels), kind)
 
 
 def png_header(width, height) -> bytes:
@@ -109,13 +110,14 @@ def test_a_bad_image_is_skipped_for_its_reason(tmp_path, name):
 def test_a_blank_caption_is_skipped(tmp_path, text):
     source = Pairs(str(write(tmp_path, pair("good") | pair("bad", text=text.encode()))))
     assert one_pass(source) == (1, {BAD_CAPTIONS[text]: 1})
-    line = json.dumps({"file_name": "good.png", "text": text})
-    (tmp_path / "metadata.jsonl").write_text(line + "\n" + json.dumps({"file_name": "good.png", "text": "box"}))
+    lines = [json.dumps({"file_name": "good.png", "text": words}) for words in (text, "a box")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     assert one_pass(Pairs(str(tmp_path))) == (1, {BAD_CAPTIONS[text]: 1})
 
 
 @pytest.mark.parametrize("text, read", [
-    (b"\xef\xbb\xbfa box", "a box"), (b"a\r\n  box\r\n", "a box"), ("ein größer\u3000Koala 🐨".encode(), "ein größer Koala 🐨"),
+    (b"\xef\xbb\xbfa box", "a box"), (b"a\r\n  box\r\n", "a box"),
+    ("größer\u3000Koala 🐨".encode(), "größer Koala 🐨"),
     (b"\xff\xfea\0", None), ("Größe".encode("latin-1"), None)])
 def test_the_encoding_of_a_caption(tmp_path, text, read):
     source = Pairs(str(write(tmp_path, pair("x", text=text))))
@@ -128,22 +130,24 @@ def test_the_encoding_of_a_caption(tmp_path, text, read):
 
 @pytest.mark.parametrize("text", [None, ["a box"], {"en": "a box"}], ids=str)
 def test_a_caption_in_metadata_that_is_not_text_is_skipped(tmp_path, text):
-    (write(tmp_path, pair("x")) / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "text": text}))
+    line = json.dumps({"file_name": "x.png", "text": text})
+    (write(tmp_path, pair("x")) / "metadata.jsonl").write_text(line)
     with pytest.raises(Skip, match="caption"):
         Pairs(str(tmp_path)).load(0)
 
 
 def test_half_a_surrogate_pair_in_metadata_is_skipped(tmp_path):
-    (write(tmp_path, pair("x")) / "metadata.jsonl").write_text(r'{"file_name": "x.png", "text": "a \ud83d box"}')
+    line = r'{"file_name": "x.png", "text": "a \ud83d box"}'
+    (write(tmp_path, pair("x")) / "metadata.jsonl").write_text(line)
     with pytest.raises(Skip, match="bad_encoding"):  # no tokenizer can read it
         Pairs(str(tmp_path)).load(0)
 
 
 def test_what_has_no_partner_is_counted(tmp_path):
-    (write(tmp_path, pair("good") | {"lonely.png": GOOD, "silent.txt": TEXT, "notes.md": TEXT}) / "x.jpg").mkdir()
-    (tmp_path / "x.txt").write_bytes(TEXT)
+    alone = {"lonely.png": GOOD} | {f"{name}.txt": TEXT for name in ("silent", "folder", "link")}
+    write(tmp_path, pair("good") | alone | {"notes.md": TEXT})
+    (tmp_path / "folder.jpg").mkdir()
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere.png")
-    (tmp_path / "link.txt").write_bytes(TEXT)
     assert one_pass(Pairs(str(tmp_path))) == (1, {"no_caption": 1, "no_image": 3})
 
 
@@ -159,7 +163,8 @@ def test_names(tmp_path):
 
 def test_metadata(tmp_path):
     write(tmp_path, {"a.png": GOOD, "b.png": GOOD, "good.txt": TEXT})
-    lines = ['{"file_name": "a.png", "text": "one"}', "", "{broken", "[1]", '{"text": "no name"}', '{"file_name": "b.png"}',
+    lines = ['{"file_name": "a.png", "text": "one"}', "", "{broken", "[1]", '{"text": "no name"}',
+             '{"file_name": "b.png"}',
              '{"file_name": "absent.png", "text": "two"}', '{"file_name": "b.png", "text": "three"}']
     (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
     good, skipped = one_pass(Pairs(str(tmp_path)))
@@ -183,7 +188,8 @@ def test_a_folder_without_pairs_is_an_error(tmp_path, files, message):
 
 
 def test_pairs_of_which_none_is_good_are_an_error(tmp_path):
-    data = samples(Pairs(str(write(tmp_path, pair("a", b"") | pair("b", text=b"") | pair("c", b"") | {"d.txt": TEXT}))))
+    files = pair("a", b"") | pair("b", text=b"") | pair("c", b"")
+    data = samples(Pairs(str(write(tmp_path, files))))
     with pytest.raises(ValueError, match="no sample can be used.*bad_image 2.*blank_caption 1") as found:
         data[1]
     assert "\n" not in str(found.value)
@@ -211,14 +217,17 @@ def test_pictures_that_are_damaged_anywhere_never_stop_a_run(tmp_path):
 # Shards
 
 def test_shards(tmp_path):
-    """Keys with dots and capitals, a repeated key, the same key in another shard, a caption or a picture alone."""
+    """Keys with dots and capitals, one that is repeated or in another shard, a caption or a picture alone."""
     info = json.dumps({"original_width": 999, "original_height": 500}).encode()
-    first = [("0.png", GOOD), ("0.txt", b"zero"), ("0.json", info), ("1.a.JPG", GOOD), ("1.a.txt", b"one"), ("1.b.txt", TEXT),
+    first = [("0.png", GOOD), ("0.txt", b"zero"), ("0.json", info), ("1.a.JPG", GOOD), ("1.a.txt", b"one"),
+             ("1.b.txt", TEXT),
              ("0.png", b""), ("0.txt", b"again"), ("2.json", info), ("3.png", GOOD), ("3.json", info)]
-    source = Pairs(str(write(tmp_path, {"b/1.tar": tar(pair("0", text=b"other")), "a.tar": tar(first), "a_stats.json": b"{}"})))
+    shards = {"b/1.tar": tar(pair("0", text=b"other")), "a.tar": tar(first), "a_stats.json": b"{}"}
+    source = Pairs(str(write(tmp_path, shards)))
     found = [source.load(i) for i in range(len(source))]
-    assert [(text, size) for _, text, size in found] == [("zero", (500, 999)), ("one", (24, 40)), ("other", (24, 40))]
-    assert source.skipped["no_image"] == 1 and source.skipped["no_caption"] == 1 and source.skipped["duplicate"]
+    expected = [("zero", (500, 999)), ("one", (24, 40)), ("other", (24, 40))]
+    assert [(text, size) for _, text, size in found] == expected
+    assert source.skipped["no_image"] == source.skipped["no_caption"] == 1 <= source.skipped["duplicate"]
 
 
 def test_a_repeated_pair_is_one_skip(tmp_path):
@@ -228,10 +237,11 @@ def test_a_repeated_pair_is_one_skip(tmp_path):
 
 
 def test_a_shard_that_is_cut_anywhere(tmp_path, capsys):
-    """Used is what is whole before the cut; and the cut is told, unless only the zeros after the end are cut."""
+    """What is whole before the cut is used; the cut is told, unless it only takes zeros after the end."""
     files = {name: content for i in range(3) for name, content in pair(str(i)).items()}
     whole = tar(files)
-    ends = [512 * sum(1 + -(-len(content) // 512) for content in list(files.values())[:2 * i]) for i in range(4)]
+    ends = [512 * sum(1 + -(-len(content) // 512) for content in list(files.values())[:2 * i])
+            for i in range(4)]
     write(tmp_path, {"z.tar": tar(pair("other"))})
     for border in range(0, ends[-1] + 2048, 512):
         for cut in {max(border - 1, 0), border, border + 1}:
@@ -243,7 +253,8 @@ def test_a_shard_that_is_cut_anywhere(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [
-    bytes(10240), b"<html>", tar(pair("0"), end=False), zlib.compress(tar(pair("0"))), tar(pair("0"))[:512] + bytes(512)])
+    bytes(10240), b"<html>", tar(pair("0"), end=False), zlib.compress(tar(pair("0"))),
+    tar(pair("0"))[:512] + bytes(512)])
 def test_a_bad_shard_is_told(tmp_path, capsys, content):
     write(tmp_path, {"a.tar": content, "z.tar": tar(pair("other"))})
     source = Pairs(str(tmp_path))
@@ -253,17 +264,19 @@ def test_a_bad_shard_is_told(tmp_path, capsys, content):
 def test_a_damaged_header_ends_a_shard(tmp_path, capsys):
     files = pair("0") | pair("1")
     damaged = bytearray(tar(files))
-    damaged[tar(pair("0")).index(bytes(1024)) // 512 * 512 + 512] ^= 1  # in the name of the second pair's picture
+    second = len(tar(pair("0"), end=False))
+    damaged[second] ^= 1  # in the name of its picture
     source = Pairs(str(write(tmp_path, {"a.tar": bytes(damaged)})))
     assert len(source) == 1 and source.skipped["bad_shard"] == 1
 
 
 def test_nothing_of_a_shard_is_written_to_disk(tmp_path):
     names = ["../../x", "/tmp/distill-test-x", "a/../../b"]
-    content = tar({name + ending: data for name in names for ending, data in ((".png", GOOD), (".txt", TEXT))})
+    content = tar({key: data for name in names for key, data in pair(name).items()})
     links = io.BytesIO()
     with tarfile.open(fileobj=links, mode="w") as archive:
-        for name, kind in (("l.png", tarfile.SYMTYPE), ("d.png", tarfile.CHRTYPE), ("h.png", tarfile.LNKTYPE)):
+        for name, kind in (("l.png", tarfile.SYMTYPE), ("d.png", tarfile.CHRTYPE),
+                           ("h.png", tarfile.LNKTYPE)):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, "/etc/hostname"
             archive.addfile(member)
@@ -280,7 +293,7 @@ def test_nothing_of_a_shard_is_written_to_disk(tmp_path):
 def test_a_member_of_ten_gigabytes_is_not_read(tmp_path):
     member = tarfile.TarInfo("0.png")
     member.size = 10 * 2**30
-    write(tmp_path, {"a.tar": tar(pair("1")).rstrip(b"\0") + bytes(512 - len(TEXT)) + member.tobuf() + bytes(1024)})
+    write(tmp_path, {"a.tar": tar(pair("1"), end=False) + member.tobuf() + bytes(1024)})
     source = Pairs(str(tmp_path))
     assert len(source) == 1 and source.skipped["bad_shard"] == 1
 
@@ -299,6 +312,7 @@ def palette(**options):
     return encoded(image, **options)
 
 
+MOVING = {"save_all": True, "append_images": [plain((0, 0, 250))]}
 MODES = {  # contents, and the colour they show
     "1": (encoded(plain(1, mode="1")), (255, 255, 255)),
     "L": (encoded(plain(100, mode="L")), (100, 100, 100)),
@@ -311,8 +325,9 @@ MODES = {  # contents, and the colour they show
     "I;16": (encoded(Image.fromarray(np.full((24, 40), 100 * 257, np.uint16))), (100, 100, 100)),
     "JPEG": (encoded(plain((200, 30, 40)), "JPEG", quality=100), (200, 30, 40)),
     "PNG named .jpg": (GOOD, (200, 30, 40)),
-    **{f"first of {kind}": (encoded(plain((250, 0, 0)), kind, save_all=True, append_images=[plain((0, 0, 250))], **more),
-                            (250, 0, 0)) for kind, more in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}))},
+    "GIF, animated": (encoded(plain((250, 0, 0)), "GIF", **MOVING), (250, 0, 0)),
+    "PNG, animated": (encoded(plain((250, 0, 0)), "PNG", **MOVING), (250, 0, 0)),
+    "WEBP, animated": (encoded(plain((250, 0, 0)), "WEBP", lossless=True, **MOVING), (250, 0, 0)),
 }
 
 
@@ -325,8 +340,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, name):
 
 
 def test_pictures_are_turned_upright_and_measured_after_it(tmp_path):
-    stored = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE, 6: T.ROTATE_90,
-              7: T.TRANSVERSE, 8: T.ROTATE_270}
+    stored = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
+              6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     for orientation, turn in stored.items():
         exif = Image.Exif()
@@ -367,7 +382,7 @@ def test_the_crop_is_where_its_conditions_say_and_flips_come_first(tmp_path, hei
 
 
 def test_a_crop_of_a_picture_that_is_resized(tmp_path):
-    """By its short side; the crop's place counts in pixels of what is resized, the original size in its own."""
+    """By its short side; the crop's place counts in pixels after it, the original size in those before."""
     source = Pairs(str(write(tmp_path, pair("x", coordinates(48, 120)) | {
         "x.json": b'{"original_height": 480, "original_width": 1200}'})))
     for p in range(8):
@@ -382,8 +397,8 @@ def test_a_crop_of_a_picture_that_is_resized(tmp_path):
 # What sample p is
 
 def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) if isinstance(a[key], torch.Tensor) else a[key] == b[key]
-                                        for key in a)
+    return a.keys() == b.keys() and all(
+        torch.equal(x, b[key]) if isinstance(x, torch.Tensor) else x == b[key] for key, x in a.items())
 
 
 def many(folder):
@@ -403,8 +418,8 @@ def test_sample_p_is_the_same_in_any_batch_and_any_process(tmp_path):
         found = {}
         for rank in range(world):
             batches = list(positions(0, 24 // batch, batch, micro, rank, world))
-            loader = DataLoader(samples(source, dropout=0.5, flip=True), batch_sampler=batches, num_workers=workers,
-                                collate_fn=list)
+            loader = DataLoader(samples(source, dropout=0.5, flip=True), batch_sampler=batches,
+                                num_workers=workers, collate_fn=list)
             for places, loaded in zip(batches, loader, strict=True):
                 found |= zip(places, loaded, strict=True)
         assert found.keys() == straight.keys()
@@ -419,7 +434,8 @@ def test_each_step_has_the_same_positions_on_any_number_of_processes():
             assert {len(part) for part in parts} == {(5 - start) * 8 // micro // world}
             for step in range(5 - start):
                 count = 8 // micro // world
-                one = sorted(p for part in parts for places in part[step * count:(step + 1) * count] for p in places)
+                one = sorted(p for part in parts for places in part[step * count:(step + 1) * count]
+                             for p in places)
                 assert one == list(range((start + step) * 8, (start + step + 1) * 8))
 
 
@@ -459,5 +475,6 @@ def test_noise_timestep_and_dropout():
     assert 45 < sum(sample["dropped"] for sample in found) < 105
     assert not any(samples(Shapes(), size=64)[p]["dropped"] for p in range(20))
     assert all(samples(Shapes(), size=64, dropout=1.0)[p]["dropped"] for p in range(20))
-    assert all(sample["pixels"].shape == (3, 64, 64) and -1 <= sample["pixels"].min() < sample["pixels"].max() <= 1
+    assert all(sample["pixels"].shape == (3, 64, 64)
+               and -1 <= sample["pixels"].min() < sample["pixels"].max() <= 1
                for sample in found)
