@@ -5,8 +5,8 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
     python distill.py --student 700m --teacher sdxl --data laion/      # the paper's recipe, on one GPU
     torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
 
-A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and at the
-end a complete bundle. The same command goes on where a run was stopped. All that is random about training
+A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and in the
+end a whole bundle. The same command goes on where a run was stopped. All that is random about training
 sample p comes from (seed, p), so a run is the same on one process or many, stopped or not.
 """
 
@@ -40,6 +40,20 @@ NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meanin
     ("judge", 0, 10**5, 64, "captions the toy is judged on at the end, 0 for none"),
     ("seed", 0, 2**31 - 1, 0, "of data order and noise"),
 ]
+
+
+KINDS = ("SA", "CA", "Res", "FFN", "LF")
+
+
+def parse_features(text: str) -> list[tuple[str, str | None]]:
+    """From "SA,LF@DW-1" [("SA", None), ("LF", "DW-1")]; None: at every stage. ValueError for other words."""
+    terms = []
+    for term in text.split(",") if text != "none" else []:
+        kind, at, stage = term.strip().partition("@")
+        if kind not in KINDS or at and not stage:
+            raise ValueError(f"--features: {term!r} is none of {', '.join(KINDS)}, with @STAGE or without")
+        terms.append((kind, stage or None))
+    return terms
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -85,6 +99,12 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
     if args.batch % (world * args.micro_batch):
         parser.error(f"--batch {args.batch} is not a multiple of {world} x --micro-batch {args.micro_batch}")
+    try:
+        parse_features(args.features)
+    except ValueError as error:
+        parser.error(str(error))
+    if args.teacher not in ("toy", "sdxl", "none") and "/" not in args.teacher and not Path(args.teacher).is_dir():
+        parser.error(f"--teacher {args.teacher} is neither toy, sdxl nor none, nor a folder, nor a hub id")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if args.caption and args.data == "shapes":
@@ -132,17 +152,6 @@ from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
 # Features and losses
-
-
-def parse_features(text: str) -> list[tuple[str, str | None]]:
-    """From "SA,LF@DW-1" [("SA", None), ("LF", "DW-1")]; None: at every stage. ValueError for other words."""
-    terms = []
-    for term in text.split(",") if text != "none" else []:
-        kind, _, stage = term.strip().partition("@")
-        if kind not in model.FEATURES:
-            raise ValueError(f"--features: {term!r} is none of {', '.join(model.FEATURES)}, with @STAGE or without")
-        terms.append((kind, stage or None))
-    return terms
 
 
 def teacher_block(block: int, depth: int, teacher_depth: int, blocks: str) -> int:
@@ -224,7 +233,7 @@ class Span(NamedTuple):
             return file.read(self.size)
 
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES, FORMATS = (".jpg", ".jpeg", ".png", ".webp"), ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 LARGEST_MEMBER = 64 * 2**20  # bytes; what is larger is no image of a training set
 
 
@@ -257,7 +266,7 @@ class Pairs:
         root = Path(folder)
         if not root.is_dir():
             raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
-        shards = sorted(root.rglob("*.tar"))
+        shards = sorted(path for path in root.rglob("*.tar") if path.is_file())
         if (root / "metadata.jsonl").is_file():
             self.items = self.from_metadata(root)
         elif shards:
@@ -276,7 +285,7 @@ class Pairs:
             kind = "image" if ending.lower() in IMAGES else ending.lower()[1:]
             if kind in ("image", "txt", "json"):
                 if kind in groups.setdefault(stem, {}):
-                    self.skipped["duplicate"] += 1
+                    self.skipped["duplicate"] += kind == "image"
                 groups[stem].setdefault(kind, span)
         for group in groups.values():
             if "image" not in group:
@@ -320,10 +329,12 @@ class Pairs:
         item = self.items[index]
         caption = self.caption or read_caption(item)
         try:
-            image = Image.open(io.BytesIO(item["image"].read()))
+            image = Image.open(io.BytesIO(item["image"].read()), formats=FORMATS)
         except OSError as error:
             raise Skip("unreadable" if error.errno else "bad_image") from None
-        except (ValueError, SyntaxError, Image.DecompressionBombError):
+        except Image.DecompressionBombError:
+            raise Skip("too_large") from None
+        except (ValueError, SyntaxError):
             raise Skip("bad_image") from None
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:
             raise Skip("too_large")
@@ -333,7 +344,7 @@ class Pairs:
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
                 info = json.loads(item["json"].read())
                 height, width = int(info["original_height"]), int(info["original_width"])
         return image, caption, (height, width)
@@ -345,14 +356,15 @@ def read_caption(item: dict[str, Span]) -> str:
             text = item["txt"].read().decode("utf-8-sig")
         else:
             text = json.loads(item["line"].read())["text"]
-    except (UnicodeDecodeError, OSError):
+            text.encode()  # JSON can spell halves of characters
+    except (UnicodeError, OSError):
         raise Skip("bad_encoding") from None
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, AttributeError):
         raise Skip("no_caption") from None
     # Letters, digits and signs: `strip` alone would keep invisible ones, such as a zero-width space.
-    if not any(character.isprintable() and not character.isspace() for character in str(text)):
+    if not any(character.isprintable() and not character.isspace() for character in text):
         raise Skip("blank_caption")
-    return " ".join(str(text).split())
+    return " ".join(text.split())
 
 
 def rgb(image: Image.Image) -> Image.Image:
@@ -396,15 +408,16 @@ class Samples(Dataset):
 
     def __getitem__(self, p: int) -> dict:
         skipped = {}
-        for place in range(p, p + len(self.source)):  # a bad sample is replaced by the next good one
+        # A bad sample is replaced by the next good one; two times around surely has the whole of an epoch.
+        for place in range(p, p + 2 * len(self.source)):
             index = self.index(place)
             try:
                 sample = self.cached(index) or self.picture(index, p)
                 break
             except Skip as reason:
                 skipped[index] = str(reason)
-        else:
-            raise ValueError(f"--data: no sample can be used: {counted(Counter(skipped.values()))}")
+        else:  # for the main process to raise: from a worker it would come with the worker's traceback
+            return {"error": f"--data: no sample can be used: {counted(Counter(skipped.values()))}"}
         rng = np.random.default_rng((self.seed, 2, p))
         noise, latent_noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
         return sample | {
@@ -419,6 +432,8 @@ class Samples(Dataset):
         if min(image.size) < max(8, self.size // 8):
             raise Skip("too_small")
         scale = self.size / min(image.size)
+        if max(image.size) * scale * self.size > Image.MAX_IMAGE_PIXELS:
+            raise Skip("too_large")
         if scale != 1:
             sides = [max(self.size, round(side * scale)) for side in image.size]
             image = image.resize(sides, Image.Resampling.LANCZOS)
@@ -608,6 +623,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metad
         raise FloatingPointError(f"{bad[0]} is not finite and not saved; the checkpoint before is good")
     metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
     run = {"run": json.dumps(metadata)}
+    run["checksum"] = str(zlib.crc32(run["run"].encode()))
     model.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
     for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
         old.unlink()
@@ -620,7 +636,10 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
         try:
             tensors = model.read_tensors(path)
             with safe_open(path, "pt") as file:
-                metadata = json.loads(file.metadata()["run"])
+                run = file.metadata()
+            if run["checksum"] != str(zlib.crc32(run["run"].encode())):
+                raise ValueError(f"{path} is damaged: the checksum of its description is wrong")
+            metadata = json.loads(run["run"])
             for name, tensor in tensors.items():
                 if checksum(tensor) != metadata["checksums"][name]:
                     raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
@@ -693,13 +712,16 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
     student, signals = distillation.student, Signals()
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
-    step = updates = 0
+    step = updates = skipped_steps = skipped_in_a_row = 0
+    skipped_samples = {}  # the reason, by index
     if found := load_checkpoint(args.out):
         past, tensors = found
         check_settings(past["settings"], args)
-        step, updates = past["step"], past["updates"]
+        step, updates, skipped_steps = past["step"], past["updates"], past["skipped_steps"]
+        skipped_samples = {int(index): reason for index, reason in past["skipped_samples"].items()}
         restore(tensors, updates, student, optimizer)
-        scaler.load_state_dict(past["scaler"])
+        if past["scaler"]:
+            scaler.load_state_dict(past["scaler"])
     if step >= args.steps:
         return 0
     data = training_data(args, distillation)
@@ -712,7 +734,6 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
     accumulation = args.batch // (args.micro_batch * world)
     weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)
     log = Log(args.out / "log.csv", step) if rank == 0 else None
-    skipped_samples, skipped_in_a_row, skipped_steps = dict[int, str](), 0, 0
     bar = tqdm(range(step, args.steps), args.out.name, args.steps, initial=step, unit="step", disable=rank)
 
     for step in bar:
@@ -722,6 +743,8 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
         total = torch.zeros(3, device=device)
         for micro in range(accumulation):
             samples = next(batches)
+            if error := samples[0].get("error"):
+                raise ValueError(error)
             last = micro == accumulation - 1
             with predict.no_sync() if world > 1 and not last else contextlib.nullcontext():
                 terms = torch.stack(distillation.terms(predict, samples))
@@ -755,15 +778,22 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
                 f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, or a "
                 f"lower --lr")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps or stop):
-            save_checkpoint(args.out, done, trained(student, optimizer), updates=updates,
-                            settings=settings(args), scaler=scaler.state_dict())
-            model.save_unet(student, args.out / "unet")
-            bar.write(f"saved {args.out} at step {done}")
+        if done % args.save_every == 0 or done == args.steps or stop:
+            skipped_samples = union(skipped_samples, world)
+            if rank == 0:
+                model.save_unet(student, args.out / "unet")  # first: a run is finished when its checkpoint says so
+                save_checkpoint(args.out, done, trained(student, optimizer), updates=updates,
+                                settings=settings(args), scaler=scaler.state_dict(),
+                                skipped_steps=skipped_steps, skipped_samples=skipped_samples)
+                bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
-        if done * args.batch // len(data.source) > step * args.batch // len(data.source) == 0:
-            report_skipped(skipped_samples, data.source, rank, world)
+        if step * args.batch < len(data.source) <= done * args.batch:
+            skipped_samples = union(skipped_samples, world)
+            if rank == 0:
+                reasons = counted(Counter(skipped_samples.values()) + data.source.skipped)
+                used = len(data.source) - len(skipped_samples)
+                bar.write(f"first pass over the data: {used} pairs used; skipped: {reasons}")
         if stop:
             return stop
     return 0
@@ -794,16 +824,13 @@ def leave_signals_alone(worker: int):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def report_skipped(skipped: dict[int, str], source, rank: int, world: int):
-    """Tells after the first pass over the data what could not be used, by reason."""
-    everywhere = [skipped]
+def union(mine: dict, world: int) -> dict:
+    """The entries of a dictionary of every process."""
+    parts = [mine]
     if world > 1:
-        everywhere = [None] * world
-        dist.all_gather_object(everywhere, skipped)
-    union = {index: reason for part in everywhere for index, reason in part.items()}
-    if rank == 0:
-        reasons = counted(Counter(union.values()) + source.skipped)
-        print(f"first pass over the data: {len(source) - len(union)} pairs used; skipped: {reasons}")
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -880,8 +907,7 @@ def dry_run(args: argparse.Namespace):
     side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
 
-    torch.set_default_dtype(torch.bfloat16)
-    with FakeTensorMode():  # tensors of all sizes, without memory
+    with FakeTensorMode(), bfloat16():  # tensors of all sizes, without memory
         student = model.UNet(model.student_config(teacher_config, args.student))
         teacher = model.UNet(teacher_config).requires_grad_(False)
         vae = model.VAE(vae_config).requires_grad_(False)
@@ -904,6 +930,16 @@ work         TFLOP an image: teacher {taught / tera:.4g}, student forward and ba
 memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {args.micro_batch} images,
              without checkpointing, {args.micro_batch * kept / giga:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
+
+
+@contextlib.contextmanager
+def bfloat16():
+    """The type of the tensors that are made within."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:

@@ -966,7 +966,10 @@ def write(path: Path, make):
     shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
     beside.mkdir(parents=True)
     try:
-        make(beside / path.name)
+        try:
+            make(beside / path.name)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {one_line(error)}") from None
         with open(beside / path.name, "rb") as file:
             os.fsync(file.fileno())
         os.chmod(beside / path.name, 0o644)

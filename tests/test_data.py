@@ -39,9 +39,10 @@ def noisy(kind):
 
 
 def png_header(width, height) -> bytes:
-    """A picture that says how large it is, and ends there."""
+    """A picture that says how large it is, and ends where its pixels would begin."""
     chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    checksum = struct.pack(">I", zlib.crc32(chunk))
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + checksum + struct.pack(">I", 99) + b"IDAT"
 
 
 GOOD = encoded(plain())

@@ -1,15 +1,15 @@
 """
 How toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes with this project's networks.
 
-    python -m toy.make                                   # on two cores, a few hours; the same command resumes
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make     # the same on two processes, a little faster
+    python -m toy.make                                              # hours on two cores; the same command resumes
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # the same in two processes
 
-First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the second-to-last layers
-of two CLIP encoders, joined; the second's pooled output and six size numbers are further conditions; the U-Net predicts
-the noise in latents. runs/toy/bundle is the result, written and judged again every so often;
+First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
+second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are further
+conditions; the U-Net predicts the noise in latents. The result is runs/toy/bundle, which is judged now and then:
 
-    python -m toy.make publish                           # puts it into toy/checkpoint, in float16
     python -m toy.make judge --captions 256
+    python -m toy.make publish                                      # copies it to toy/checkpoint, in float16
 """
 
 import argparse
@@ -36,16 +36,22 @@ VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False,
 UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32,
                         groups=8, sample_size=shapes.SIZE // VAE.downscale)
 TEXT_WIDTHS, TEXT_LENGTH = {"text_encoder": 32, "text_encoder_2": 64}, 16
-LATENT_STD = 0.5  # half of SDXL's: shapes are so coarse that at 1 the strongest noise would still show where they are
+# Half of SDXL's: shapes are so coarse that, at 1, the strongest noise would still show where they are.
+LATENT_STD = 0.5
+WEIGHTS = {"unet": f"{model.WEIGHTS}.safetensors", "text_encoder": "model.safetensors",
+           "text_encoder_2": "model.safetensors"}  # what is trained together, and the files that have it
 SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1}
+    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "steps_offset": 1}
 INDEX = {
-    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0", "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"], "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"]}
+    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
+    "force_zeros_for_empty_prompt": True,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -72,12 +78,14 @@ def write_tokenizers(folder: Path) -> list[CLIPTokenizer]:
     """tokenizer/ and tokenizer_2/, which pads with another token, as SDXL has them."""
     vocabulary, merges = byte_pairs(shapes.WORDS)
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "pad_token": pad}
+        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+                   "pad_token": pad}
         write_json(folder / name / "vocab.json", vocabulary)
         write_json(folder / name / "special_tokens_map.json", special)
         write_json(folder / name / "tokenizer_config.json",
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
-        model.write(folder / name / "merges.txt", lambda path: path.write_text("\n".join(["#version: 0.2", *merges, ""])))
+        lines = "\n".join(["#version: 0.2", *merges, ""])
+        model.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
     return [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
 
 
@@ -91,10 +99,11 @@ class Toy(nn.Module):
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
         for (name, width), kind in zip(TEXT_WIDTHS.items(), (CLIPTextModel, CLIPTextModelWithProjection)):
-            self.add_module(name, kind(CLIPTextConfig(
+            config = CLIPTextConfig(
                 vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
                 num_attention_heads=width // 16, projection_dim=width, max_position_embeddings=TEXT_LENGTH,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)))
+                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+            self.add_module(name, kind(config))
         self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("token_embedding.weight"):
@@ -102,12 +111,13 @@ class Toy(nn.Module):
             if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
                 nn.init.zeros_(parameter)  # as SDXL's own code starts: every block adds nothing at first
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, dropped: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, kept: Tensor) -> Tensor:
+        """The noise in latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids_2, output_hidden_states=True)
-        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2)
+        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2) * kept[:, None, None]
         time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]]).expand(len(noisy), 6)
-        return self.unet(noisy, timesteps, context * ~dropped[:, None, None], second.text_embeds * ~dropped[:, None], time_ids)
+        return self.unet(noisy, timesteps, context, second.text_embeds * kept[:, None], time_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -123,6 +133,7 @@ def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
 
 def train_vae(folder: Path, steps: int) -> model.VAE:
     """The VAE on its own; its scaling factor is chosen so that latents have LATENT_STD."""
+    torch.manual_seed(0)
     vae = model.VAE(VAE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -150,15 +161,20 @@ def train(args: argparse.Namespace):
         dist.init_process_group("gloo")
     bundle = args.out / "bundle"
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
-        torch.manual_seed(0)
-        train_vae(bundle / "vae", args.vae_steps)
+        if args.init:
+            shutil.copytree(args.init / "vae", bundle / "vae")
+        else:
+            train_vae(bundle / "vae", args.vae_steps)
     if world > 1:
         dist.barrier()
-    vae = model.load_vae(bundle / "vae").requires_grad_(False).to(memory_format=torch.channels_last)
+    vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False).to(memory_format=torch.channels_last)
     tokenizers = write_tokenizers(bundle if rank == 0 else args.out / f"process-{rank}")
 
     torch.manual_seed(0)
     toy = Toy(tokenizers[0])
+    if args.init:
+        toy.load_state_dict({f"{part}.{name}": tensor for part, weights in WEIGHTS.items()
+                             for name, tensor in model.read_tensors(args.init / part / weights).items()})
     average = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     step, schedule = 0, Schedule(SCHEDULER)
@@ -178,11 +194,11 @@ def train(args: argparse.Namespace):
         mean, logvar = vae.encode(images)
         latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
-        ids = [tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt").input_ids
-               for tokenizer in tokenizers]
-        prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, torch.rand(len(latents)) < 0.1)
-        # What a caption decides is decided at high noise, where the plain loss is tiny. This is the weight of Karras
-        # et al. (their table 1) in terms of the noise, with a limit.
+        ids = [tokenizer(captions, padding="max_length", return_tensors="pt").input_ids for tokenizer in tokenizers]
+        kept = (torch.rand(len(latents)) >= 0.1).float()
+        prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
+        # What a caption decides is decided at high noise, where the plain loss is tiny. This is the weight of
+        # Karras et al. (Table 1) in terms of the noise, with a limit.
         weight = (1 + (schedule.all_sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
         loss = (weight * (prediction - noise).square().mean((1, 2, 3))).mean()
         rise, fall = (step + 1) / 100, (args.steps - step) / (args.decay * args.steps)
@@ -191,8 +207,9 @@ def train(args: argparse.Namespace):
         loss.backward()
         nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
         optimizer.step()
+        new = 1 - min(0.996, (step + 1) / (step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(list(average.values()), list(toy.parameters()), 1 - min(0.996, (step + 1) / (step + 10)))
+            torch._foreach_lerp_(list(average.values()), list(toy.parameters()), new)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == args.steps):
             averages = {f"average.{name}": tensor for name, tensor in average.items()}
@@ -215,12 +232,13 @@ def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
 
 
 def judge(args: argparse.Namespace) -> dict[str, float]:
-    """What the judge says of the bundle, on captions that are not trained on; the first pictures go into grid.png."""
+    """What the judge says of the bundle, on captions not trained on; the first pictures are in grid.png."""
     seeds = list(range(args.captions))
     captions = [shapes.caption(JUDGE_SEED, seed) for seed in seeds]
     pipeline = load_pipeline(str(args.out / "bundle"))
     images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
-    sheet([images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)] or [images]).save(args.out / "grid.png")
+    rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
+    sheet(rows or [images]).save(args.out / "grid.png")
     return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
 
 
@@ -241,10 +259,11 @@ def main():
     add("--vae-steps", type=int, default=900, help="of the VAE, in batches of 16 [900]")
     add("--batch", type=int, default=32, help="over all processes [32]")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW [0.001]")
-    add("--decay", type=float, default=0.3, help="share of the steps, at the end, in which the rate falls to 0 [0.3]")
+    add("--decay", type=float, default=0.3, help="share of the steps, at the end, of the rate's fall to 0 [0.3]")
+    add("--init", type=Path, metavar="BUNDLE", help="first weights of a new run, such as toy/checkpoint [random]")
     add("--judge-every", type=int, default=500, help="steps between judgements while training [500]")
     add("--captions", type=int, default=64, help="to judge on [64]")
-    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of the pictures judged [the toy's preset]")
+    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of the pictures judged [the preset's]")
     add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
     args = parser.parse_args()
     logging.disable_progress_bar()
