@@ -5,8 +5,8 @@ Text to image with SDXL, KOALA or the embedded toy: Euler sampling with classifi
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
     python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
 
-Several models, prompts or seeds give one picture: a row per prompt and seed, a column per model, the same
-noise in each row (Figures 10 to 16). The settings that made a picture are in the PNG's text.
+Several models give one picture: a column per model, a row per prompt and seed, the same noise in each row
+(Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
 """
 
 import argparse
@@ -413,8 +413,10 @@ BUNDLE = [  # what a pipeline reads beside the U-Net, and other names that it ma
     ["scheduler/scheduler_config.json"],
     ["tokenizer/vocab.json"], ["tokenizer/merges.txt"], ["tokenizer/tokenizer_config.json"],
     ["tokenizer_2/vocab.json"], ["tokenizer_2/merges.txt"], ["tokenizer_2/tokenizer_config.json"],
-    ["text_encoder/config.json"], ["text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"],
-    ["text_encoder_2/config.json"], ["text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"],
+    ["text_encoder/config.json"],
+    ["text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"],
+    ["text_encoder_2/config.json"],
+    ["text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"],
     ["vae/config.json"], [f"vae/{model.WEIGHTS}.safetensors", f"vae/{model.WEIGHTS}.fp16.safetensors"],
 ]
 
@@ -509,8 +511,11 @@ def main(args: argparse.Namespace):
         del pipeline                                             # before the next is loaded
     text = PngImagePlugin.PngInfo()
     text.add_text("settings", json.dumps(settings))
-    picture = sheet([list(row) for row in zip(*columns)])
-    model.write(args.out, lambda path: picture.save(path, pnginfo=text))
+    if len(columns) == 1:
+        rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
+    else:
+        rows = [list(row) for row in zip(*columns)]
+    model.write(args.out, lambda path: sheet(rows).save(path, pnginfo=text))
     print(args.out)
 
 

@@ -1,13 +1,12 @@
 """
-Our speed and memory beside diffusers', in turns and in one run, so that a slow moment of the machine falls on both.
+Our speed and memory beside diffusers', in turns, so that a slow moment of the machine falls on both.
 
     python tests/benchmark.py                    # all; needs diffusers, and toy/checkpoint for the last three
     python tests/benchmark.py unet toy           # some of: unet toy train load sample start distill
 
-Each line: median seconds of ours and theirs, and the median of the ratios of neighbours (below 1: ours is faster).
+A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster).
 """
 
-import json
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
 
-TOY = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=96, pooled_dim=64, size_dim=32, groups=8,
-                       sample_size=32)
+from toy.make import UNET as TOY  # noqa: E402
 
 
 def in_turns(name: str, ours, theirs, runs: int = 7):
@@ -52,9 +50,9 @@ def networks(config: model.UNetConfig, dtype: torch.dtype):
     ours = ours.to(memory_format=torch.channels_last)  # as load_pipeline does
 
     def inputs(batch: int, side: int):
-        return (torch.randn(batch, 4, side, side, dtype=dtype), torch.full((batch,), 500),
-                torch.randn(batch, 77, config.context_dim, dtype=dtype), torch.randn(batch, config.pooled_dim, dtype=dtype),
-                torch.full((batch, 6), 1024.0, dtype=dtype))
+        shapes = (batch, 4, side, side), (batch, 77, config.context_dim), (batch, config.pooled_dim)
+        noisy, context, pooled = (torch.randn(shape, dtype=dtype) for shape in shapes)
+        return noisy, torch.full((batch,), 500), context, pooled, torch.full((batch, 6), 1024.0, dtype=dtype)
 
     def call_theirs(x, t, context, pooled, time_ids):
         return theirs(x, t, context, added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids}).sample
@@ -82,7 +80,8 @@ def toy():
 
 
 def train():
-    narrow = model.replace(model.PRESETS["700m"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256, pooled_dim=128)
+    narrow = model.replace(model.PRESETS["700m"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
+                           pooled_dim=128)
     for name, config, batch, side in (("toy", TOY, 8, 32), ("700m, a fifth as wide", narrow, 2, 64)):
         ours, _, theirs, inputs = networks(config, torch.float32)
         x = inputs(batch, side)
@@ -93,18 +92,23 @@ def train():
 def in_process(code: str) -> tuple[float, float]:
     """Seconds and peak GB that a new process gives for `code`, its imports not counted in the seconds."""
     head, body = code.split("# ---\n")
-    program = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n{head}\nstart = time.perf_counter()\n{body}\n"
-               "print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)")
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    seconds, peak = output.split()[-2:]
+    program = (f"import sys, time, resource; sys.path.insert(0, {str(ROOT)!r})\n{head}\n"
+               f"start = time.perf_counter()\n{body}\nprint(time.perf_counter() - start, "
+               f"resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9)")
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    seconds, peak = done.stdout.split()[-2:]
     return float(seconds), float(peak)
 
 
 def load():
-    with tempfile.TemporaryDirectory() as folder, torch.device("meta"):
-        unet = model.UNet(model.PRESETS["700m"]).half()
-        model.save_unet(unet.to_empty(device="cpu").requires_grad_(False).apply(
-            lambda module: [parameter.normal_(std=0.02) for parameter in module.parameters(recurse=False)]), folder)
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.device("meta"):
+            unet = model.UNet(model.PRESETS["700m"]).half()
+        unet = unet.to_empty(device="cpu").requires_grad_(False)
+        for parameter in unet.parameters():
+            parameter.normal_(std=0.02)
+        model.save_unet(unet, folder)
+        del unet
         size = Path(folder, f"{model.WEIGHTS}.safetensors").stat().st_size / 1e9
         ours = f"import torch, model\n# ---\nmodel.load_unet({folder!r}, torch.float16)"
         theirs = (f"import torch, diffusers\nfrom diffusers import UNet2DConditionModel\n# ---\n"
@@ -113,7 +117,8 @@ def load():
     for i, what in enumerate(("s", "GB at the peak")):
         a, b = (statistics.median(side[i] for side in column) for column in zip(*pairs))
         ratio = statistics.median(mine[i] / yours[i] for mine, yours in pairs)
-        print(f"{f'load 700m, a file of {size:.2f} GB':34} ours {a:8.3f} {what}   diffusers {b:8.3f} {what}   ratio {ratio:.3f}")
+        name = f"load 700m, a file of {size:.2f} GB"
+        print(f"{name:34} ours {a:8.3f} {what}   diffusers {b:8.3f} {what}   ratio {ratio:.3f}")
 
 
 def sample():
@@ -123,20 +128,22 @@ def sample():
     ours, theirs = load_pipeline("toy"), StableDiffusionXLPipeline.from_pretrained(PRESETS["toy"].source)
     theirs.set_progress_bar_config(disable=True)
     prompts = ["a red circle left of a blue square"] * 4
-    in_turns("toy, 25 steps, 4 images", lambda: ours(prompts, guidance=5.0), lambda: theirs(prompts, num_inference_steps=25, guidance_scale=5.0))
+    in_turns("toy, 25 steps, 4 images", lambda: ours(prompts, guidance=5.0),
+             lambda: theirs(prompts, num_inference_steps=25, guidance_scale=5.0))
 
 
 def start():
-    program = (f"from diffusers import StableDiffusionXLPipeline; StableDiffusionXLPipeline.from_pretrained("
-               f"{str(ROOT / 'toy' / 'checkpoint')!r})('a red circle', num_inference_steps=1).images[0].save('/dev/null', 'png')")
-    run = lambda *command: subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
     with tempfile.TemporaryDirectory() as folder:
-        in_turns("the whole command, 1 step", lambda: run("sample.py", "--prompt", "a red circle", "--steps", "1", "--out", f"{folder}/a.png"),
-                 lambda: run("-c", program))
+        ours = ["sample.py", "--prompt", "a red circle", "--steps", "1", "--out", f"{folder}/a.png"]
+        theirs = ["-c", f"from diffusers import StableDiffusionXLPipeline as Pipeline\n"
+                        f"pipeline = Pipeline.from_pretrained({str(ROOT / 'toy' / 'checkpoint')!r})\n"
+                        f"pipeline('a red circle', num_inference_steps=1).images[0].save('{folder}/b.png')"]
+        run = lambda command: subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+        in_turns("the whole command, 1 step", lambda: run(ours), lambda: run(theirs))
 
 
 def distill():
-    """A step of ours and of a plain loop with diffusers' networks and hooks, with the same features and losses."""
+    """A step of ours, and of a plain loop with diffusers' networks and hooks for the same losses."""
     from diffusers import UNet2DConditionModel
     from distill import losses, match_features
 
@@ -154,19 +161,24 @@ def distill():
     kept = {}
     for side, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
-            network.get_submodule(path).register_forward_hook(
-                lambda module, args, output, key=(side, path): kept.__setitem__(key, output[0] if isinstance(output, tuple) else output))
+            def hook(module, args, output, key=(side, path)):
+                kept[key] = output[0] if isinstance(output, tuple) else output
+
+            network.get_submodule(path).register_forward_hook(hook)
     batch = 16
-    x = (torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.randn(batch, 16, 96), torch.randn(batch, 64), torch.full((batch, 6), 64.0))
+    x = (torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.randn(batch, 16, 96),
+         torch.randn(batch, 64), torch.full((batch, 6), 64.0))
     noise = torch.randn_like(x[0])
-    optimizers = [torch.optim.AdamW(network.parameters(), lr=1e-5, fused=fused) for network, fused in ((student, True), (theirs[1], False))]
+    optimizers = [torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True),
+                  torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
 
     def ours_step():
         with torch.no_grad(), taught as t:
             wanted = teacher(*x)
         with learned as s:
             prediction = student(*x)
-        sum(losses(prediction, noise, wanted, [s[p] for p in matched], [t[p] for p in matched.values()])).backward()
+        sum(losses(prediction, noise, wanted, [s[p] for p in matched],
+                   [t[p] for p in matched.values()])).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
 
@@ -185,6 +197,6 @@ def distill():
 
 
 if __name__ == "__main__":
-    print(json.dumps({"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": torch.backends.cpu.get_cpu_capability()}))
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill"]:
         globals()[name]()

@@ -27,8 +27,9 @@ import distill
 import model
 import sample
 from distill import (
-    Distillation, Samples, Shapes, command_line, load_checkpoint, losses, main, match_features,
+    Distillation, command_line, load_checkpoint, losses, main, match_features,
     parse_features, save_checkpoint)
+from data import Samples, Shapes
 from model import UNet, UNetConfig, load_unet, save_unet
 from toy import shapes
 

@@ -356,6 +356,12 @@ def test_a_column_for_each_model_and_a_row_for_each_prompt_and_seed(program, fol
     assert sheet([[column[0] for column in columns]]).tobytes() == drawn.crop((0, 0, 96, 32)).tobytes()
 
 
+def test_one_model_has_a_column_for_each_seed(program, folder, pipeline):
+    program("--prompt", "a box", "my sky", "--model", folder, "--count", "3", "--seed", "7", *FLAGS)
+    images = pipeline(prompts=["a box"] * 3 + ["my sky"] * 3, seed=[7, 8, 9] * 2, **SMALL)
+    assert Image.open("sample.png").tobytes() == sheet([images[:3], images[3:]]).tobytes()
+
+
 def test_all_columns_have_the_first_one_s_size(program, folder, pipeline, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other")
     config = json.loads((other / "unet" / "config.json").read_text())

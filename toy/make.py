@@ -1,12 +1,12 @@
 """
-How toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes with this project's networks.
+How toy/checkpoint was made: a whole SDXL in miniature, trained with this project's networks on captioned shapes.
 
-    python -m toy.make                                              # hours on two cores; the same command resumes
+    python -m toy.make                                              # hours on two cores; resumes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # the same in two processes
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
-second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are further
-conditions; the U-Net predicts the noise in latents. The result is runs/toy/bundle, which is judged now and then:
+second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
+conditions; the U-Net predicts the noise in latents. The result, runs/toy/bundle, is judged now and then:
 
     python -m toy.make judge --captions 256
     python -m toy.make publish                                      # copies it to toy/checkpoint, in float16
@@ -28,13 +28,14 @@ from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
 import model
-from distill import JUDGE_SEED, TRAIN_SEED, load_checkpoint, positions, restore, save_checkpoint, trained
+from data import JUDGE_SEED, TRAIN_SEED, positions
+from distill import load_checkpoint, restore, save_checkpoint, trained
 from sample import PRESETS, Schedule, load_pipeline, sheet
 from toy import shapes
 
 VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
-UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32,
-                        groups=8, sample_size=shapes.SIZE // VAE.downscale)
+UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64,
+                        size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
 TEXT_WIDTHS, TEXT_LENGTH = {"text_encoder": 32, "text_encoder_2": 64}, 16
 # Half of SDXL's: shapes are so coarse that, at 1, the strongest noise would still show where they are.
 LATENT_STD = 0.5
@@ -100,14 +101,15 @@ class Toy(nn.Module):
         super().__init__()
         for (name, width), kind in zip(TEXT_WIDTHS.items(), (CLIPTextModel, CLIPTextModelWithProjection)):
             config = CLIPTextConfig(
-                vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
-                num_attention_heads=width // 16, projection_dim=width, max_position_embeddings=TEXT_LENGTH,
-                bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+                vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
+                hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
+                projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
             self.add_module(name, kind(config))
         self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("token_embedding.weight"):
-                nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 the cross-attention learns next to nothing
+                nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
             if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
                 nn.init.zeros_(parameter)  # as SDXL's own code starts: every block adds nothing at first
 
@@ -116,7 +118,7 @@ class Toy(nn.Module):
         first = self.text_encoder(ids, output_hidden_states=True)
         second = self.text_encoder_2(ids_2, output_hidden_states=True)
         context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2) * kept[:, None, None]
-        time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]]).expand(len(noisy), 6)
+        time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]] * len(noisy))
         return self.unet(noisy, timesteps, context, second.text_embeds * kept[:, None], time_ids)
 
 
@@ -167,7 +169,7 @@ def train(args: argparse.Namespace):
             train_vae(bundle / "vae", args.vae_steps)
     if world > 1:
         dist.barrier()
-    vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False).to(memory_format=torch.channels_last)
+    vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False)
     tokenizers = write_tokenizers(bundle if rank == 0 else args.out / f"process-{rank}")
 
     torch.manual_seed(0)
@@ -194,7 +196,8 @@ def train(args: argparse.Namespace):
         mean, logvar = vae.encode(images)
         latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
-        ids = [tokenizer(captions, padding="max_length", return_tensors="pt").input_ids for tokenizer in tokenizers]
+        ids = [tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+               for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
         prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
         # What a caption decides is decided at high noise, where the plain loss is tiny. This is the weight of
@@ -252,18 +255,19 @@ def publish(bundle: Path, target: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="[train]")
     add("--steps", type=int, default=3800, help="of U-Net and text encoders [3800]")
     add("--vae-steps", type=int, default=900, help="of the VAE, in batches of 16 [900]")
     add("--batch", type=int, default=32, help="over all processes [32]")
     add("--lr", type=float, default=1e-3, help="learning rate of AdamW [0.001]")
-    add("--decay", type=float, default=0.3, help="share of the steps, at the end, of the rate's fall to 0 [0.3]")
-    add("--init", type=Path, metavar="BUNDLE", help="first weights of a new run, such as toy/checkpoint [random]")
+    add("--decay", type=float, default=0.3, help="share of the steps in which the rate falls to 0 [0.3]")
+    add("--init", type=Path, metavar="BUNDLE", help="first weights, such as toy/checkpoint [random]")
     add("--judge-every", type=int, default=500, help="steps between judgements while training [500]")
     add("--captions", type=int, default=64, help="to judge on [64]")
-    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of the pictures judged [the preset's]")
+    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of what is judged [the preset's]")
     add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
     args = parser.parse_args()
     logging.disable_progress_bar()
