@@ -412,7 +412,7 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize("load", [load_unet, load_vae])
 def test_the_hub_is_switched_off(hub, load):
     message = refusal("etri-vilab/koala-700m", load)
-    assert "config.json of etri-vilab/koala-700m" in message
+    assert "no folder etri-vilab/koala-700m" in message and "config.json of it" in message
     assert "hf download etri-vilab/koala-700m" in message
 
 
