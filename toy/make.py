@@ -252,6 +252,8 @@ def publish(bundle: Path, target: Path):
     model.save_vae(model.load_vae(bundle).half(), target / "vae")
     for name, kind in zip(TEXT_WIDTHS, (CLIPTextModel, CLIPTextModelWithProjection)):
         kind.from_pretrained(bundle / name, dtype=torch.float16).save_pretrained(target / name)
+        # What diffusers is to compute in, if not told; the type of the file would not be that of the U-Net.
+        write_json(target / name / "config.json", model.read_json(target / name / "config.json") | {"dtype": "float32"})
 
 
 def main():
