@@ -266,6 +266,11 @@ CHECKPOINTING = {
 }
 
 
+def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """The norm's output is nobody else's: where nothing goes backward, SiLU takes its place."""
+    return F.silu(norm(x), inplace=not torch.is_grad_enabled())
+
+
 class Downsample(nn.Module):
     """Halves height and width by a convolution of stride 2; the VAE pads right and bottom alone."""
 
@@ -304,10 +309,10 @@ class ResBlock(Recomputed):
         self.has_shortcut = cin != cout
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                    # (B, C, H, W)
+        h = self.conv1(norm_silu(self.norm1, x))                 # (B, C, H, W)
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, :, None, None]    # (B, C, H, W) + (B, C, 1, 1)
-        h = self.conv2(F.silu(self.norm2(h)))                    # (B, C, H, W)
+        h = self.conv2(norm_silu(self.norm2, h))                 # (B, C, H, W)
         return h + (self.conv_shortcut(x) if self.has_shortcut else x)
 
 
@@ -550,7 +555,7 @@ class UNet(nn.Module):
             x = self.mid_block(x, emb, context)                  # (B, 4C, H/4, W/4)
         for stage in self.up_blocks:                             # UP-1, UP-2, UP-3
             x = stage(x, emb, context, skips)                    # (B, 4C, H/2, W/2) to (B, C, H, W)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 4, H, W)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))   # (B, 4, H, W)
 
     def set_checkpointing(self, mode: str):
         """What the backward pass recomputes: "none", "selective" (cheap layers) or "full" (whole blocks)."""
@@ -711,7 +716,7 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             x = stage(x)                                         # (B, C, H / 2, W / 2), ...
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 8, H / 8, W / 8)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))   # (B, 8, H / 8, W / 8)
 
 
 class Decoder(nn.Module):
@@ -732,7 +737,7 @@ class Decoder(nn.Module):
         x = self.mid_block(self.conv_in(x))                      # (B, C, H / 8, W / 8)
         for stage in self.up_blocks:
             x = stage(x)                                         # (B, C, H / 4, W / 4), ...
-        return self.conv_out(F.silu(self.conv_norm_out(x)))      # (B, 3, H, W)
+        return self.conv_out(norm_silu(self.conv_norm_out, x))   # (B, 3, H, W)
 
 
 class VAE(nn.Module):
