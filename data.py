@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-import model
+import files
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,15 +85,15 @@ class Pairs:
         elif shards:
             self.items = [item for shard in shards for item in self.pair(self.members(shard))]
         else:
-            files = (path for path in sorted(root.rglob("*")) if path.is_file())
-            self.items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in files)
+            paths = (path for path in sorted(root.rglob("*")) if path.is_file())
+            self.items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in paths)
         if not self.items:
             raise ValueError(f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
 
-    def pair(self, files) -> list[dict[str, Span]]:
-        """Puts together files (name, Span) that differ in their ending alone."""
+    def pair(self, named) -> list[dict[str, Span]]:
+        """Puts together files, `named` (name, Span), that differ in their ending alone."""
         groups = {}
-        for name, span in files:
+        for name, span in named:
             stem, ending = os.path.splitext(name)
             kind = "image" if ending.lower() in IMAGES else ending.lower()[1:]
             if kind in ("image", "txt", "json"):
@@ -264,7 +264,7 @@ class Samples(Dataset):
 
     def cached(self, index: int) -> dict | None:
         path = self.cache and in_cache(self.cache, index)
-        return model.read_tensors(path) if path and path.exists() else None
+        return files.read_tensors(path) if path and path.exists() else None
 
 
 def in_cache(folder: Path, index: int) -> Path:

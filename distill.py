@@ -142,6 +142,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
+import files
 import model
 from data import JUDGE_SEED, Pairs, Samples, Shapes, counted, keep, positions
 from sample import BUNDLE, load_pipeline, preset, sheet
@@ -364,7 +365,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metad
     metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
     run = {"run": json.dumps(metadata)}
     run["checksum"] = str(zlib.crc32(run["run"].encode()))
-    model.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
+    files.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
     for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
         old.unlink()
 
@@ -374,7 +375,7 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
     paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
     for path in paths:
         try:
-            tensors = model.read_tensors(path)
+            tensors = files.read_tensors(path)
             with safe_open(path, "pt") as file:
                 run = file.metadata()
             if run["checksum"] != str(zlib.crc32(run["run"].encode())):
@@ -550,7 +551,7 @@ def training_data(args: argparse.Namespace, distillation: Distillation) -> Sampl
         made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip,
                 "caption": args.caption, "seed": args.seed}
         note = args.cache / "settings.json"
-        if note.exists() and (old := model.read_json(note)) != made:
+        if note.exists() and (old := files.read_json(note)) != made:
             raise ValueError(f"--cache: {args.cache} was made with {old}, not {made}; choose another")
         note.write_text(json.dumps(made))
     side = size // vae.downscale
@@ -597,7 +598,7 @@ def preview(distillation: Distillation, path: Path):
     unets = {"teacher": distillation.teacher, "student": distillation.student}
     rows = {name: draw(distillation, unet, prompts) for name, unet in unets.items() if unet}
     path.parent.mkdir(exist_ok=True)
-    model.write(path, lambda path: sheet(list(rows.values()), list(rows)).save(path))
+    files.write(path, lambda path: sheet(list(rows.values()), list(rows)).save(path))
 
 
 def judge(distillation: Distillation):
@@ -616,10 +617,10 @@ def judge(distillation: Distillation):
                 scores = shapes.scores(images[name], captions)
                 writer.writerow([name, *(f"{scores[key]:.3f}" for key in ("colour", "shape", "spatial"))])
 
-    model.write(args.out / "judged.png", lambda path: sheet(
+    files.write(args.out / "judged.png", lambda path: sheet(
         [[image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]] for row in images.values()],
         list(images)).save(path))
-    model.write(args.out / "scores.csv", write)
+    files.write(args.out / "scores.csv", write)
 
 
 def show_scores(path: Path):
@@ -631,8 +632,8 @@ def show_scores(path: Path):
 def complete(source: str, folder: Path):
     """Makes a bundle of the run's folder: beside unet/, what a pipeline reads of the teacher's."""
     for name, *half in BUNDLE:
-        if path := model.find(source, *half, name):
-            model.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
+        if path := files.find(source, *half, name):
+            files.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
 
 
 def dry_run(args: argparse.Namespace):

@@ -24,20 +24,19 @@ P pooled width.
 """
 
 import json
-import os
 import re
-import shutil
 import sys
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import files
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -795,14 +794,15 @@ def save_vae(vae: VAE, folder: str | Path):
 
 def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig, Path]:
     """The configuration of a UNet or VAE of a folder or hub id, and where it was found."""
-    path = find(source, f"{kind.FOLDER}/config.json", "config.json")
+    path = files.find(source, f"{kind.FOLDER}/config.json", "config.json")
     if path is None:
-        raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {described(source)}")
-    config = read_json(path)
+        raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {files.described(source)}")
+    config = files.read_json(path)
     try:
         return kind.CONFIG.from_diffusers(config), path
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the config.json of a {kind.__name__} ({one_line(error)})") from None
+        what = f"the config.json of a {kind.__name__}"
+        raise ValueError(f"{path} is not {what} ({files.one_line(error)})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -812,7 +812,7 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
     prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
     weights = {}
     for file in weight_files(source, prefix, dtype):
-        weights |= read_tensors(file)
+        weights |= files.read_tensors(file)
     old = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor for name, tensor in weights.items()}
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
@@ -828,105 +828,29 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
-def find(source: str | Path, *names: str) -> Path | None:
-    """The first of these files that `source`, a local folder or else a hub id, has; None if it has none."""
-    if Path(source).is_dir():
-        return next((path for name in names if (path := Path(source, name)).is_file()), None)
-    if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
-        raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError)
-
-    for name in names:
-        try:
-            return Path(hf_hub_download(str(source), name, local_files_only=not hub_answers()))
-        except LocalEntryNotFoundError:
-            unreachable = True  # nor is it in the local cache; another name may be
-        except EntryNotFoundError:
-            unreachable = False
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
-        except (HFValidationError, OSError) as error:
-            raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
-    if unreachable:
-        raise FileNotFoundError(
-            f"no folder {source}, no {names[0]} of it in the hub's cache, and the hub is out of reach; where "
-            f"it is not: hf download {source}, then give its folder or set HF_HOME")
-    return None
-
-
-@cache
-def hub_answers() -> bool:
-    """Whether the hub is within reach, asked once: `hf_hub_download` would try for long, for every file."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import HTTPError
-    from huggingface_hub.utils import get_session
-
-    try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except (HTTPError, OSError):
-        return False
-    return True
-
-
-def described(source: str | Path) -> str:
-    return f"the folder {source}" if Path(source).is_dir() else f"{source} on the hub"
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError):
-        raise ValueError(f"{path} is not JSON; fetch it anew") from None
-
-
 def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> list[Path]:
     """The file or shards with the weights: of float16 if there are some and half precision is asked for."""
     plain = [f"{prefix}{WEIGHTS}.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.json"]
     half = [f"{prefix}{WEIGHTS}.fp16.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.fp16.json"]
-    path = find(source, *(half + plain if dtype in HALF else plain + half))
+    path = files.find(source, *(half + plain if dtype in HALF else plain + half))
     if path is None:
-        pickled = find(source, f"{prefix}{WEIGHTS}.bin", f"{prefix}{WEIGHTS}.fp16.bin")
+        pickled = files.find(source, f"{prefix}{WEIGHTS}.bin", f"{prefix}{WEIGHTS}.fp16.bin")
         hint = f"; {pickled.name} is a pickle and is not opened: convert it to safetensors" if pickled else ""
-        raise FileNotFoundError(f"no {plain[0]} in {described(source)}{hint}")
+        raise FileNotFoundError(f"no {plain[0]} in {files.described(source)}{hint}")
     if (".fp16." in path.name) != (dtype in HALF):
-        print(f"{described(source)}: using {prefix}{path.name}", file=sys.stderr)
+        print(f"{files.described(source)}: using {prefix}{path.name}", file=sys.stderr)
     if path.suffix != ".json":
         return [path]
-    index = read_json(path)
+    index = files.read_json(path)
     try:
         shards = sorted(set(index["weight_map"].values()))
     except (KeyError, TypeError, AttributeError):
         raise ValueError(f"{path} does not say which file has which tensor; fetch it anew") from None
-    files = [find(source, prefix + shard) for shard in shards]
-    if None in files:
-        lost = prefix + shards[files.index(None)]
-        raise FileNotFoundError(f"no {lost}, named in {path.name}, in {described(source)}")
-    return files
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises ValueError for a file that is broken or something else."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        with open(path, "rb") as file:
-            head = file.read(64)
-        kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file itself: run git lfs pull",
-                 b"<": "an HTML page: fetch the file itself",
-                 b"PK\x03\x04": "a pickle, and is not opened", b"\x80": "a pickle, and is not opened"}
-        what = f"cut or damaged, fetch it anew ({one_line(error)})"
-        if head[8:9] != b"{":  # a safetensors file has its header, which is JSON, after eight bytes
-            what = next((kind for start, kind in kinds.items() if head.lstrip().startswith(start)), what)
-        raise ValueError(f"{path} is {what}") from None
+    paths = [files.find(source, prefix + shard) for shard in shards]
+    if None in paths:
+        lost = prefix + shards[paths.index(None)]
+        raise FileNotFoundError(f"no {lost}, named in {path.name}, in {files.described(source)}")
+    return paths
 
 
 def check_tensors(weights: dict[str, Tensor], network: nn.Module, where: Path):
@@ -960,27 +884,7 @@ def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 
 def save(network: nn.Module, folder: str | Path):
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    write(Path(folder, f"{WEIGHTS}.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
+    files.write(Path(folder, f"{WEIGHTS}.safetensors"),
+                lambda path: save_file(weights, path, {"format": "pt"}))
     config = json.dumps(network.config.to_diffusers(), indent=2, sort_keys=True) + "\n"
-    write(Path(folder, "config.json"), lambda path: path.write_text(config))
-
-
-def write(path: Path, make):
-    """Makes a file by `make(temporary path)`, and puts it in its place: it is always the old or the new."""
-    beside = path.parent / ".writing"
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
-    beside.mkdir(parents=True)
-    try:
-        try:
-            make(beside / path.name)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {one_line(error)}") from None
-        with open(beside / path.name, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(beside / path.name, 0o644)
-        os.replace(beside / path.name, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    files.write(Path(folder, "config.json"), lambda path: path.write_text(config))

@@ -127,7 +127,9 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import files
 import model
+from text import load_text
 
 # ------------------------------------------------------------------------------------------------------------
 # Noise
@@ -214,67 +216,6 @@ def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
             d = d * scale + x * (sigma * scale**2)
         x = x + (next_sigma - sigma) * d
     return x
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Text
-
-
-class TextEncoder(nn.Module):
-    """SDXL's two CLIP text encoders and their tokenizers, as one."""
-
-    def __init__(self, source: str, dtype: torch.dtype):
-        super().__init__()
-        from transformers import (
-            CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging)
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        for name, kind in kinds.items():
-            plain, half = f"{name}/model.safetensors", f"{name}/model.fp16.safetensors"
-            path = model.find(source, *([half, plain] if dtype in model.HALF else [plain, half]))
-            if path is None:
-                raise FileNotFoundError(f"no {plain} in {model.described(source)}")
-            encoder, found = kind.from_pretrained(
-                None, config=CLIPTextConfig.from_pretrained(path.parent), state_dict=model.read_tensors(path),
-                dtype=dtype, output_loading_info=True)
-            if found["missing_keys"]:
-                raise ValueError(f"the weights in {path.parent} lack {', '.join(found['missing_keys'])}")
-            self.add_module(name, encoder)
-        self.tokenizers = [CLIPTokenizer.from_pretrained(source, subfolder=name)
-                           for name in ("tokenizer", "tokenizer_2")]
-
-    def ids(self, prompts: list[str], tokenizer) -> Tensor:
-        """Token ids (B, L). Tells what it cuts off; ValueError names words that a small vocabulary lacks."""
-        if len(tokenizer) < 1000:
-            check_words(prompts, tokenizer)
-        length = tokenizer.model_max_length
-        if tokenizer is self.tokenizers[0]:
-            for ids in tokenizer(list(dict.fromkeys(prompts))).input_ids:
-                if len(ids) > length:
-                    print(f"warning: a prompt is longer than the {length - 2} tokens that CLIP reads; cut: "
-                          f"{tokenizer.decode(ids[length - 1:-1])!r}", file=sys.stderr)
-        return tokenizer(prompts, padding="max_length", max_length=length, truncation=True,
-                         return_tensors="pt").input_ids
-
-    @torch.no_grad()
-    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Text sequences (B, L, D), both second-to-last layers, and pooled texts (B, P) of the second."""
-        states = []
-        for tokenizer, encoder in zip(self.tokenizers, (self.text_encoder, self.text_encoder_2)):
-            output = encoder(self.ids(prompts, tokenizer).to(encoder.device), output_hidden_states=True)
-            states.append(output.hidden_states[-2])
-        return torch.cat(states, dim=2), output.text_embeds
-
-
-def check_words(prompts: list[str], tokenizer):
-    ends = [token for token in tokenizer.get_vocab() if token.endswith("</w>")]
-    words = sorted(end[:-4] for end in ends  # but not the parts that words were merged from
-                   if not any(longer != end and longer.endswith(end) for longer in ends))
-    unknown = sorted(set(" ".join(prompts).lower().split()) - set(words))
-    if unknown:
-        raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows {', '.join(words)}. "
-                         f"A real one knows more: --model 700m")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -435,11 +376,11 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
-        raise ValueError(f"the device {device} cannot be used: {model.one_line(error)}") from None
-    files = {name: model.find(chosen.source, name) for name, *half in BUNDLE if not half}
-    if missing := [name for name, path in files.items() if path is None]:
+        raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
+    found = {name: files.find(chosen.source, name) for name, *half in BUNDLE if not half}
+    if missing := [name for name, path in found.items() if path is None]:
         made = "; python -m toy.make makes it again" if name == "toy" else ""
-        raise FileNotFoundError(f"no {', '.join(missing)} in {model.described(chosen.source)}{made}")
+        raise FileNotFoundError(f"no {', '.join(missing)} in {files.described(chosen.source)}{made}")
 
     def load_unet() -> model.UNet:
         network = model.load_unet(unet or chosen.source, dtype, device).to(memory_format=torch.channels_last)
@@ -452,10 +393,10 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
         return network if network.config.force_upcast else network.to(dtype)
 
     pipeline = Pipeline(
-        {"text": lambda: TextEncoder(chosen.source, dtype).to(device), "unet": load_unet, "vae": load_vae},
-        chosen, Schedule(model.read_json(files["scheduler/scheduler_config.json"]), chosen.spacing),
-        downscale=2 ** (len(model.read_json(files["vae/config.json"])["block_out_channels"]) - 1),
-        zero_negative=model.read_json(files["model_index.json"]).get("force_zeros_for_empty_prompt", True),
+        {"text": lambda: load_text(chosen.source, dtype).to(device), "unet": load_unet, "vae": load_vae},
+        chosen, Schedule(files.read_json(found["scheduler/scheduler_config.json"]), chosen.spacing),
+        downscale=2 ** (len(files.read_json(found["vae/config.json"])["block_out_channels"]) - 1),
+        zero_negative=files.read_json(found["model_index.json"]).get("force_zeros_for_empty_prompt", True),
         dtype=dtype, device=device, low_memory=low_memory)
     if not low_memory:
         pipeline.unet, pipeline.vae, pipeline.text  # whatever is wrong with them is told now
@@ -515,7 +456,7 @@ def main(args: argparse.Namespace):
         rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
     else:
         rows = [list(row) for row in zip(*columns)]
-    model.write(args.out, lambda path: sheet(rows).save(path, pnginfo=text))
+    files.write(args.out, lambda path: sheet(rows).save(path, pnginfo=text))
     print(args.out)
 
 
@@ -523,7 +464,7 @@ if __name__ == "__main__":
     try:
         main(ARGS)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {model.one_line(error)}")
+        sys.exit(f"error: {files.one_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise

@@ -15,9 +15,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import files
 import model
 from common import UNETS, VAES, fill
-from model import VAE, WEIGHTS, UNet, UNetConfig, VAEConfig, load_unet, load_vae, save_unet, save_vae, write
+from model import VAE, WEIGHTS, UNet, UNetConfig, VAEConfig, load_unet, load_vae, save_unet, save_vae
 
 FILE = f"{WEIGHTS}.safetensors"
 HALF_FILE = f"{WEIGHTS}.fp16.safetensors"
@@ -184,7 +185,7 @@ def test_what_is_written_is_the_official_layout(saved):
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = tmp_path / "deep" / "file"
-    write(path, lambda beside: beside.write_text("old"))
+    files.write(path, lambda beside: beside.write_text("old"))
 
     def fails(beside: Path):
         beside.write_text("ne")
@@ -192,14 +193,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(path, fails)
+        files.write(path, fails)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
 
 def test_what_a_killed_write_left_is_removed(tmp_path):
     (tmp_path / ".writing").mkdir()
     (tmp_path / ".writing" / ".tmpabc").write_text("half of a file")
-    write(tmp_path / "file", lambda beside: beside.write_text("new"))
+    files.write(tmp_path / "file", lambda beside: beside.write_text("new"))
     assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "new"
 
 
@@ -211,7 +212,7 @@ def test_a_write_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
             call(*args)
 
         monkeypatch.setattr(os, name, noted)
-    write(tmp_path / "file", lambda beside: beside.write_text("new"))
+    files.write(tmp_path / "file", lambda beside: beside.write_text("new"))
     assert calls == ["fsync", "replace", "fsync"]
 
 

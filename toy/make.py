@@ -6,7 +6,7 @@ How toy/checkpoint was made: a whole SDXL in miniature, trained with this projec
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
 second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
-conditions; the U-Net predicts the noise in latents. The result, runs/toy/bundle, is judged now and then:
+conditions; the U-Net predicts v of latents (Salimans and Ho, arXiv 2202.00512). The result, runs/toy/bundle, is judged now and then:
 
     python -m toy.make judge --captions 256
     python -m toy.make publish                                      # copies it to toy/checkpoint, in float16
@@ -25,25 +25,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, logging
 
+import files
 import model
 from data import JUDGE_SEED, TRAIN_SEED, positions
 from distill import load_checkpoint, restore, save_checkpoint, trained
 from sample import PRESETS, Schedule, load_pipeline, sheet
+from text import CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
 from toy import shapes
 
 VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
 UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64,
                         size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
 TEXT_WIDTHS, TEXT_LENGTH = {"text_encoder": 32, "text_encoder_2": 64}, 16
-# Half of SDXL's: shapes are so coarse that, at 1, the strongest noise would still show where they are.
-LATENT_STD = 0.5
+# A fifth of SDXL's: shapes are so coarse that, at 1, even the strongest noise would show where they are, and
+# a sample's first noise, not its caption, would say where to put them.
+LATENT_STD = 0.2
 WEIGHTS = {"unet": f"{model.WEIGHTS}.safetensors", "text_encoder": "model.safetensors",
            "text_encoder_2": "model.safetensors"}  # what is trained together, and the files that have it
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction", "timestep_spacing": "leading",
     "steps_offset": 1}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
@@ -86,12 +88,13 @@ def write_tokenizers(folder: Path) -> list[CLIPTokenizer]:
         write_json(folder / name / "tokenizer_config.json",
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
         lines = "\n".join(["#version: 0.2", *merges, ""])
-        model.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
-    return [CLIPTokenizer.from_pretrained(folder / name) for name in ("tokenizer", "tokenizer_2")]
+        files.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
+    return [CLIPTokenizer(*(folder / name / file for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+            for name in ("tokenizer", "tokenizer_2")]
 
 
 def write_json(path: Path, value: dict):
-    model.write(path, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
+    files.write(path, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 class Toy(nn.Module):
@@ -99,27 +102,27 @@ class Toy(nn.Module):
 
     def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        for (name, width), kind in zip(TEXT_WIDTHS.items(), (CLIPTextModel, CLIPTextModelWithProjection)):
-            config = CLIPTextConfig(
-                vocab_size=len(tokenizer), max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
+        for name, width in TEXT_WIDTHS.items():
+            config = CLIPConfig(
+                vocab_size=tokenizer.end + 1, max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
                 hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
-                projection_dim=width, bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
-            self.add_module(name, kind(config))
+                projection_dim=width, eos_token_id=tokenizer.end)
+            self.add_module(name, CLIP(config, projection=name == "text_encoder_2"))
         self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
+            if name.endswith("position_embedding.weight"):
+                nn.init.normal_(parameter, std=0.02)
             if name.endswith("token_embedding.weight"):
                 nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
             if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
                 nn.init.zeros_(parameter)  # as SDXL's own code starts: every block adds nothing at first
 
     def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, kept: Tensor) -> Tensor:
-        """The noise in latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
-        first = self.text_encoder(ids, output_hidden_states=True)
-        second = self.text_encoder_2(ids_2, output_hidden_states=True)
-        context = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=2) * kept[:, None, None]
+        """v for latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
+        (first, _), (second, pooled) = self.text_encoder(ids), self.text_encoder_2(ids_2)
+        context = torch.cat([first, second], dim=2) * kept[:, None, None]
         time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]] * len(noisy))
-        return self.unet(noisy, timesteps, context, second.text_embeds * kept[:, None], time_ids)
+        return self.unet(noisy, timesteps, context, pooled * kept[:, None], time_ids)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -133,8 +136,8 @@ def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
     return pixels, list(captions)
 
 
-def train_vae(folder: Path, steps: int) -> model.VAE:
-    """The VAE on its own; its scaling factor is chosen so that latents have LATENT_STD."""
+def train_vae(steps: int) -> model.VAE:
+    """The VAE on its own."""
     torch.manual_seed(0)
     vae = model.VAE(VAE).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
@@ -150,10 +153,14 @@ def train_vae(folder: Path, steps: int) -> model.VAE:
         optimizer.step()
         rate.step()
         bar.set_postfix(mse=f"{error.square().mean():.4f}")
-    with torch.no_grad():
-        std = vae.encode(pictures(range(512))[0])[0].std().item()
+    return vae
+
+
+@torch.no_grad()
+def scaled(vae: model.VAE) -> model.VAE:
+    """The VAE with the scaling factor that gives latents LATENT_STD."""
+    std = vae.encode(pictures(range(512))[0])[0].std().item()
     vae.config = model.replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
-    model.save_vae(vae, folder)
     return vae
 
 
@@ -163,10 +170,8 @@ def train(args: argparse.Namespace):
         dist.init_process_group("gloo")
     bundle = args.out / "bundle"
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
-        if args.init:
-            shutil.copytree(args.init / "vae", bundle / "vae")
-        else:
-            train_vae(bundle / "vae", args.vae_steps)
+        vae = model.load_vae(args.init, torch.float32) if args.init else train_vae(args.vae_steps)
+        model.save_vae(scaled(vae), bundle / "vae")
     if world > 1:
         dist.barrier()
     vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False)
@@ -176,7 +181,7 @@ def train(args: argparse.Namespace):
     toy = Toy(tokenizers[0])
     if args.init:
         toy.load_state_dict({f"{part}.{name}": tensor for part, weights in WEIGHTS.items()
-                             for name, tensor in model.read_tensors(args.init / part / weights).items()})
+                             for name, tensor in files.read_tensors(args.init / part / weights).items()})
     average = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     step, schedule = 0, Schedule(SCHEDULER)
@@ -196,14 +201,14 @@ def train(args: argparse.Namespace):
         mean, logvar = vae.encode(images)
         latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
         noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
-        ids = [tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
-               for tokenizer in tokenizers]
+        ids = [tokenizer(captions) for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
         prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
-        # What a caption decides is decided at high noise, where the plain loss is tiny. This is the weight of
-        # Karras et al. (Table 1) in terms of the noise, with a limit.
-        weight = (1 + (schedule.all_sigmas[timesteps].float() / LATENT_STD) ** 2).clamp(max=50)
-        loss = (weight * (prediction - noise).square().mean((1, 2, 3))).mean()
+        # What a caption decides is decided at high noise: the weight of Karras et al. (Table 1), on v.
+        sigma = schedule.all_sigmas[timesteps].float()
+        weight = (1 + (sigma / LATENT_STD) ** 2) / (1 + sigma ** 2)
+        error = prediction - schedule.target(latents, noise, timesteps)
+        loss = (weight * error.square().mean((1, 2, 3))).mean()
         rise, fall = (step + 1) / 100, (args.steps - step) / (args.decay * args.steps)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, rise, fall)
         optimizer.zero_grad()
@@ -228,7 +233,7 @@ def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
     toy.load_state_dict(average)
     model.save_unet(toy.unet, folder / "unet")
     for name in TEXT_WIDTHS:
-        getattr(toy, name).save_pretrained(folder / name)
+        save_clip(getattr(toy, name), folder / name)
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
     write_json(folder / "model_index.json", INDEX)
     toy.load_state_dict(own)
@@ -250,10 +255,8 @@ def publish(bundle: Path, target: Path):
     shutil.copytree(bundle, target, dirs_exist_ok=True)
     model.save_unet(model.load_unet(bundle).half(), target / "unet")
     model.save_vae(model.load_vae(bundle).half(), target / "vae")
-    for name, kind in zip(TEXT_WIDTHS, (CLIPTextModel, CLIPTextModelWithProjection)):
-        kind.from_pretrained(bundle / name, dtype=torch.float16).save_pretrained(target / name)
-        # What diffusers is to compute in, if not told; the type of the file would not be that of the U-Net.
-        write_json(target / name / "config.json", model.read_json(target / name / "config.json") | {"dtype": "float32"})
+    for name in TEXT_WIDTHS:
+        save_clip(load_clip(bundle, name, torch.float16), target / name)
 
 
 def main():
@@ -272,7 +275,6 @@ def main():
     add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of what is judged [the preset's]")
     add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
     args = parser.parse_args()
-    logging.disable_progress_bar()
     if args.command == "train":
         train(args)
     elif args.command == "judge":

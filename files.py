@@ -1,0 +1,110 @@
+"""
+Files: found in a folder or on the hub, read with one clear line for whatever is wrong, written whole or not.
+"""
+
+import json
+import os
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+
+def find(source: str | Path, *names: str) -> Path | None:
+    """The first of these files that `source`, a local folder or else a hub id, has; None if it has none."""
+    if Path(source).is_dir():
+        return next((path for name in names if (path := Path(source, name)).is_file()), None)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError,
+                                        RepositoryNotFoundError)
+
+    for name in names:
+        try:
+            return Path(hf_hub_download(str(source), name, local_files_only=not hub_answers()))
+        except LocalEntryNotFoundError:
+            unreachable = True  # nor is it in the local cache; another name may be
+        except EntryNotFoundError:
+            unreachable = False
+        except RepositoryNotFoundError:
+            raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
+        except (HFValidationError, OSError) as error:
+            raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
+    if unreachable:
+        raise FileNotFoundError(
+            f"no folder {source}, no {names[0]} of it in the hub's cache, and the hub is out of reach; where "
+            f"it is not: hf download {source}, then give its folder or set HF_HOME")
+    return None
+
+
+@cache
+def hub_answers() -> bool:
+    """Whether the hub is within reach, asked once: `hf_hub_download` would try for long, for every file."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HTTPError
+    from huggingface_hub.utils import get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except (HTTPError, OSError):
+        return False
+    return True
+
+
+def described(source: str | Path) -> str:
+    return f"the folder {source}" if Path(source).is_dir() else f"{source} on the hub"
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not JSON; fetch it anew") from None
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises ValueError for a file that is broken or something else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except SafetensorError as error:
+        with open(path, "rb") as file:
+            head = file.read(64)
+        kinds = {b"version https://git-lfs": "a git-lfs pointer, not the file itself: run git lfs pull",
+                 b"<": "an HTML page: fetch the file itself",
+                 b"PK\x03\x04": "a pickle, and is not opened", b"\x80": "a pickle, and is not opened"}
+        what = f"cut or damaged, fetch it anew ({one_line(error)})"
+        if head[8:9] != b"{":  # a safetensors file has its header, which is JSON, after eight bytes
+            what = next((kind for start, kind in kinds.items() if head.lstrip().startswith(start)), what)
+        raise ValueError(f"{path} is {what}") from None
+
+
+def write(path: Path, make):
+    """Makes a file by `make(temporary path)`, and puts it in its place: it is always the old or the new."""
+    beside = path.parent / ".writing"
+    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
+    beside.mkdir(parents=True)
+    try:
+        try:
+            make(beside / path.name)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+        with open(beside / path.name, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(beside / path.name, 0o644)
+        os.replace(beside / path.name, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def one_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

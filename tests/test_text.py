@@ -1,0 +1,126 @@
+"""text.py beside transformers: the same tokens, and the same numbers."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+import transformers
+from bundles import bundle
+from safetensors.torch import load_file, save_file
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+
+import text
+from text import CLIPTokenizer, load_clip, load_text, save_clip
+
+PROMPTS = [
+    "a portrait of a koala", "", "   ", "Don't  stop\n\tTHE koala's!!! -- it's 3.14 o'clock, we'll", "l'été à Zürich, İstanbul, ǅ",
+    "コアラ 考拉 👩‍🚀🐨 x²½ ٣", "a koala! ! a!b", "é vs e\u0301", "_snake_case__ a-b a_b ''s", "koala<|endoftext|>koala",
+    "<|STARTOFTEXT|> koala <|startoftext|>", "\u200b\x00\ufffd\xa0koala\u3000x", "the koala and the koala " * 30]
+WORDS = "the koala portrait painting with don't !!! ... 1999 Zürich été".lower().split()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    """A tokenizer's folder as the official ones are, with all bytes and a few merges."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    alphabet = sorted(ByteLevel.alphabet())
+    level = ByteLevel(add_prefix_space=False)
+    words = [[*piece[:-1], piece[-1] + "</w>"] for word in WORDS for piece, _ in level.pre_tokenize_str(word)]
+    tokens, merges = ["!", *alphabet, *(letter + "</w>" for letter in alphabet)], []
+    while pairs := Counter(pair for word in words for pair in zip(word, word[1:])):
+        (first, second), _ = pairs.most_common(1)[0]
+        merges.append(f"{first} {second}")
+        tokens.append(first + second)
+        for word in words:
+            for i in reversed(range(len(word) - 1)):
+                if word[i:i + 2] == [first, second]:
+                    word[i:i + 2] = [first + second]
+    tokens = list(dict.fromkeys([*tokens, "<|startoftext|>", "<|endoftext|>"]))
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    return folder
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "as the official files say it"])
+def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
+    special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
+    if wrapped:
+        special = {name: {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": True,
+                          "rstrip": False, "single_word": False} for name, token in special.items()}
+    config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, **special}
+    (vocabulary / "tokenizer_config.json").write_text(json.dumps(config))
+    ours = CLIPTokenizer(*(vocabulary / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    theirs = transformers.CLIPTokenizer.from_pretrained(vocabulary)
+    expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ours(PROMPTS), expected)
+    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1, "the texts differ in their tokens"
+
+
+def test_the_cut_is_what_follows_the_last_token(vocabulary):
+    (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
+    tokenizer = CLIPTokenizer(*(vocabulary / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    assert tokenizer.cut("the koala the koala the") == ""
+    assert tokenizer.cut("the  koala The koala the  KOALA painting") == "KOALA painting"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return bundle(tmp_path_factory.mktemp("bundle"))
+
+
+@pytest.mark.parametrize("eos", [2, 11], ids=["the largest id", "a token's id"])
+@pytest.mark.parametrize("name, kind", [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)])
+def test_numbers_are_those_of_transformers(folder, tmp_path, name, kind, eos):
+    config = json.loads((folder / name / "config.json").read_text()) | {"eos_token_id": eos, "num_hidden_layers": 2}
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "config.json").write_text(json.dumps(config))
+    save_file(load_file(folder / name / "model.safetensors"), tmp_path / name / "model.safetensors", {"format": "pt"})
+    ids = torch.randint(3, config["vocab_size"] - 1, (3, 77), generator=torch.Generator().manual_seed(0))
+    ids[torch.arange(3), torch.tensor([0, 40, 76])] = config["vocab_size"] - 1 if eos == 2 else eos
+    sequence, pooled = load_clip(tmp_path, name, torch.float32)(ids)
+    expected = kind.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(ids, output_hidden_states=True)
+    torch.testing.assert_close(sequence, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
+    if name == "text_encoder":
+        assert pooled is None
+    else:
+        torch.testing.assert_close(pooled, expected.text_embeds, rtol=1e-5, atol=1e-5)
+
+
+def test_older_files_have_position_ids_and_newer_ones_no_prefix(folder, tmp_path):
+    expected = load_clip(folder, "text_encoder", torch.float32).state_dict()
+    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    older = weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
+    newer = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
+    for case, stored in (("older", older), ("newer", newer)):
+        (tmp_path / case / "text_encoder").mkdir(parents=True)
+        config = (folder / "text_encoder" / "config.json").read_text()
+        (tmp_path / case / "text_encoder" / "config.json").write_text(config)
+        save_file(stored, tmp_path / case / "text_encoder" / "model.safetensors")
+        found = load_clip(tmp_path / case, "text_encoder", torch.float32).state_dict()
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_what_is_saved_transformers_loads(folder, tmp_path):
+    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
+        clip = load_clip(folder, name, torch.float16)
+        save_clip(clip, tmp_path / name)
+        again = load_clip(tmp_path, name, torch.float16)
+        assert again.config == clip.config
+        assert all(torch.equal(a, b) for a, b in zip(clip.state_dict().values(), again.state_dict().values()))
+        loaded, told = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+        assert not told["missing_keys"] and not told["unexpected_keys"] and loaded.dtype == torch.float32
+
+
+def test_a_strange_activation_or_a_damaged_vocabulary_is_told(tmp_path):
+    folder = bundle(tmp_path)
+    (folder / "tokenizer" / "merges.txt").write_text("x y\n")
+    with pytest.raises(ValueError, match="merges.txt is damaged"):
+        load_text(folder, torch.float32)
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(path.read_text().replace("quick_gelu", "relu"))
+    with pytest.raises(ValueError, match="hidden_act='relu'"):
+        load_text(folder, torch.float32)
+    assert "relu" not in text.ACTIVATIONS

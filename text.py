@@ -1,0 +1,236 @@
+"""
+SDXL's text conditions: two CLIP text encoders (Radford et al., arXiv 2103.00020), each with its tokenizer.
+
+The first is OpenAI's, the second OpenCLIP's: one network in two sizes, with modules named as in the official
+checkpoints. Shapes: B batch, L text tokens (77 in the official models), D token width, P pooled width.
+"""
+
+import json
+import sys
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from torch import Tensor, nn
+
+import files
+from model import HALF, check_tensors
+
+NAMES = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """A text encoder in numbers, named as in its config.json; the defaults are the first encoder's."""
+
+    vocab_size: int = 49408
+    max_position_embeddings: int = 77
+    hidden_size: int = 768                        # D
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "quick_gelu"
+    projection_dim: int = 768                     # P
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 49407
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The network
+
+
+class CLIPAttention(nn.Module):
+    """Multi-head self-attention in which a token sees itself and those before it."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q_proj, self.k_proj, self.v_proj, self.out_proj = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (proj(x).unflatten(2, (self.heads, -1)).transpose(1, 2)
+                   for proj in (self.q_proj, self.k_proj, self.v_proj))  # (B, heads, L, D / heads) each
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(h.transpose(1, 2).flatten(2))       # (B, L, D)
+
+
+class CLIPLayer(nn.Module):
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        dim, inner, self.act = config.hidden_size, config.intermediate_size, ACTIVATIONS[config.hidden_act]
+        self.layer_norm1 = nn.LayerNorm(dim, config.layer_norm_eps)
+        self.self_attn = CLIPAttention(dim, config.num_attention_heads)
+        self.layer_norm2 = nn.LayerNorm(dim, config.layer_norm_eps)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, inner), "fc2": nn.Linear(inner, dim)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp["fc2"](self.act(self.mlp["fc1"](self.layer_norm2(x))))
+
+
+class CLIP(nn.Module):
+    """Token ids (B, L) to a sequence (B, L, D), the second-to-last layer's, and a pooled text (B, P).
+
+    Only an encoder with a `text_projection`, SDXL's second, has a pooled text; the other gives None for it.
+    """
+
+    def __init__(self, config: CLIPConfig, projection: bool):
+        super().__init__()
+        self.config, dim = config, config.hidden_size
+        self.text_model = nn.ModuleDict({
+            "embeddings": nn.ModuleDict({
+                "token_embedding": nn.Embedding(config.vocab_size, dim),
+                "position_embedding": nn.Embedding(config.max_position_embeddings, dim)}),
+            "encoder": nn.ModuleDict({
+                "layers": nn.ModuleList([CLIPLayer(config) for _ in range(config.num_hidden_layers)])}),
+            "final_layer_norm": nn.LayerNorm(dim, config.layer_norm_eps)})
+        self.text_projection = nn.Linear(dim, config.projection_dim, bias=False) if projection else None
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        embeddings = self.text_model["embeddings"]
+        *layers, last = self.text_model["encoder"]["layers"]
+        x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]
+        for layer in layers:
+            x = layer(x)                                         # (B, L, D)
+        if self.text_projection is None:
+            return x, None
+        # The pooled text is where the text ends. Older files, SDXL's too, say 2 for that token and mean the
+        # largest id.
+        end = self.config.eos_token_id
+        ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
+        final = self.text_model["final_layer_norm"](last(x))     # (B, L, D)
+        return x, self.text_projection(final[torch.arange(len(x), device=x.device), ends])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tokenizer
+
+
+class CLIPTokenizer:
+    """Byte-pair encoding of lower-cased words, from vocab.json and merges.txt."""
+
+    WORDS = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+    def __init__(self, vocab: Path, merges: Path, config: Path):
+        options = files.read_json(config)
+        self.length = options["model_max_length"]
+        start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
+        try:
+            pairs = BPE.from_file(str(vocab), str(merges), unk_token=end.content, end_of_word_suffix="</w>")
+        except Exception as error:                               # the library has no narrower kind
+            raise ValueError(f"{vocab} or {merges.name} is damaged, fetch it anew ({files.one_line(error)})") from None
+        self.bpe = Tokenizer(pairs)
+        self.bpe.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(self.WORDS, "removed", invert=True),
+             pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        self.bpe.add_special_tokens([start, end, pad])
+        self.start, self.end, self.pad = (self.bpe.token_to_id(token.content) for token in (start, end, pad))
+
+    @staticmethod
+    def special(options: dict, name: str) -> AddedToken:
+        """The official files write a token as a string or, with how it is found in a text, as a dictionary."""
+        token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
+        found = token if isinstance(token, dict) else {"content": token}
+        return AddedToken(found["content"], normalized=found.get("normalized", False))
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        """Token ids (B, L): start, as much of the text as there is room for, end, padding."""
+        rows = []
+        for encoding in self.bpe.encode_batch(texts, add_special_tokens=False):
+            row = [self.start, *encoding.ids[:self.length - 2], self.end]
+            rows.append(row + [self.pad] * (self.length - len(row)))
+        return torch.tensor(rows)
+
+    def cut(self, text: str) -> str:
+        """The end of a text that there is no room for."""
+        offsets = self.bpe.encode(text, add_special_tokens=False).offsets[self.length - 2:]
+        return text[offsets[0][0]:] if offsets else ""
+
+    def check_words(self, texts: list[str]):
+        """Raises ValueError for words that a small vocabulary lacks."""
+        tokens = self.bpe.get_vocab()
+        if len(tokens) >= 1000:
+            return
+        ends = [token for token in tokens if token.endswith("</w>")]
+        words = sorted(end[:-4] for end in ends  # but not the parts that words were merged from
+                       if not any(longer != end and longer.endswith(end) for longer in ends))
+        if unknown := sorted(set(" ".join(texts).lower().split()) - set(words)):
+            raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
+                             f"{', '.join(words)}. A real one knows more: --model 700m")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Both as one
+
+
+class TextEncoders(nn.Module):
+    """Prompts to SDXL's conditions; made by `load_text`."""
+
+    def __init__(self, encoders: list[CLIP], tokenizers: list[CLIPTokenizer]):
+        super().__init__()
+        self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """
+        Text sequences (B, L, D), of both encoders side by side, and pooled texts (B, P) of the second.
+
+        Tells what it cuts off; raises ValueError for words that a small vocabulary lacks.
+        """
+        self.tokenizers[0].check_words(prompts)
+        for prompt in dict.fromkeys(prompts):
+            if cut := self.tokenizers[0].cut(prompt):
+                print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that CLIP "
+                      f"reads; cut: {cut!r}", file=sys.stderr)
+        device = next(self.parameters()).device
+        (first, _), (second, pooled) = (encoder(tokenizer(prompts).to(device))
+                                        for encoder, tokenizer in zip(self.encoders, self.tokenizers))
+        return torch.cat([first, second], dim=2), pooled
+
+
+def load_text(source: str | Path, dtype: torch.dtype) -> TextEncoders:
+    """The text encoders of a bundle. Raises FileNotFoundError or ValueError, of one line, as `load_unet`."""
+    encoders = [load_clip(source, name, dtype) for name in NAMES[0]]
+    tokenizers = [CLIPTokenizer(*(files.find(source, f"{name}/{file}")
+                                  for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+                  for name in NAMES[1]]
+    return TextEncoders(encoders, tokenizers)
+
+
+def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:
+    config, plain, half = (f"{name}/{file}" for file in
+                           ("config.json", "model.safetensors", "model.fp16.safetensors"))
+    config, path = files.find(source, config), files.find(source, *((half, plain) if dtype in HALF else (plain, half)))
+    if path is None:
+        raise FileNotFoundError(f"no {plain} in {files.described(source)}")
+    known = {field.name for field in fields(CLIPConfig)}
+    options = CLIPConfig(**{key: value for key, value in files.read_json(config).items() if key in known})
+    if options.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{config} has hidden_act={options.hidden_act!r}, which is not supported")
+    weights = {}
+    for key, tensor in files.read_tensors(path).items():
+        if not key.endswith("position_ids"):                     # the numbers 0, 1, 2, ... in older files
+            weights[key if key.startswith("text_") else f"text_model.{key}"] = tensor
+    with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
+        clip = CLIP(options, projection=name == NAMES[0][1])
+    check_tensors(weights, clip, path.parent)
+    clip.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
+    return clip
+
+
+def save_clip(clip: CLIP, folder: str | Path):
+    """Writes config.json and the weights, as they are typed, in the official layout; transformers reads them."""
+    weights = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
+    files.write(Path(folder, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
+    kind = "CLIPTextModel" + "WithProjection" * (clip.text_projection is not None)
+    # "dtype" is what transformers is to compute in; the file itself may be of another.
+    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)}
+    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    files.write(Path(folder, "config.json"), lambda path: path.write_text(content))
