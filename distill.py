@@ -144,8 +144,10 @@ from tqdm import tqdm
 
 import files
 import model
+from chart import sheet
 from data import JUDGE_SEED, Pairs, Samples, Shapes, counted, keep, positions
-from sample import BUNDLE, load_pipeline, preset, sheet
+from options import preset
+from sample import BUNDLE, load_pipeline
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -683,6 +685,15 @@ def bfloat16():
         torch.set_default_dtype(torch.float32)
 
 
+def flop_counter() -> FlopCounterMode:
+    """Counts the work within `with`: of matrix products, convolutions and attention, 2 FLOPs a multiply-add."""
+    return FlopCounterMode(display=False, custom_mapping={  # of the CPU's attention, which it does not know
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
+            lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
+            lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)})
+
+
 def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
     """FLOPs of a network's forward pass, and backward if it is trained; bytes that it keeps to go backward."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
@@ -693,12 +704,7 @@ def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
             kept[tensor.untyped_storage()._cdata] = tensor  # itself too, or its number is used again
         return tensor
 
-    attention = {  # of the CPU, which the counter does not know by itself
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)}
-    with (FlopCounterMode(display=False, custom_mapping=attention) as counter,
+    with (flop_counter() as counter,
           torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
         output = network(*inputs)
         if output.requires_grad:

@@ -40,6 +40,10 @@ class CLIPConfig:
     eos_token_id: int = 49407
 
 
+OPENCLIP = CLIPConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
+                      hidden_act="gelu", projection_dim=1280)  # SDXL's second encoder
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The network
 
@@ -204,22 +208,30 @@ def load_text(source: str | Path, dtype: torch.dtype) -> TextEncoders:
     return TextEncoders(encoders, tokenizers)
 
 
+def read_config(source: str | Path, name: str) -> CLIPConfig:
+    """The configuration of a bundle's text encoder, by its folder's name."""
+    path = files.find(source, f"{name}/config.json")
+    if path is None:
+        raise FileNotFoundError(f"no {name}/config.json in {files.described(source)}")
+    known = {field.name for field in fields(CLIPConfig)}
+    config = CLIPConfig(**{key: value for key, value in files.read_json(path).items() if key in known})
+    if config.hidden_act not in ACTIVATIONS:
+        raise ValueError(f"{path} has hidden_act={config.hidden_act!r}, which is not supported")
+    return config
+
+
 def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:
-    config, plain, half = (f"{name}/{file}" for file in
-                           ("config.json", "model.safetensors", "model.fp16.safetensors"))
-    config, path = files.find(source, config), files.find(source, *((half, plain) if dtype in HALF else (plain, half)))
+    config = read_config(source, name)
+    plain, half = f"{name}/model.safetensors", f"{name}/model.fp16.safetensors"
+    path = files.find(source, *((half, plain) if dtype in HALF else (plain, half)))
     if path is None:
         raise FileNotFoundError(f"no {plain} in {files.described(source)}")
-    known = {field.name for field in fields(CLIPConfig)}
-    options = CLIPConfig(**{key: value for key, value in files.read_json(config).items() if key in known})
-    if options.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{config} has hidden_act={options.hidden_act!r}, which is not supported")
     weights = {}
     for key, tensor in files.read_tensors(path).items():
         if not key.endswith("position_ids"):                     # the numbers 0, 1, 2, ... in older files
             weights[key if key.startswith("text_") else f"text_model.{key}"] = tensor
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
-        clip = CLIP(options, projection=name == NAMES[0][1])
+        clip = CLIP(config, projection=name == NAMES[0][1])
     check_tensors(weights, clip, path.parent)
     clip.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
     return clip

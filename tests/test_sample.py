@@ -22,7 +22,8 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
-from sample import Schedule, decode_tiled, load_pipeline, sheet
+from chart import sheet
+from sample import Schedule, decode_tiled, load_pipeline
 
 ROOT = Path(__file__).parents[1]
 SPACINGS = ("leading", "trailing", "linspace")

@@ -28,9 +28,11 @@ from tqdm import tqdm
 
 import files
 import model
+from chart import sheet
 from data import JUDGE_SEED, TRAIN_SEED, positions
 from distill import load_checkpoint, restore, save_checkpoint, trained
-from sample import PRESETS, Schedule, load_pipeline, sheet
+from options import PRESETS
+from sample import Schedule, load_pipeline
 from text import CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
 from toy import shapes
 

@@ -1,0 +1,704 @@
+"""
+The paper's figures and tables. Each command writes a PNG to look at, and beside it its numbers as CSV.
+
+    python analysis.py attention --model toy runs/sa runs/lf     # Figures 4 and 9: what self-attention sees
+    python analysis.py similarity                                # Figure 8: what each transformer block adds
+    python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
+    python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
+    python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
+
+A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a finished run of distill.py.
+`budget` and `latency` need no weights but the toy's.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from options import PRECISIONS, PRESETS, check, number, parser_of, preset
+
+TABLES = ("3a", "3b", "3c", "3d")
+
+
+def command_line(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = parser_of(__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, meaning: str, models: list[str] | None):
+        one = parser_of(meaning)
+        one.prog = f"{parser.prog} {name}"
+        commands.add_parser(name, help=meaning, parents=[one], add_help=False, formatter_class=one.formatter_class,
+                            allow_abbrev=False).error = parser.error
+        add = commands.choices[name].add_argument
+        if models:
+            add("--model", nargs="+", default=models, metavar="NAME",
+                help=f"{', '.join(PRESETS)}, a hub id or a folder (default: {' '.join(models)})")
+            add("--device", help="default: a GPU if there is one")
+        add("--out", type=Path, default=Path(f"{name}.png"), metavar="PNG", help="and a .csv beside it")
+        return add
+
+    for name, meaning in (("attention", "Self-attention maps of each stage: principal components, and one query."),
+                       ("similarity", "Cosine similarity of each transformer block to the one before it.")):
+        add = command(name, meaning, ["toy"])
+        add("--prompts", type=Path, metavar="FILE", help="one on each line, if not our own")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first prompt's noise")
+        add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
+        if name == "attention":
+            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the map")
+            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw; all are measured")
+    command("budget", "Parameters and multiply-adds, by stage and by kind.", ["sdxl", "1b", "700m"])
+    add = command("latency", "Seconds per image and peak memory here, beside the paper's.", ["sdxl", "1b", "700m"])
+    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="height and width, if not the model's own")
+    add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
+    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="measurements, after one to warm up")
+    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 elsewhere")
+    add = command("ablation", "Which features to distil: runs distill.py for each row of Table 3.", None)
+    add("--table", choices=[*TABLES, "all"], default="3a", help="which part of Table 3")
+    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
+    add("--steps", type=number(int, 1, 10**9), default=200, metavar="N", help="of each run")
+    add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
+    add("--judge", type=number(int, 1, 10**5), default=128, metavar="N", help="captions to score on")
+    add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
+    add("--runs", type=Path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    add("distill", nargs="*", metavar="-- FLAGS", help="more flags for distill.py, such as --teacher and --data")
+    args = parser.parse_args(argv)
+    check(parser, args)
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = command_line()
+
+import contextlib
+import csv
+import math
+import os
+import re
+import statistics
+import subprocess
+import time
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+from typing import Callable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tqdm import tqdm
+
+import chart
+import files
+import model
+import text
+from data import JUDGE_SEED
+from distill import flop_counter
+from sample import Pipeline, Schedule, euler, load_pipeline
+from toy import shapes
+
+PROMPTS = [  # in the four styles of HPSv2's (Wu et al., arXiv 2306.09341)
+    f"{subject}, {style}" for subject, style in product(
+        ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
+         "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
+         "a knight resting under a tree", "a koala on a branch"),
+        ("anime", "concept art", "oil painting", "photo"))]
+
+
+def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
+    """The file's prompts; or the toy's captions of two objects and their relation, or else prompts of ours."""
+    if args.prompts:
+        prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError(f"--prompts {args.prompts} has no prompts")
+        return prompts
+    vocabularies = [files.find(preset(name).source, "tokenizer/vocab.json") for name in args.model]
+    if any(path is None or len(files.read_json(path)) > 1000 for path in vocabularies):
+        return PROMPTS
+    captions = (shapes.caption(JUDGE_SEED, i) for i in range(10 * count))
+    return [caption for caption in captions if shapes.parse(caption)[1]][:count]
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]):
+    def write(path: Path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    files.write(path, write)
+
+
+def show(header: list[str], rows: list[list]) -> list[list[str]]:
+    """Prints a table, and returns its cells."""
+    cells = [[chart.shown(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+    for first, *rest in [header, *cells]:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
+    return cells
+
+
+@contextlib.contextmanager
+def watch(unet: model.UNet, paths: list[str], each: Callable[[dict[str, Tensor]], None]) -> Iterator[None]:
+    """After each forward pass within `with`, calls `each` with the outputs of the modules at these paths."""
+    outputs = {}
+    keep = lambda path: lambda module, args, output: outputs.__setitem__(path, output)
+    handles = [unet.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
+    handles.append(unet.register_forward_hook(lambda *_: each(outputs)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures 4 and 9: self-attention maps
+
+
+def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
+    """softmax(Q K^T / sqrt(d)) of what enters self-attention, x (B, T, D): (B, T, T), the mean of all heads."""
+    q, k = attention.split(attention.to_q(x)), attention.split(attention.to_k(x))  # (B, heads, T, d)
+    maps = ((q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
+            for i in range(attention.heads))                     # one by one: (B, T, T) is large enough
+    return sum(maps) / attention.heads
+
+
+def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
+    """
+    Rows (N, M) along their `count` principal components, (N, count), and the share of the variance that each
+    explains, (count,). A component's sign is such that the largest entry of its direction is positive.
+    """
+    centred = rows.double() - rows.double().mean(dim=0)
+    variances, vectors = torch.linalg.eigh(centred.T @ centred)  # in ascending order
+    vectors = vectors.flip(1)[:, :count]                         # (M, count)
+    largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
+    return centred @ (vectors * largest.sign()), variances.flip(0)[:count] / variances.sum()
+
+
+@torch.inference_mode()
+def stage_maps(pipeline: Pipeline, prompt: str, seed: int, steps: int | None,
+               at: float) -> tuple[Image.Image, dict[str, Tensor]]:
+    """
+    The image of a prompt, and of each stage with self-attention its map (T, T): the mean over all heads and
+    transformer blocks of the stage, in the half of guidance that sees the prompt, `at` this share of the steps.
+
+    The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
+    follows, look half way through the sampling; a mean does not depend on how deep a stage is.
+    """
+    unet, maps, seen = pipeline.unet, {}, 0
+    steps = steps or pipeline.preset.steps
+    paths = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
+    entering = lambda path: path.removesuffix("attn1") + "norm1"
+
+    def each(outputs: dict[str, Tensor]):
+        nonlocal seen
+        if seen == min(int(at * steps), steps - 1):
+            for stage in (stage for stage in paths if paths[stage]):
+                maps[stage] = sum(attention_map(unet.get_submodule(path), outputs[entering(path)][-1:])[0]
+                                  for path in paths[stage]).cpu() / len(paths[stage])
+        seen += 1
+
+    with watch(unet, [entering(path) for stage in paths.values() for path in stage], each):
+        image, = pipeline([prompt], seed=seed, steps=steps)
+    return image, maps
+
+
+def query_of(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
+    """The query, as shares of width and height: on what the toy's caption names first, else in the middle."""
+    with contextlib.suppress(ValueError):  # the prompt or the picture is not the toy's
+        (colour, _), *_ = shapes.parse(prompt)[0]
+        for found in shapes.read(image):
+            if found.colour == colour and found.shape:
+                return found.x / shapes.SIZE, found.y / shapes.SIZE, found
+    return 0.5, 0.5, None
+
+
+def on_object(row: Tensor, found: shapes.Object | None) -> float:
+    """How many times more of a query's attention (T,) falls on its object than if it fell everywhere."""
+    if found is None:
+        return math.nan
+    side = math.isqrt(len(row))
+    area = F.adaptive_avg_pool2d(torch.from_numpy(shapes.coverage(found))[None], side).flatten()  # (T,)
+    return ((row * area).sum() / area.mean()).item()
+
+
+def painted(colours: Tensor, size: int) -> Image.Image:
+    """Colours (T, 3) in 0..1 as the pixels of a square."""
+    side = math.isqrt(len(colours))
+    pixels = (colours.float() * 255).round().byte().view(side, side, 3).numpy()
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+
+
+def boxed(image: Image.Image, x: float, y: float, side: int) -> Image.Image:
+    """The image with a red box around the patch at (x, y) of side x side ones."""
+    image, patch = image.copy(), image.width / side
+    left, top = int(x * side) * patch, int(y * side) * patch
+    ImageDraw.Draw(image).rectangle((left, top, left + patch, top + patch), outline="red", width=3)
+    return image
+
+
+def attention(args: argparse.Namespace):
+    """(b) The top three principal components of each stage's map as colours; (c) one query's row of it."""
+    prompts, rows, components, queries, names = prompts_of(args, 24), [], [], [], []
+    stages, cell = ["DW-2", "DW-3", "Mid", "UP-1", "UP-2"], 152
+    bar = tqdm(total=len(args.model) * len(prompts), desc="attention", unit="image")
+    for name in args.model:
+        pipeline = load_pipeline(name, device=args.device)
+        for i, prompt in enumerate(prompts):
+            image, maps = stage_maps(pipeline, prompt, args.seed + i, args.steps, args.at)
+            x, y, found = query_of(image, prompt)
+            large, top, bottom = image.resize((cell, cell)), [], []
+            for stage in (stage for stage in stages if stage in maps):
+                side = math.isqrt(len(maps[stage]))
+                scores, explained = principal_components(maps[stage])
+                row = maps[stage][int(y * side) * side + int(x * side)]  # (T,)
+                rows.append([name, prompt, stage, side * side, *explained.tolist(), on_object(row, found)])
+                low, high = scores.amin(0), scores.amax(0)
+                top.append(painted((scores - low) / (high - low), cell))
+                bottom.append(painted((row / row.max())[:, None].expand(-1, 3), cell))
+            if i < args.rows:
+                gap = [index for index, stage in enumerate(stages) if stage not in maps]
+                for at in gap:
+                    top.insert(at, None), bottom.insert(at, None)
+                components.append([large, *top])
+                queries.append([boxed(large, x, y, 16), *bottom])
+                names.append(Path(name).name)
+            bar.update()
+        del pipeline
+    bar.close()
+    header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    show(["model", "stage", "PC1", "PC2", "PC3", "on object"],
+         [[name, stage, *(mean(row[i] for row in rows if (row[0], row[2]) == (name, stage)) for i in range(4, 8))]
+          for name in args.model for stage in stages if any((row[0], row[2]) == (name, stage) for row in rows)])
+    order = sorted(range(len(names)), key=lambda i: i % args.rows)  # a prompt's models below each other
+    picture = chart.titled(
+        "Self-attention: (b) principal components of each stage's map, (c) the row of the query in the red box",
+        chart.sheet([components[i] for i in order], [names[i] for i in order], ["(a)", *(f"(b) {s}" for s in stages)]),
+        chart.sheet([queries[i] for i in order], [names[i] for i in order], ["query", *(f"(c) {s}" for s in stages)]))
+    files.write(args.out, lambda path: picture.save(path))
+
+
+def mean(values) -> float:
+    """Of those that are numbers; nan if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return statistics.fmean(known) if known else math.nan
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figure 8: cosine similarity of transformer blocks
+
+
+def block_similarity(outputs: list[Tensor]) -> Tensor:
+    """Cosines (B, N - 1) of each of N consecutive outputs (B, T, D) to the one before, the mean over tokens."""
+    dot = lambda a, b: (a.double() * b.double()).sum(dim=2)      # (B, T)
+    return torch.stack([(dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).mean(dim=1)
+                        for a, b in zip(outputs, outputs[1:])], dim=1)
+
+
+@torch.inference_mode()
+def stage_similarity(pipeline: Pipeline, prompt: str, seed: int, steps: int | None) -> dict[str, Tensor]:
+    """Of each stage with transformers the cosines (N - 1,), the mean over its transformers and all steps.
+
+    Only blocks of one transformer are compared: between two transformers there are residual blocks.
+    """
+    unet, sums, count = pipeline.unet, defaultdict(float), 0
+    series = {stage: [[f"{path}.attentions.{i}.transformer_blocks.{j}" for j in range(len(one.transformer_blocks))]
+                      for i, one in enumerate(unet.get_submodule(path).attentions)]
+              for stage, path in model.stages(unet.config).items()}
+
+    def each(outputs: dict[str, Tensor]):
+        nonlocal count
+        count += 1
+        for stage, transformers in series.items():
+            for blocks in transformers:
+                cosines = block_similarity([outputs[block][-1:] for block in blocks])[0]
+                sums[stage] += cosines.cpu() / len(transformers)
+
+    with watch(unet, [path for stage in series.values() for blocks in stage for path in blocks], each):
+        pipeline([prompt], seed=seed, steps=steps)
+    return {stage: total / count for stage, total in sums.items() if len(total)}
+
+
+def similarity(args: argparse.Namespace):
+    prompts, rows, pictures = prompts_of(args, 32), [], []
+    for name in args.model:
+        pipeline = load_pipeline(name, device=args.device)
+        found = [stage_similarity(pipeline, prompt, args.seed + i, args.steps)
+                 for i, prompt in enumerate(tqdm(prompts, f"similarity {name}", unit="image"))]
+        curves = {}
+        for stage in found[0]:
+            values = torch.stack([one[stage] for one in found])  # (prompts, N - 1)
+            spread = values.std(dim=0, correction=0)
+            places = [(i + 1) / values.shape[1] for i in range(values.shape[1])]
+            curves[stage] = list(zip(places, values.mean(0).tolist(), spread.tolist()))
+            rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
+        pictures.append(chart.lines(
+            f"{name}: cosine similarity of each transformer block's output to the one before",
+            "normalised index of the block in its transformer", "cosine, with one standard deviation of prompts",
+            curves))
+        del pipeline
+    header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    show(header, rows)
+    files.write(args.out, lambda path: chart.stack(*pictures).save(path))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Figures 2 and 5, Tables 1 and 2: parameters, work, latency
+
+
+class Networks(NamedTuple):
+    """A model's networks in numbers, which need no weights."""
+
+    texts: list[text.CLIPConfig]
+    vae: model.VAEConfig
+    unet: model.UNetConfig
+
+    @property
+    def size(self) -> int:
+        """Height and width of its images, in pixels."""
+        return self.unet.sample_size * self.vae.downscale
+
+
+PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
+    "sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)}
+PAPER_PARTS = {"text encoders": (817, 0.008), "VAE decoder": (83, 0.002)}  # Table 1; its 83M are the whole VAE
+# What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
+PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12
+
+
+def networks(name: str) -> Networks:
+    """Of sdxl, 1b and 700m from what is written here, of all others from their config files."""
+    if name in model.PRESETS:
+        return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.PRESETS[name])
+    source = preset(name).source
+    return Networks([text.read_config(source, folder) for folder in text.NAMES[0]],
+                    *(model.read_config(kind, source)[0] for kind in (model.VAE, model.UNet)))
+
+
+def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1) -> list[Tensor]:
+    shapes = ((config.in_channels, side, side), (), (tokens, config.context_dim), (config.pooled_dim,), (6,))
+    return [torch.zeros(batch, *shape) for shape in shapes]
+
+
+def unet_parts(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], tuple[int, int]]:
+    """Parameters and multiply-adds of a forward pass, of each stage's residual blocks, transformers and rest.
+
+    The stage "rest" has the first and last convolution and what embeds the conditions. No memory is needed.
+    """
+    with FakeTensorMode(), flop_counter() as counter:
+        unet = model.UNet(config)
+        unet(*unet_inputs(config, tokens, config.sample_size))
+    work, parts = counter.get_flop_counts(), defaultdict(lambda: [0, 0])
+    kinds = {"resnets": "residual", "attentions": "transformer"}
+    names = {path: stage for stage, path in model.stages(config).items()}
+    for path, module in unet.named_modules():
+        where = re.match(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(\w+)\.\d+$", path)
+        if where or (path and "block" not in path and "." not in path):
+            part = (names[where[1]], kinds.get(where[2], "rest")) if where else ("rest", "rest")
+            parts[part][0] += sum(parameter.numel() for parameter in module.parameters())
+            parts[part][1] += sum(work.get(f"UNet.{path}", {}).values()) // 2
+    parts["rest", "rest"] = parts.pop(("rest", "rest"))          # at the end
+    return {part: tuple(counts) for part, counts in parts.items()}
+
+
+def whole_parts(found: Networks) -> dict[str, tuple[int, int]]:
+    """Parameters and multiply-adds of the networks beside the U-Net, for one image."""
+    with FakeTensorMode():
+        texts = [text.CLIP(config, projection=i == 1) for i, config in enumerate(found.texts)]
+        vae, side = model.VAE(found.vae), found.unet.sample_size
+        with flop_counter() as reading:
+            for clip in texts:
+                clip(torch.zeros(1, clip.config.max_position_embeddings, dtype=torch.long))
+        with flop_counter() as decoding:
+            vae.decode(torch.zeros(1, found.vae.latent_channels, side, side))
+        with flop_counter() as encoding:
+            vae.encode(torch.zeros(1, 3, side * found.vae.downscale, side * found.vae.downscale))
+    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
+    return {"text encoders": (count(texts), reading.get_total_flops() // 2),
+            "VAE decoder": (count([vae.decoder, vae.post_quant_conv]), decoding.get_total_flops() // 2),
+            "VAE encoder": (count([vae.encoder, vae.quant_conv]), encoding.get_total_flops() // 2)}
+
+
+def budget(args: argparse.Namespace):
+    """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
+    rows, sums, parameters, work = [], [], {}, {}
+    for name in args.model:
+        found = networks(name)
+        parts = unet_parts(found.unet, found.texts[0].max_position_embeddings)
+        rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
+        rows += [[name, part, "", "", *counts] for part, counts in whole_parts(found).items()]
+        total = sum(count for count, _ in parts.values())
+        paper = PAPER.get(name, (math.nan, math.nan, math.nan))
+        sums.append([f"{name} U-Net", total / 1e6, paper[0], sum(macs for _, macs in parts.values()) / 1e12,
+                     4 * total / 1e9, paper[1]])
+        for stage in dict.fromkeys(stage for stage, _ in parts):
+            bar = [parts.get((stage, kind), (0, 0)) for kind in ("residual", "transformer", "rest")]
+            parameters.setdefault(stage, {})[name] = [count / 1e6 for count, _ in bar]
+            work.setdefault(stage, {})[name] = [macs / 1e9 for _, macs in bar]
+    for part, (count, macs) in whole_parts(networks(args.model[0])).items():
+        paper = PAPER_PARTS[part][0] if args.model[0] in PAPER and part in PAPER_PARTS else math.nan
+        sums.append([part, count / 1e6, paper, macs / 1e12, 4 * count / 1e9, math.nan])
+    write_csv(args.out.with_suffix(".csv"), ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
+    header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
+    cells = show(header, sums)
+    print("multiply-adds are of one image: one forward pass of the U-Net, without guidance; the paper's 83M is the "
+          "whole VAE")
+    named = lambda groups: {stage: [groups[stage].get(name, [0]) for name in args.model] for stage in groups}
+    kinds, of = ["residual blocks", "transformers", "rest"], ", ".join(args.model)
+    files.write(args.out, lambda path: chart.stack(
+        chart.table("Whole networks", header, cells),
+        chart.bars(f"Millions of parameters by stage; in each, {of}", named(parameters), kinds),
+        chart.bars(f"Billions of multiply-adds by stage; in each, {of}", named(work), kinds),
+    ).save(path))
+
+
+def random_weights(network: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
+    """A network whose weights are noise: as fast as a trained one, and nothing to download."""
+    with torch.device("meta"):
+        made = network().requires_grad_(False)
+    made = made.to(dtype).to_empty(device=device)
+    for parameter in made.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return made
+
+
+def seconds(run: Callable[[], object], device: str, repeat: int) -> float:
+    """The median time of several runs after one to warm up; a GPU is waited for."""
+    times = []
+    for _ in range(repeat + 1):
+        start = time.perf_counter()
+        run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def peak_memory(device: str, restart: bool = False) -> float:
+    """Bytes at most since the last restart: allocated on a GPU; of the process elsewhere, nan if unknown."""
+    if device.startswith("cuda"):
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return float(torch.cuda.max_memory_allocated(device))
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return 1024.0 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
+    except OSError:  # not Linux
+        return math.nan
+
+
+@torch.inference_mode()
+def latency(args: argparse.Namespace):
+    """Times the parts of each model, with noise for weights, beside what counting predicts and the paper says."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = getattr(torch, PRECISIONS[args.precision or ("fp16" if device.startswith("cuda") else "fp32")])
+    schedule = Schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+                         "timestep_spacing": "leading", "steps_offset": 1})
+    rows = []
+    bar = tqdm(total=3 * len(args.model), desc="latency", unit="network")
+    for name in args.model:
+        found = networks(name)
+        size, tokens = args.size or found.size, found.texts[0].max_position_embeddings
+        side = size // found.vae.downscale
+        config = model.replace(found.unet, sample_size=side)
+        whole = whole_parts(found._replace(unet=config))
+        step = sum(macs for _, macs in unet_parts(config, tokens).values())
+        noise = torch.randn(1, config.in_channels, side, side, device=device)
+        inputs = [x.to(device, dtype) for x in unet_inputs(config, tokens, side, batch=2)]
+
+        def texts():
+            encoders = [random_weights(lambda: text.CLIP(one, projection=i == 1), dtype, device)
+                        for i, one in enumerate(found.texts)]
+            ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+            return lambda: [encoder(ids) for encoder in encoders]
+
+        def denoiser():
+            unet = random_weights(lambda: model.UNet(config), dtype, device).to(memory_format=torch.channels_last)
+
+            def predict(x: Tensor, t: float) -> Tensor:
+                free, led = unet(torch.cat([x, x]).to(dtype), torch.full((2,), t, device=device),
+                                 *inputs[2:]).float().chunk(2)
+                return free + 7.5 * (led - free)
+            return lambda: euler(predict, noise, schedule, args.steps)
+
+        def decoder():
+            vae = random_weights(lambda: model.VAE(found.vae), dtype, device).to(memory_format=torch.channels_last)
+            return lambda: vae.decode(noise.to(dtype))
+
+        same = (size, args.steps) == (1024, 25)  # as the paper has it
+        for part, make, macs, said in (
+                ("text encoders", texts, whole["text encoders"][1], PAPER_PARTS["text encoders"][1]),
+                ("U-Net", denoiser, 2 * args.steps * step, PAPER.get(name, [math.nan])[-1]),
+                ("VAE decoder", decoder, whole["VAE decoder"][1], PAPER_PARTS["VAE decoder"][1])):
+            peak_memory(device, restart=True)
+            took = seconds(make(), device, args.repeat)
+            rows.append([name, part, 2 * macs / 1e12, took, 2 * macs / took / 1e12, peak_memory(device) / 1e9,
+                         said if same and name in PAPER else math.nan,
+                         2 * macs / PAPER_RATE if same and name in PAPER else math.nan])
+            bar.update()
+    bar.close()
+    # What counting alone would say here: the first model's rate for all U-Nets.
+    rate = next(row[4] for row in rows if row[1] == "U-Net")
+    for row in rows:
+        row.insert(5, row[2] / rate)
+    header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
+              "at 107.5 TFLOP/s"]
+    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    cells = show(header, rows)
+    floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
+    print(f"on {where}, {str(dtype)[6:]}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s. "
+          f"The paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 at its peak needs {floor:.3f} s")
+    groups = {row[0]: [[row[3]], [0, row[5]]] + ([] if math.isnan(row[7]) else [[0, 0, row[7]], [0, 0, 0, row[8]]])
+              for row in rows if row[1] == "U-Net"}
+    kinds = ["measured", "by counting", "paper, RTX 4090", "counted, at 107.5 TFLOP/s"]
+    files.write(args.out, lambda path: chart.stack(
+        chart.table(f"Latency on {where}, {str(dtype)[6:]}", header, cells),
+        chart.bars(f"Seconds of the U-Net in {args.steps} steps", groups, kinds)).save(path))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Table 3: which features to distil
+
+HIGHEST = "{0}@DW-1,{0}@UP-3"  # where there is no self-attention
+ABLATION = {  # features and transformer blocks to distil, and the paper's HPSv2
+    "3a": {"task loss only": ("none", "bottom", 25.53), "SA": ("SA", "bottom", 26.74),
+           "CA": ("CA", "bottom", 26.11), "Res": ("Res", "bottom", 26.27), "FFN": ("FFN", "bottom", 26.48),
+           "LF (BK-SDM)": ("LF", "bottom", 26.63)},
+    "3b": {"task loss only": ("none", "bottom", 25.53), "SA at DW-2": ("SA@DW-2", "bottom", 25.32),
+           "SA at DW-3": ("SA@DW-3", "bottom", 25.57), "SA at Mid": ("SA@Mid", "bottom", 25.66),
+           "SA at UP-1": ("SA@UP-1", "bottom", 26.52), "SA at UP-2": ("SA@UP-2", "bottom", 26.05)},
+    "3c": {"SA-bottom": ("SA", "bottom", 26.74), "SA-interleave": ("SA", "interleave", 26.58),
+           "SA-up": ("SA", "up", 26.48)},
+    "3d": {"SA only": ("SA", "bottom", 26.74),
+           "SA + LF at DW-1 & UP-3": (f"SA,{HIGHEST.format('LF')}", "bottom", 26.98),
+           "SA + Res at DW-1 & UP-3": (f"SA,{HIGHEST.format('Res')}", "bottom", 26.94),
+           "SA + LF all": ("SA,LF", "bottom", 26.83), "SA + Res all": ("SA,Res", "bottom", 26.80),
+           "SA + CA + Res + FFN + LF all": ("SA,CA,Res,FFN,LF", "bottom", 26.39)}}
+FINDINGS = {  # section 4.2: rows that are said to be better than others, each the mean of its rows
+    "F1": ("3a", "self-attention is the best type of feature", ["SA"], ["CA", "Res", "FFN", "LF (BK-SDM)"]),
+    "F2": ("3b", "the decoder's stages matter most", ["SA at UP-1", "SA at UP-2"],
+           ["SA at DW-2", "SA at DW-3", "SA at Mid"]),
+    "F3": ("3c", "the first blocks of a transformer matter most", ["SA-bottom"], ["SA-interleave", "SA-up"]),
+    "F4": ("3d", "LF helps where there is no SA, and only there", ["SA + LF at DW-1 & UP-3"],
+           ["SA only", "SA + LF all", "SA + Res all", "SA + CA + Res + FFN + LF all"])}
+SCORES = ["colour", "shape", "spatial", "distance"]
+
+
+def distilled(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
+    """The folder of a finished run of distill.py: a KOALA-1B student on task and featKD, without outKD."""
+    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, Path(__file__).with_name("distill.py"), "--student", "1b", "--features", features,
+               "--sa-blocks", blocks, "--out-kd", "0", "--feat-kd", "0" if features == "none" else "1", "--steps",
+               args.steps, "--batch", args.batch, "--judge", "0", "--preview-every", "0", "--seed", seed, "--out",
+               folder, *args.distill]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    with open(folder / "distill.log", "a") as log:
+        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log,
+                              env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}))
+    if done.returncode:
+        last = (folder / "distill.log").read_text().strip().splitlines()[-1]
+        raise ValueError(f"{folder}: {last.removeprefix('error: ')}")
+    return folder
+
+
+def score(args: argparse.Namespace, folder: Path, drawn: Callable[[], list[Image.Image]]) -> dict[str, float]:
+    """The judge's scores of a run, and the root mean square distance of its pictures to the teacher's, in 0..1."""
+    path = folder / f"score-{args.judge}.csv"
+    if not path.exists():
+        prompts = judged(args)
+        images = load_pipeline(str(folder))(prompts, seed=list(range(len(prompts))))
+        pairs = [[np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, drawn())]
+        scores = shapes.scores(images, prompts) if args.toy else dict.fromkeys(SCORES[:3], math.nan)
+        scores["distance"] = statistics.fmean(float(((a - b) ** 2).mean() ** 0.5) for a, b in pairs)
+        write_csv(path, SCORES, [[scores[key] for key in SCORES]])
+    with open(path, newline="") as file:
+        return {key: float(value) for key, value in next(csv.DictReader(file)).items()}
+
+
+def judged(args: argparse.Namespace) -> list[str]:
+    """What is drawn to score a run: the toy's captions that were not trained on, else prompts of ours."""
+    return [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)] if args.toy else PROMPTS[:args.judge]
+
+
+def verdict(better: list[list[float]], worse: list[list[list[float]]], sign: int) -> str:
+    """Whether rows of scores, one for each seed, are better than each group of others by more than the spread.
+
+    Runs of one seed have the same data, so differences are taken seed by seed; their spread is the largest
+    standard deviation of any of them.
+    """
+    if len(better[0]) < 2:
+        return "too close to tell (one seed has no spread)"
+    differences = [[sign * (a - b) for a, b in zip(map(statistics.fmean, zip(*better)), map(statistics.fmean, zip(*one)))]
+                   for one in worse]
+    if all(statistics.fmean(one) > statistics.stdev(one) for one in differences):
+        return "agrees"
+    if any(statistics.fmean(one) < -statistics.stdev(one) for one in differences):
+        return "disagrees"
+    return "too close to tell"
+
+
+def ablation(args: argparse.Namespace):
+    """Runs and scores every row of Table 3 with every seed; rows that are the same run are run once."""
+    tables = TABLES if args.table == "all" else [args.table]
+    args.toy = "--teacher" not in args.distill or args.distill[args.distill.index("--teacher") + 1] == "toy"
+    runs = list(dict.fromkeys((features, blocks, seed) for seed in range(args.seeds) for table in tables
+                              for features, blocks, _ in ABLATION[table].values()))
+    source = "toy" if args.toy else args.distill[args.distill.index("--teacher") + 1]
+    pictures = []
+
+    def drawn() -> list[Image.Image]:
+        if not pictures:
+            pictures.extend(load_pipeline(source)(judged(args), seed=list(range(len(judged(args))))))
+        return pictures
+
+    found = {}
+    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), desc="ablation", unit="run") as bar:
+        def one(run: tuple[str, str, int]):
+            folder = distilled(args, *run)
+            found[run] = score(args, folder, drawn)
+            bar.update()
+        try:
+            list(pool.map(one, runs))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+    header = ["table", "row", "paper's HPSv2", *(f"{key}{part}" for key in SCORES for part in ("", " +-"))]
+    rows, values = [], {}
+    for table in tables:
+        for name, (features, blocks, paper) in ABLATION[table].items():
+            scores = [found[features, blocks, seed] for seed in range(args.seeds)]
+            values[table, name] = {key: [one[key] for one in scores] for key in SCORES}
+            spread = lambda many: statistics.stdev(many) if len(many) > 1 else math.nan
+            rows.append([table, name, paper, *(number for key in SCORES for number in (
+                statistics.fmean(values[table, name][key]), spread(values[table, name][key])))])
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    cells = [row[:3] + [f"{a} ± {b}" if b else a for a, b in zip(row[3::2], row[4::2])]
+             for row in ([chart.shown(value) for value in row] for row in rows)]
+    short = ["", "row", "paper's HPSv2", *SCORES[:3], "distance to teacher"]
+    show(short, cells)
+    findings = []
+    for finding, (table, claim, better, worse) in FINDINGS.items():
+        if table in tables:
+            get = lambda names, key: [values[table, name][key] for name in names]
+            told = [f"{key}: {verdict(get(better, key), [get([name], key) for name in worse], sign)}"
+                    for key, sign in (*((key, 1) for key in SCORES[:3] if args.toy), ("distance", -1))]
+            findings.append(f"{finding} ({claim}): {'; '.join(told)}")
+    print("\n".join(findings))
+    title = f"Table 3 on {source}: {args.seeds} seed(s), {args.steps} steps of {args.batch}, {len(judged(args))} captions"
+    files.write(args.out, lambda path: chart.table(title, short, cells).save(path))
+
+
+if __name__ == "__main__":
+    try:
+        globals()[ARGS.command](ARGS)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {files.one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
