@@ -17,50 +17,49 @@ from pathlib import Path
 
 from options import PRECISIONS, PRESETS, check, number, parser_of, preset
 
-TABLES = ("3a", "3b", "3c", "3d")
-
-
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
 
-    def command(name: str, meaning: str, models: list[str] | None):
-        one = parser_of(meaning)
-        one.prog = f"{parser.prog} {name}"
-        commands.add_parser(name, help=meaning, parents=[one], add_help=False, formatter_class=one.formatter_class,
-                            allow_abbrev=False).error = parser.error
-        add = commands.choices[name].add_argument
+    def command(name: str, meaning: str, models: str = ""):
+        one = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False,
+                                  formatter_class=parser.formatter_class)
+        one.error = parser.error
         if models:
-            add("--model", nargs="+", default=models, metavar="NAME",
-                help=f"{', '.join(PRESETS)}, a hub id or a folder (default: {' '.join(models)})")
-            add("--device", help="default: a GPU if there is one")
+            one.add_argument("--model", nargs="+", default=models.split(), metavar="NAME",
+                             help=f"{', '.join(PRESETS)}, a hub id or a folder (default: {models})")
+            one.add_argument("--device", help="default: a GPU if there is one")
+        add = one.add_argument
         add("--out", type=Path, default=Path(f"{name}.png"), metavar="PNG", help="and a .csv beside it")
         return add
 
-    for name, meaning in (("attention", "Self-attention maps of each stage: principal components, and one query."),
-                       ("similarity", "Cosine similarity of each transformer block to the one before it.")):
-        add = command(name, meaning, ["toy"])
+    for name, meaning in (("attention", "self-attention maps of each stage: components, and one query"),
+                          ("similarity", "cosine of each transformer block's output to the one before")):
+        add = command(name, meaning, "toy")
         add("--prompts", type=Path, metavar="FILE", help="one on each line, if not our own")
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first prompt's noise")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
         if name == "attention":
-            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the map")
-            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw; all are measured")
-    command("budget", "Parameters and multiply-adds, by stage and by kind.", ["sdxl", "1b", "700m"])
-    add = command("latency", "Seconds per image and peak memory here, beside the paper's.", ["sdxl", "1b", "700m"])
-    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="height and width, if not the model's own")
+            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before it")
+            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+
+    command("budget", "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
+
+    add = command("latency", "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
+    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels, if not its own")
     add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
-    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="measurements, after one to warm up")
+    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
     add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 elsewhere")
-    add = command("ablation", "Which features to distil: runs distill.py for each row of Table 3.", None)
-    add("--table", choices=[*TABLES, "all"], default="3a", help="which part of Table 3")
+
+    add = command("ablation", "runs distill.py for each row of Table 3")
+    add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
     add("--steps", type=number(int, 1, 10**9), default=200, metavar="N", help="of each run")
     add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
     add("--judge", type=number(int, 1, 10**5), default=128, metavar="N", help="captions to score on")
     add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
     add("--runs", type=Path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
-    add("distill", nargs="*", metavar="-- FLAGS", help="more flags for distill.py, such as --teacher and --data")
+    add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     args = parser.parse_args(argv)
     check(parser, args)
     return args
@@ -70,19 +69,13 @@ if __name__ == "__main__":
     ARGS = command_line()
 
 import contextlib
-import csv
 import math
-import os
 import re
 import statistics
-import subprocess
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from typing import Callable, Iterator, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -94,21 +87,14 @@ import chart
 import files
 import model
 import text
-from data import JUDGE_SEED
+from ablation import ablation
+from data import JUDGE_SEED, PROMPTS
 from distill import flop_counter
 from sample import Pipeline, Schedule, euler, load_pipeline
 from toy import shapes
 
-PROMPTS = [  # in the four styles of HPSv2's (Wu et al., arXiv 2306.09341)
-    f"{subject}, {style}" for subject, style in product(
-        ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
-         "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
-         "a knight resting under a tree", "a koala on a branch"),
-        ("anime", "concept art", "oil painting", "photo"))]
-
-
 def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
-    """The file's prompts; or the toy's captions of two objects and their relation, or else prompts of ours."""
+    """The file's prompts; else captions of two objects if all models are toys; else prompts of ours."""
     if args.prompts:
         prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
         if not prompts:
@@ -119,22 +105,6 @@ def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
         return PROMPTS
     captions = (shapes.caption(JUDGE_SEED, i) for i in range(10 * count))
     return [caption for caption in captions if shapes.parse(caption)[1]][:count]
-
-
-def write_csv(path: Path, header: list[str], rows: list[list]):
-    def write(path: Path):
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-    files.write(path, write)
-
-
-def show(header: list[str], rows: list[list]) -> list[list[str]]:
-    """Prints a table, and returns its cells."""
-    cells = [[chart.shown(value) for value in row] for row in rows]
-    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
-    for first, *rest in [header, *cells]:
-        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
-    return cells
 
 
 @contextlib.contextmanager
@@ -156,7 +126,7 @@ def watch(unet: model.UNet, paths: list[str], each: Callable[[dict[str, Tensor]]
 
 
 def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) of what enters self-attention, x (B, T, D): (B, T, T), the mean of all heads."""
+    """softmax(Q K^T / sqrt(d)) for what enters self-attention, x (B, T, D): (B, T, T), the heads' mean."""
     q, k = attention.split(attention.to_q(x)), attention.split(attention.to_k(x))  # (B, heads, T, d)
     maps = ((q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
             for i in range(attention.heads))                     # one by one: (B, T, T) is large enough
@@ -180,7 +150,7 @@ def stage_maps(pipeline: Pipeline, prompt: str, seed: int, steps: int | None,
                at: float) -> tuple[Image.Image, dict[str, Tensor]]:
     """
     The image of a prompt, and of each stage with self-attention its map (T, T): the mean over all heads and
-    transformer blocks of the stage, in the half of guidance that sees the prompt, `at` this share of the steps.
+    transformer blocks of the stage, at this share of the steps, in the half of guidance that sees the prompt.
 
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
@@ -229,17 +199,17 @@ def painted(colours: Tensor, size: int) -> Image.Image:
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
 
 
-def boxed(image: Image.Image, x: float, y: float, side: int) -> Image.Image:
-    """The image with a red box around the patch at (x, y) of side x side ones."""
-    image, patch = image.copy(), image.width / side
-    left, top = int(x * side) * patch, int(y * side) * patch
-    ImageDraw.Draw(image).rectangle((left, top, left + patch, top + patch), outline="red", width=3)
+def boxed(image: Image.Image, x: float, y: float) -> Image.Image:
+    """The image with a red box around the query at (x, y), shares of width and height."""
+    image, half = image.copy(), image.width / 32
+    x, y = x * image.width, y * image.height
+    ImageDraw.Draw(image).rectangle((x - half, y - half, x + half, y + half), outline="red", width=3)
     return image
 
 
 def attention(args: argparse.Namespace):
-    """(b) The top three principal components of each stage's map as colours; (c) one query's row of it."""
-    prompts, rows, components, queries, names = prompts_of(args, 24), [], [], [], []
+    """Measures the maps of all prompts and draws some: (b) their components, (c) their row of one query."""
+    prompts, measured, drawn = prompts_of(args, 24), [], []
     stages, cell = ["DW-2", "DW-3", "Mid", "UP-1", "UP-2"], 152
     bar = tqdm(total=len(args.model) * len(prompts), desc="attention", unit="image")
     for name in args.model:
@@ -247,35 +217,38 @@ def attention(args: argparse.Namespace):
         for i, prompt in enumerate(prompts):
             image, maps = stage_maps(pipeline, prompt, args.seed + i, args.steps, args.at)
             x, y, found = query_of(image, prompt)
-            large, top, bottom = image.resize((cell, cell)), [], []
-            for stage in (stage for stage in stages if stage in maps):
+            image = image.resize((cell, cell))
+            top, bottom = [image], [boxed(image, x, y)]
+            for stage in stages:
+                if stage not in maps:                            # KOALA-700M has no Mid
+                    top.append(None), bottom.append(None)
+                    continue
                 side = math.isqrt(len(maps[stage]))
                 scores, explained = principal_components(maps[stage])
-                row = maps[stage][int(y * side) * side + int(x * side)]  # (T,)
-                rows.append([name, prompt, stage, side * side, *explained.tolist(), on_object(row, found)])
+                query = maps[stage][int(y * side) * side + int(x * side)]  # (T,)
+                measured.append([name, prompt, stage, side**2, *explained.tolist(), on_object(query, found)])
                 low, high = scores.amin(0), scores.amax(0)
                 top.append(painted((scores - low) / (high - low), cell))
-                bottom.append(painted((row / row.max())[:, None].expand(-1, 3), cell))
+                bottom.append(painted((query / query.max())[:, None].expand(-1, 3), cell))
             if i < args.rows:
-                gap = [index for index, stage in enumerate(stages) if stage not in maps]
-                for at in gap:
-                    top.insert(at, None), bottom.insert(at, None)
-                components.append([large, *top])
-                queries.append([boxed(large, x, y, 16), *bottom])
-                names.append(Path(name).name)
+                drawn.append((i, Path(name).name, top, bottom))
             bar.update()
         del pipeline
     bar.close()
     header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
-    write_csv(args.out.with_suffix(".csv"), header, rows)
-    show(["model", "stage", "PC1", "PC2", "PC3", "on object"],
-         [[name, stage, *(mean(row[i] for row in rows if (row[0], row[2]) == (name, stage)) for i in range(4, 8))]
-          for name in args.model for stage in stages if any((row[0], row[2]) == (name, stage) for row in rows)])
-    order = sorted(range(len(names)), key=lambda i: i % args.rows)  # a prompt's models below each other
+    files.write_csv(args.out.with_suffix(".csv"), header, measured)
+    groups = defaultdict(list)
+    for name, _, stage, _, *numbers in measured:
+        groups[name, stage].append(numbers)
+    chart.show(["model", "stage", *header[4:]],
+               [[*group, *map(mean, zip(*rows))] for group, rows in groups.items()])
+
+    drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
+    names = [name for _, name, _, _ in drawn]
     picture = chart.titled(
-        "Self-attention: (b) principal components of each stage's map, (c) the row of the query in the red box",
-        chart.sheet([components[i] for i in order], [names[i] for i in order], ["(a)", *(f"(b) {s}" for s in stages)]),
-        chart.sheet([queries[i] for i in order], [names[i] for i in order], ["query", *(f"(c) {s}" for s in stages)]))
+        "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
+        chart.sheet([row[2] for row in drawn], names, ["(a)", *(f"(b) {stage}" for stage in stages)]),
+        chart.sheet([row[3] for row in drawn], names, ["query", *(f"(c) {stage}" for stage in stages)]))
     files.write(args.out, lambda path: picture.save(path))
 
 
@@ -290,7 +263,7 @@ def mean(values) -> float:
 
 
 def block_similarity(outputs: list[Tensor]) -> Tensor:
-    """Cosines (B, N - 1) of each of N consecutive outputs (B, T, D) to the one before, the mean over tokens."""
+    """Cosines (B, N - 1) of N consecutive outputs (B, T, D), each to the one before; tokens' mean."""
     dot = lambda a, b: (a.double() * b.double()).sum(dim=2)      # (B, T)
     return torch.stack([(dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).mean(dim=1)
                         for a, b in zip(outputs, outputs[1:])], dim=1)
@@ -303,8 +276,9 @@ def stage_similarity(pipeline: Pipeline, prompt: str, seed: int, steps: int | No
     Only blocks of one transformer are compared: between two transformers there are residual blocks.
     """
     unet, sums, count = pipeline.unet, defaultdict(float), 0
-    series = {stage: [[f"{path}.attentions.{i}.transformer_blocks.{j}" for j in range(len(one.transformer_blocks))]
-                      for i, one in enumerate(unet.get_submodule(path).attentions)]
+    series = {stage: [[f"{path}.attentions.{i}.transformer_blocks.{j}"
+                       for j in range(len(transformer.transformer_blocks))]
+                      for i, transformer in enumerate(unet.get_submodule(path).attentions)]
               for stage, path in model.stages(unet.config).items()}
 
     def each(outputs: dict[str, Tensor]):
@@ -335,12 +309,12 @@ def similarity(args: argparse.Namespace):
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
         pictures.append(chart.lines(
             f"{name}: cosine similarity of each transformer block's output to the one before",
-            "normalised index of the block in its transformer", "cosine, with one standard deviation of prompts",
-            curves))
+            "normalised index of the block in its transformer",
+            "cosine, and its standard deviation over prompts", curves))
         del pipeline
     header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
-    write_csv(args.out.with_suffix(".csv"), header, rows)
-    show(header, rows)
+    files.write_csv(args.out.with_suffix(".csv"), header, rows)
+    chart.show(header, rows)
     files.write(args.out, lambda path: chart.stack(*pictures).save(path))
 
 
@@ -363,7 +337,7 @@ class Networks(NamedTuple):
 
 PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
     "sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)}
-PAPER_PARTS = {"text encoders": (817, 0.008), "VAE decoder": (83, 0.002)}  # Table 1; its 83M are the whole VAE
+PAPER_PARTS = {"text encoders": (817, 0.008), "VAE decoder": (83, 0.002)}  # 83M are the whole VAE
 # What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
 PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12
 
@@ -440,11 +414,11 @@ def budget(args: argparse.Namespace):
     for part, (count, macs) in whole_parts(networks(args.model[0])).items():
         paper = PAPER_PARTS[part][0] if args.model[0] in PAPER and part in PAPER_PARTS else math.nan
         sums.append([part, count / 1e6, paper, macs / 1e12, 4 * count / 1e9, math.nan])
-    write_csv(args.out.with_suffix(".csv"), ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
+    files.write_csv(args.out.with_suffix(".csv"),
+                    ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
     header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
-    cells = show(header, sums)
-    print("multiply-adds are of one image: one forward pass of the U-Net, without guidance; the paper's 83M is the "
-          "whole VAE")
+    cells = chart.show(header, sums)
+    print("multiply-adds are of one image, and of one forward pass of the U-Net without guidance")
     named = lambda groups: {stage: [groups[stage].get(name, [0]) for name in args.model] for stage in groups}
     kinds, of = ["residual blocks", "transformers", "rest"], ", ".join(args.model)
     files.write(args.out, lambda path: chart.stack(
@@ -461,7 +435,7 @@ def random_weights(network: Callable[[], nn.Module], dtype: torch.dtype, device:
     made = made.to(dtype).to_empty(device=device)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return made
+    return made.to(memory_format=torch.channels_last)
 
 
 def seconds(run: Callable[[], object], device: str, repeat: int) -> float:
@@ -493,7 +467,7 @@ def peak_memory(device: str, restart: bool = False) -> float:
 
 @torch.inference_mode()
 def latency(args: argparse.Namespace):
-    """Times the parts of each model, with noise for weights, beside what counting predicts and the paper says."""
+    """Times each model's parts, beside what counting predicts and what the paper says."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = getattr(torch, PRECISIONS[args.precision or ("fp16" if device.startswith("cuda") else "fp32")])
     schedule = Schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
@@ -517,7 +491,7 @@ def latency(args: argparse.Namespace):
             return lambda: [encoder(ids) for encoder in encoders]
 
         def denoiser():
-            unet = random_weights(lambda: model.UNet(config), dtype, device).to(memory_format=torch.channels_last)
+            unet = random_weights(lambda: model.UNet(config), dtype, device)
 
             def predict(x: Tensor, t: float) -> Tensor:
                 free, led = unet(torch.cat([x, x]).to(dtype), torch.full((2,), t, device=device),
@@ -526,7 +500,7 @@ def latency(args: argparse.Namespace):
             return lambda: euler(predict, noise, schedule, args.steps)
 
         def decoder():
-            vae = random_weights(lambda: model.VAE(found.vae), dtype, device).to(memory_format=torch.channels_last)
+            vae = random_weights(lambda: model.VAE(found.vae), dtype, device)
             return lambda: vae.decode(noise.to(dtype))
 
         same = (size, args.steps) == (1024, 25)  # as the paper has it
@@ -547,157 +521,30 @@ def latency(args: argparse.Namespace):
         row.insert(5, row[2] / rate)
     header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
               "at 107.5 TFLOP/s"]
-    where = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
-    write_csv(args.out.with_suffix(".csv"), header, rows)
-    cells = show(header, rows)
+    where = f"a CPU, {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        where = torch.cuda.get_device_name(device)
+    where += f", {str(dtype).removeprefix('torch.')}"
+    files.write_csv(args.out.with_suffix(".csv"), header, rows)
+    cells = chart.show(header, rows)
     floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
-    print(f"on {where}, {str(dtype)[6:]}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s. "
-          f"The paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 at its peak needs {floor:.3f} s")
-    groups = {row[0]: [[row[3]], [0, row[5]]] + ([] if math.isnan(row[7]) else [[0, 0, row[7]], [0, 0, 0, row[8]]])
-              for row in rows if row[1] == "U-Net"}
+    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s\n"
+          f"the paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 at its peak needs {floor:.3f} s")
+    groups = {}
+    for name, network, _, took, _, counted, _, said, implied in rows:
+        if network == "U-Net":  # a bar for each number, in its own colour: the parts before it are 0
+            groups[name] = [[0] * i + [value] for i, value in enumerate((took, counted, said, implied))
+                            if not math.isnan(value)]
     kinds = ["measured", "by counting", "paper, RTX 4090", "counted, at 107.5 TFLOP/s"]
     files.write(args.out, lambda path: chart.stack(
-        chart.table(f"Latency on {where}, {str(dtype)[6:]}", header, cells),
+        chart.table(f"Latency on {where}", header, cells),
         chart.bars(f"Seconds of the U-Net in {args.steps} steps", groups, kinds)).save(path))
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Table 3: which features to distil
-
-HIGHEST = "{0}@DW-1,{0}@UP-3"  # where there is no self-attention
-ABLATION = {  # features and transformer blocks to distil, and the paper's HPSv2
-    "3a": {"task loss only": ("none", "bottom", 25.53), "SA": ("SA", "bottom", 26.74),
-           "CA": ("CA", "bottom", 26.11), "Res": ("Res", "bottom", 26.27), "FFN": ("FFN", "bottom", 26.48),
-           "LF (BK-SDM)": ("LF", "bottom", 26.63)},
-    "3b": {"task loss only": ("none", "bottom", 25.53), "SA at DW-2": ("SA@DW-2", "bottom", 25.32),
-           "SA at DW-3": ("SA@DW-3", "bottom", 25.57), "SA at Mid": ("SA@Mid", "bottom", 25.66),
-           "SA at UP-1": ("SA@UP-1", "bottom", 26.52), "SA at UP-2": ("SA@UP-2", "bottom", 26.05)},
-    "3c": {"SA-bottom": ("SA", "bottom", 26.74), "SA-interleave": ("SA", "interleave", 26.58),
-           "SA-up": ("SA", "up", 26.48)},
-    "3d": {"SA only": ("SA", "bottom", 26.74),
-           "SA + LF at DW-1 & UP-3": (f"SA,{HIGHEST.format('LF')}", "bottom", 26.98),
-           "SA + Res at DW-1 & UP-3": (f"SA,{HIGHEST.format('Res')}", "bottom", 26.94),
-           "SA + LF all": ("SA,LF", "bottom", 26.83), "SA + Res all": ("SA,Res", "bottom", 26.80),
-           "SA + CA + Res + FFN + LF all": ("SA,CA,Res,FFN,LF", "bottom", 26.39)}}
-FINDINGS = {  # section 4.2: rows that are said to be better than others, each the mean of its rows
-    "F1": ("3a", "self-attention is the best type of feature", ["SA"], ["CA", "Res", "FFN", "LF (BK-SDM)"]),
-    "F2": ("3b", "the decoder's stages matter most", ["SA at UP-1", "SA at UP-2"],
-           ["SA at DW-2", "SA at DW-3", "SA at Mid"]),
-    "F3": ("3c", "the first blocks of a transformer matter most", ["SA-bottom"], ["SA-interleave", "SA-up"]),
-    "F4": ("3d", "LF helps where there is no SA, and only there", ["SA + LF at DW-1 & UP-3"],
-           ["SA only", "SA + LF all", "SA + Res all", "SA + CA + Res + FFN + LF all"])}
-SCORES = ["colour", "shape", "spatial", "distance"]
-
-
-def distilled(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
-    """The folder of a finished run of distill.py: a KOALA-1B student on task and featKD, without outKD."""
-    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, Path(__file__).with_name("distill.py"), "--student", "1b", "--features", features,
-               "--sa-blocks", blocks, "--out-kd", "0", "--feat-kd", "0" if features == "none" else "1", "--steps",
-               args.steps, "--batch", args.batch, "--judge", "0", "--preview-every", "0", "--seed", seed, "--out",
-               folder, *args.distill]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    with open(folder / "distill.log", "a") as log:
-        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log,
-                              env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {}))
-    if done.returncode:
-        last = (folder / "distill.log").read_text().strip().splitlines()[-1]
-        raise ValueError(f"{folder}: {last.removeprefix('error: ')}")
-    return folder
-
-
-def score(args: argparse.Namespace, folder: Path, drawn: Callable[[], list[Image.Image]]) -> dict[str, float]:
-    """The judge's scores of a run, and the root mean square distance of its pictures to the teacher's, in 0..1."""
-    path = folder / f"score-{args.judge}.csv"
-    if not path.exists():
-        prompts = judged(args)
-        images = load_pipeline(str(folder))(prompts, seed=list(range(len(prompts))))
-        pairs = [[np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, drawn())]
-        scores = shapes.scores(images, prompts) if args.toy else dict.fromkeys(SCORES[:3], math.nan)
-        scores["distance"] = statistics.fmean(float(((a - b) ** 2).mean() ** 0.5) for a, b in pairs)
-        write_csv(path, SCORES, [[scores[key] for key in SCORES]])
-    with open(path, newline="") as file:
-        return {key: float(value) for key, value in next(csv.DictReader(file)).items()}
-
-
-def judged(args: argparse.Namespace) -> list[str]:
-    """What is drawn to score a run: the toy's captions that were not trained on, else prompts of ours."""
-    return [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)] if args.toy else PROMPTS[:args.judge]
-
-
-def verdict(better: list[list[float]], worse: list[list[list[float]]], sign: int) -> str:
-    """Whether rows of scores, one for each seed, are better than each group of others by more than the spread.
-
-    Runs of one seed have the same data, so differences are taken seed by seed; their spread is the largest
-    standard deviation of any of them.
-    """
-    if len(better[0]) < 2:
-        return "too close to tell (one seed has no spread)"
-    differences = [[sign * (a - b) for a, b in zip(map(statistics.fmean, zip(*better)), map(statistics.fmean, zip(*one)))]
-                   for one in worse]
-    if all(statistics.fmean(one) > statistics.stdev(one) for one in differences):
-        return "agrees"
-    if any(statistics.fmean(one) < -statistics.stdev(one) for one in differences):
-        return "disagrees"
-    return "too close to tell"
-
-
-def ablation(args: argparse.Namespace):
-    """Runs and scores every row of Table 3 with every seed; rows that are the same run are run once."""
-    tables = TABLES if args.table == "all" else [args.table]
-    args.toy = "--teacher" not in args.distill or args.distill[args.distill.index("--teacher") + 1] == "toy"
-    runs = list(dict.fromkeys((features, blocks, seed) for seed in range(args.seeds) for table in tables
-                              for features, blocks, _ in ABLATION[table].values()))
-    source = "toy" if args.toy else args.distill[args.distill.index("--teacher") + 1]
-    pictures = []
-
-    def drawn() -> list[Image.Image]:
-        if not pictures:
-            pictures.extend(load_pipeline(source)(judged(args), seed=list(range(len(judged(args))))))
-        return pictures
-
-    found = {}
-    with ThreadPoolExecutor(args.jobs) as pool, tqdm(total=len(runs), desc="ablation", unit="run") as bar:
-        def one(run: tuple[str, str, int]):
-            folder = distilled(args, *run)
-            found[run] = score(args, folder, drawn)
-            bar.update()
-        try:
-            list(pool.map(one, runs))
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-    header = ["table", "row", "paper's HPSv2", *(f"{key}{part}" for key in SCORES for part in ("", " +-"))]
-    rows, values = [], {}
-    for table in tables:
-        for name, (features, blocks, paper) in ABLATION[table].items():
-            scores = [found[features, blocks, seed] for seed in range(args.seeds)]
-            values[table, name] = {key: [one[key] for one in scores] for key in SCORES}
-            spread = lambda many: statistics.stdev(many) if len(many) > 1 else math.nan
-            rows.append([table, name, paper, *(number for key in SCORES for number in (
-                statistics.fmean(values[table, name][key]), spread(values[table, name][key])))])
-    write_csv(args.out.with_suffix(".csv"), header, rows)
-    cells = [row[:3] + [f"{a} ± {b}" if b else a for a, b in zip(row[3::2], row[4::2])]
-             for row in ([chart.shown(value) for value in row] for row in rows)]
-    short = ["", "row", "paper's HPSv2", *SCORES[:3], "distance to teacher"]
-    show(short, cells)
-    findings = []
-    for finding, (table, claim, better, worse) in FINDINGS.items():
-        if table in tables:
-            get = lambda names, key: [values[table, name][key] for name in names]
-            told = [f"{key}: {verdict(get(better, key), [get([name], key) for name in worse], sign)}"
-                    for key, sign in (*((key, 1) for key in SCORES[:3] if args.toy), ("distance", -1))]
-            findings.append(f"{finding} ({claim}): {'; '.join(told)}")
-    print("\n".join(findings))
-    title = f"Table 3 on {source}: {args.seeds} seed(s), {args.steps} steps of {args.batch}, {len(judged(args))} captions"
-    files.write(args.out, lambda path: chart.table(title, short, cells).save(path))
 
 
 if __name__ == "__main__":
     try:
-        globals()[ARGS.command](ARGS)
+        {"attention": attention, "similarity": similarity, "budget": budget, "latency": latency,
+         "ablation": ablation}[ARGS.command](ARGS)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {files.one_line(error)}")
     except KeyboardInterrupt:

@@ -10,7 +10,8 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 INK, PALE = "#222222", "#dddddd"
-COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]  # Okabe and Ito
+COLOURS = [  # Okabe and Ito
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
 WIDTH = 960  # of a chart: sharp at a README's width
 
 
@@ -26,7 +27,7 @@ def text_width(text: str, size: int = 16) -> int:
 def shown(value: object) -> str:
     """A number as people read it; nan is nothing."""
     if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return "" if math.isnan(value) else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -115,7 +116,7 @@ def lines(title: str, x_name: str, y_name: str,
 
 
 def bars(title: str, groups: dict[str, list[list[float]]], kinds: list[str]) -> Image.Image:
-    """Horizontal bars in groups; a bar is a list of parts, one for each of `kinds`, and has its total written."""
+    """Horizontal bars in groups, with their totals; a bar is a list of parts, one for each of `kinds`."""
     thick, gap = 20, 14
     count = sum(len(group) for group in groups.values())
     left = 24 + max(map(text_width, groups))
@@ -146,8 +147,27 @@ def table(title: str, header: list[str], rows: list[list[str]]) -> Image.Image:
     for i, row in enumerate([header, *rows]):
         x, y = 8, line * i + line // 2 + 4
         for j, (cell, width) in enumerate(zip(row, widths)):
-            draw.text((x + 8, y) if j == 0 else (x + width - 8, y), str(cell), INK, font(15), "lm" if j == 0 else "rm")
+            at, anchor = (x + 8, "lm") if j == 0 else (x + width - 8, "rm")
+            draw.text((at, y), str(cell), INK, font(15), anchor)
             x += width
         if i == 0:
             draw.line((8, line + 4, 8 + sum(widths), line + 4), INK)
     return titled(title, picture)
+
+
+def show(header: list[str], rows: list[list]) -> list[list[str]]:
+    """Prints a table, and returns its cells as text."""
+    cells = [[shown(value) for value in row] for row in rows]
+    widths = [max(len(row[i]) for row in [header, *cells]) for i in range(len(header))]
+    for first, *rest in [header, *cells]:
+        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
+    return cells
+
+
+def paragraph(texts: list[str]) -> Image.Image:
+    """Lines of text."""
+    width = max(WIDTH, *(text_width(line, 15) + 32 for line in texts))
+    picture = Image.new("RGB", (width, 24 * len(texts) + 8), "white")
+    for i, line in enumerate(texts):
+        ImageDraw.Draw(picture).text((16, 24 * i + 12), line, INK, font(15), "lm")
+    return picture

@@ -1,9 +1,9 @@
 """
-Training data: pictures with captions from the toy, from a folder, or from img2dataset's shards, as samples at the
-positions 0, 1, 2, ... of an endless, shuffled order.
+Training data: pictures with captions from the toy, from a folder, or from img2dataset's shards, as samples at
+the positions 0, 1, 2, ... of an endless, shuffled order.
 
-What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: sample p is a
-function of (seed, p), the same for any batch, number of processes, or number of times that a run was stopped.
+What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: sample p is
+a function of (seed, p), the same for any batch, number of processes, or number of times a run was stopped.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import sys
 import tarfile
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,14 +65,20 @@ class Shapes:
 
 
 TRAIN_SEED, JUDGE_SEED = 0, 1  # of the toy's pictures: what is judged was not trained on
+PROMPTS = [  # for real models, in the four styles of HPSv2's (Wu et al., arXiv 2306.09341)
+    f"{subject}, {style}" for subject, style in product(
+        ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
+         "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
+         "a knight resting under a tree", "a koala on a branch"),
+        ("anime", "concept art", "oil painting", "photo"))]
 
 
 class Pairs:
     """
-    The images and captions of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
+    A folder's images and captions: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    What has no partner is counted in `skipped` by reason, and so is a shard that is cut; what comes before the
-    cut is used. Raises FileNotFoundError or ValueError if nothing is left.
+    What has no partner is counted in `skipped` by reason, and so is a shard that is cut; what comes before
+    the cut is used. Raises FileNotFoundError or ValueError if nothing is left.
     """
 
     def __init__(self, folder: str, caption: str | None = None):
@@ -88,7 +95,8 @@ class Pairs:
             paths = (path for path in sorted(root.rglob("*")) if path.is_file())
             self.items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in paths)
         if not self.items:
-            raise ValueError(f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
+            raise ValueError(
+                f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
 
     def pair(self, named) -> list[dict[str, Span]]:
         """Puts together files, `named` (name, Span), that differ in their ending alone."""
@@ -120,7 +128,7 @@ class Pairs:
         return items
 
     def members(self, shard: Path):
-        """The files (name, Span) of a shard. A whole one ends with a block of zeros; tarfile does not look."""
+        """The files (name, Span) of a shard. A whole one ends in a block of zeros; tarfile does not look."""
         end, size = 0, shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -132,7 +140,8 @@ class Pairs:
             pass
         if end > size or Span(str(shard), end, 512).read() != bytes(512) or not end:
             self.skipped["bad_shard"] += 1
-            print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost", file=sys.stderr)
+            print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost",
+                  file=sys.stderr)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -202,9 +211,9 @@ class Samples(Dataset):
     """
     Training sample p as a dictionary, for any p from 0: a function of (seed, p) alone.
 
-    pixels (3, S, S) in [-1, 1] and caption, or what a cache has in their place; dropped, whether the caption is;
-    time_ids (6,); timestep; noise and, to draw the latent from the VAE's distribution, latent_noise (4, s, s);
-    index in the source; skipped, the reasons by index why others were not taken.
+    pixels (3, S, S) in [-1, 1] and caption, or what a cache has in their place; dropped, whether the caption
+    is; time_ids (6,); timestep; noise and, to draw the latent from the VAE's distribution, latent_noise
+    (4, s, s); index in the source; skipped, the reasons by index why others were not taken.
     """
 
     def __init__(self, source: Shapes | Pairs, size: int, latent_shape: tuple[int, int, int], seed: int,

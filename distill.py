@@ -5,8 +5,8 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
     python distill.py --student 700m --teacher sdxl --data laion/      # the paper's recipe, on one GPU
     torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
 
-A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and in the
-end a whole bundle. The same command goes on where a run was stopped. All that is random about training
+A run is a folder: log.csv, previews/, unet/ (which sample.py --unet and diffusers load at any time), and in
+the end a whole bundle. The same command goes on where a run was stopped. All that is random about training
 sample p comes from (seed, p), so a run is the same on one process or many, stopped or not.
 """
 
@@ -60,8 +60,10 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     add = parser.add_argument
-    add("--student", choices=["700m", "1b"], default="700m", help="what the surgery makes of the teacher [700m]")
-    add("--teacher", default="toy", metavar="T", help="toy, sdxl, hub id, folder; none: task loss alone [toy]")
+    add("--student", choices=["700m", "1b"], default="700m",
+        help="what the surgery makes of the teacher [700m]")
+    add("--teacher", default="toy", metavar="T",
+        help="toy, sdxl, hub id, folder; none: task loss alone [toy]")
     add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder [teacher]")
     add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
         help="SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none [SA,LF@DW-1,LF@UP-3]")
@@ -77,7 +79,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         shown = default if default is not None else ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
         add("--" + flag, type=type(low), default=default, metavar="N", help=f"{text} [{shown}]")
     add("--precision", choices=["fp32", "bf16", "fp16"], help="[bf16 on a GPU, fp32 elsewhere]")
-    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="recomputed parts [none]")
+    add("--checkpointing", choices=["none", "selective", "full"], default="none",
+        help="recomputed parts [none]")
     add("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", help="[a GPU if there is one]")
     add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
@@ -102,7 +105,7 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parse_features(args.features)
     except ValueError as error:
         parser.error(str(error))
-    if args.teacher not in ("toy", "sdxl", "none") and "/" not in args.teacher and not Path(args.teacher).is_dir():
+    if not (args.teacher in ("toy", "sdxl", "none") or "/" in args.teacher or Path(args.teacher).is_dir()):
         parser.error(f"--teacher {args.teacher} is neither toy, sdxl nor none, nor a folder, nor a hub id")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
@@ -118,23 +121,17 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import csv
-import fcntl
 import json
 import re
 import shutil
-import signal
 import time
-import zlib
 from collections import Counter
 from functools import partial
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
@@ -145,8 +142,10 @@ from tqdm import tqdm
 import files
 import model
 from chart import sheet
-from data import JUDGE_SEED, Pairs, Samples, Shapes, counted, keep, positions
+from data import JUDGE_SEED, PROMPTS, Pairs, Samples, Shapes, counted, keep, positions
 from options import preset
+from run import (
+    Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
 from sample import BUNDLE, load_pipeline
 from toy import shapes
 
@@ -323,9 +322,8 @@ class Distillation:
 # The run: a folder that can be left and taken up again
 
 # What may differ between the sittings of one run; anything else would make it another run.
-FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing", "compile",
-        "device", "out", "cache", "dry_run"}
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing",
+        "compile", "device", "out", "cache", "dry_run"}
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -335,119 +333,14 @@ def settings(args: argparse.Namespace) -> dict:
     return fixed
 
 
-def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that training changes: parameters and Adam's moments, by name."""
-    tensors = {}
-    for name, parameter in network.named_parameters():
-        tensors[f"parameter.{name}"] = parameter.detach()
-        if state := optimizer.state.get(parameter):
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
-    return tensors
-
-
-def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Puts what `trained` gave after that many updates back into its place."""
-    for name, parameter in network.named_parameters():
-        parameter.data.copy_(tensors[f"parameter.{name}"])
-        if f"{MOMENTS[0]}.{name}" in tensors:
-            step = torch.tensor(float(updates), device=parameter.device)
-            optimizer.state[parameter] = {"step": step} | {
-                moment: torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"]) for moment in MOMENTS}
-
-
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metadata):
-    """
-    Writes state-STEP.safetensors with a checksum for each tensor, and keeps the one before.
-
-    Raises FloatingPointError rather than write numbers that are not finite.
-    """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is not finite and not saved; the checkpoint before is good")
-    metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
-    run = {"run": json.dumps(metadata)}
-    run["checksum"] = str(zlib.crc32(run["run"].encode()))
-    files.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
-    for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
-
-
-def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
-    """Metadata and tensors of the newest good checkpoint; None if there is none, ValueError if none is good."""
-    paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
-    for path in paths:
-        try:
-            tensors = files.read_tensors(path)
-            with safe_open(path, "pt") as file:
-                run = file.metadata()
-            if run["checksum"] != str(zlib.crc32(run["run"].encode())):
-                raise ValueError(f"{path} is damaged: the checksum of its description is wrong")
-            metadata = json.loads(run["run"])
-            for name, tensor in tensors.items():
-                if checksum(tensor) != metadata["checksums"][name]:
-                    raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
-            return metadata, tensors
-        except (ValueError, KeyError, TypeError) as error:
-            print(f"warning: {error}; trying the checkpoint before", file=sys.stderr)
-    if paths:
-        raise ValueError(f"no checkpoint in {folder} is good; move the folder away to start anew")
-    return None
-
-
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8))
-
-
 def check_settings(old: dict, args: argparse.Namespace):
     """Raises ValueError if a run was begun with other settings."""
     new = settings(args)
-    changed = [f"{name} was {old[name]!r} and is {new.get(name)!r}" for name in old if old[name] != new.get(name)]
+    changed = [f"{name} was {old[name]!r} and is {new.get(name)!r}"
+               for name in old if old[name] != new.get(name)]
     if changed:
-        raise ValueError(f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
-
-
-class Log:
-    """log.csv: a line for each step, of the steps that the checkpoint has and no other."""
-
-    COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images", "skipped_samples",
-               "skipped_steps")
-
-    def __init__(self, path: Path, step: int):
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.file = open(path, "w", newline="")
-        self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
-
-    def write(self, **row):
-        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                              for name, value in row.items()})
-        self.file.flush()
-
-
-class Signals:
-    """SIGINT and SIGTERM ask for an end after the step under way; a second one ends at once."""
-
-    def __init__(self):
-        self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
-
-    def ask(self, number: int, frame):
-        if self.asked:
-            os._exit(128 + number)
-        self.asked = number
-
-    def agreed(self, device: str) -> int:
-        """The signal that any of the processes has had, 0 for none; the same in all of them."""
-        if not dist.is_initialized():
-            return self.asked
-        asked = torch.tensor(self.asked, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked.item()
+        raise ValueError(
+            f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
 
 
 def train(args: argparse.Namespace, distillation: Distillation, device: str, rank: int, world: int) -> int:
@@ -513,18 +406,20 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
         bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
         done, stop = step + 1, signals.agreed(device)
         if rank == 0:
-            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd, total=(total * weights).sum().item(),
-                      lr=rate, norm=norm.item(), seconds=time.perf_counter() - start, images=done * args.batch,
+            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd,
+                      total=(total * weights).sum().item(), lr=rate, norm=norm.item(),
+                      seconds=time.perf_counter() - start, images=done * args.batch,
                       skipped_samples=len(skipped_samples), skipped_steps=skipped_steps)
         if skipped_in_a_row == 20:
             raise FloatingPointError(
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
-                f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, or a "
-                f"lower --lr")
+                f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, "
+                f"or a lower --lr")
         if done % args.save_every == 0 or done == args.steps or stop:
             skipped_samples = union(skipped_samples, world)
             if rank == 0:
-                model.save_unet(student, args.out / "unet")  # first: a run is finished when its checkpoint says so
+                # The weights first: a run is finished when its checkpoint says so.
+                model.save_unet(student, args.out / "unet")
                 save_checkpoint(args.out, done, trained(student, optimizer), updates=updates,
                                 settings=settings(args), scaler=scaler.state_dict(),
                                 skipped_steps=skipped_steps, skipped_samples=skipped_samples)
@@ -561,27 +456,8 @@ def training_data(args: argparse.Namespace, distillation: Distillation) -> Sampl
     return Samples(source, size, latent, args.seed, args.dropout, args.flip, args.cache)
 
 
-def leave_signals_alone(worker: int):
-    """In the processes that read data: an end is the main process's to ask for."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def union(mine: dict, world: int) -> dict:
-    """The entries of a dictionary of every process."""
-    parts = [mine]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # What there is to see
-
-
-PREVIEWS = ["a portrait of a koala, watercolour", "a red fox reading a newspaper in a cafe",
-            "a lighthouse at dawn, photo", "two cups of tea on a wooden table"]
 
 
 def draw(distillation: Distillation, unet: model.UNet, prompts: list[str], progress: str | None = None):
@@ -595,7 +471,7 @@ def draw(distillation: Distillation, unet: model.UNet, prompts: list[str], progr
 def preview(distillation: Distillation, path: Path):
     """Draws the teacher's pictures and below them the student's, from the same noise."""
     args = distillation.args
-    prompts = [shapes.caption(JUDGE_SEED, i) for i in range(8)] if args.data == "shapes" else PREVIEWS
+    prompts = [shapes.caption(JUDGE_SEED, i) for i in range(8)] if args.data == "shapes" else PROMPTS[::9]
     prompts = [args.caption] * 4 if args.caption else prompts
     unets = {"teacher": distillation.teacher, "student": distillation.student}
     rows = {name: draw(distillation, unet, prompts) for name, unet in unets.items() if unet}
@@ -609,20 +485,15 @@ def judge(distillation: Distillation):
     captions = [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)]
     unets = {"teacher": distillation.teacher, "student before": distillation.new_student(),
              "student after": distillation.student}
-    images = {name: draw(distillation, unet, captions, f"judging {name}") for name, unet in unets.items() if unet}
+    images = {name: draw(distillation, unet, captions, f"judging {name}")
+              for name, unet in unets.items() if unet}
 
-    def write(path: Path):
-        with open(path, "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["", "colour", "shape", "spatial"])
-            for name in images:
-                scores = shapes.scores(images[name], captions)
-                writer.writerow([name, *(f"{scores[key]:.3f}" for key in ("colour", "shape", "spatial"))])
-
-    files.write(args.out / "judged.png", lambda path: sheet(
-        [[image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]] for row in images.values()],
-        list(images)).save(path))
-    files.write(args.out / "scores.csv", write)
+    scores = {name: shapes.scores(images[name], captions) for name in images}
+    rows = [[image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]]
+            for row in images.values()]
+    files.write(args.out / "judged.png", lambda path: sheet(rows, list(images)).save(path))
+    files.write_csv(args.out / "scores.csv", ["", "colour", "shape", "spatial"],
+                    [[name, *(f"{value:.3f}" for value in scores[name].values())] for name in scores])
 
 
 def show_scores(path: Path):
@@ -665,13 +536,14 @@ def dry_run(args: argparse.Namespace):
         print(f"\n{len(matched)} features, student <- teacher")
         print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
     s, t, v = (sum(p.numel() for p in network.parameters()) for network in (student, teacher, vae))
-    step, weights, tera, giga = args.batch * (taught + learned + encoded), 18 * s + 2 * t + 2 * v, 1e12, 1e9
+    step, weights = args.batch * (taught + learned + encoded), 18 * s + 2 * t + 2 * v
+    micro, tera, giga = args.micro_batch, 1e12, 1e9
     print(f"""
 parameters   teacher {t:,}, student {s:,} ({s / t - 1:+.1%}), VAE {v:,}
 work         TFLOP an image: teacher {taught / tera:.4g}, student forward and backward {learned / tera:.4g},
              VAE encoder {encoded / tera:.4g} (once, with --cache); a step of {args.batch}: {step / tera:.4g}
-memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {args.micro_batch} images,
-             without checkpointing, {args.micro_batch * kept / giga:.2f}
+memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {micro} images,
+             without checkpointing, {micro * kept / giga:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
 
 
@@ -686,7 +558,7 @@ def bfloat16():
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the work within `with`: of matrix products, convolutions and attention, 2 FLOPs a multiply-add."""
+    """Counts the work within `with`: matrix products, convolutions and attention, 2 FLOPs a multiply-add."""
     return FlopCounterMode(display=False, custom_mapping={  # of the CPU's attention, which it does not know
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
@@ -695,7 +567,7 @@ def flop_counter() -> FlopCounterMode:
 
 
 def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """FLOPs of a network's forward pass, and backward if it is trained; bytes that it keeps to go backward."""
+    """FLOPs of a network's forward pass, and backward if it is trained; bytes it keeps to go backward."""
     own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
     kept = {}
 
@@ -746,18 +618,6 @@ def main(args: argparse.Namespace) -> int:
         show_scores(args.out / "scores.csv")
     print(f"{args.out} is finished, {args.steps} steps: python sample.py --unet {args.out}/unet --prompt ...")
     return 0
-
-
-def claim(folder: Path):
-    """Makes the folder of a run and holds its lock. Raises OSError if it cannot, or another process does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise BlockingIOError(f"another process is at work in {folder}; wait, or give another --out") from None
-    shutil.rmtree(folder / ".writing", ignore_errors=True)
-    return lock
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 Files: found in a folder or on the hub, read with one clear line for whatever is wrong, written whole or not.
 """
 
+import csv
 import json
 import os
 import re
@@ -108,3 +109,15 @@ def write(path: Path, make):
 
 def one_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]):
+    def make(path: Path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    write(path, make)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))

@@ -127,7 +127,8 @@ class CLIPTokenizer:
         try:
             pairs = BPE.from_file(str(vocab), str(merges), unk_token=end.content, end_of_word_suffix="</w>")
         except Exception as error:                               # the library has no narrower kind
-            raise ValueError(f"{vocab} or {merges.name} is damaged, fetch it anew ({files.one_line(error)})") from None
+            raise ValueError(
+                f"{vocab} or {merges.name} is damaged, fetch it anew ({files.one_line(error)})") from None
         self.bpe = Tokenizer(pairs)
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -139,7 +140,7 @@ class CLIPTokenizer:
 
     @staticmethod
     def special(options: dict, name: str) -> AddedToken:
-        """The official files write a token as a string or, with how it is found in a text, as a dictionary."""
+        """The official files write a token as a string or, with how it is found in text, as a dictionary."""
         token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
         found = token if isinstance(token, dict) else {"content": token}
         return AddedToken(found["content"], normalized=found.get("normalized", False))
@@ -191,8 +192,8 @@ class TextEncoders(nn.Module):
         self.tokenizers[0].check_words(prompts)
         for prompt in dict.fromkeys(prompts):
             if cut := self.tokenizers[0].cut(prompt):
-                print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that CLIP "
-                      f"reads; cut: {cut!r}", file=sys.stderr)
+                print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that "
+                      f"CLIP reads; cut: {cut!r}", file=sys.stderr)
         device = next(self.parameters()).device
         (first, _), (second, pooled) = (encoder(tokenizer(prompts).to(device))
                                         for encoder, tokenizer in zip(self.encoders, self.tokenizers))
@@ -238,11 +239,12 @@ def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:
 
 
 def save_clip(clip: CLIP, folder: str | Path):
-    """Writes config.json and the weights, as they are typed, in the official layout; transformers reads them."""
+    """Writes config.json and the weights, as typed, in the official layout; transformers reads them."""
     weights = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
     files.write(Path(folder, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
     kind = "CLIPTextModel" + "WithProjection" * (clip.text_projection is not None)
     # "dtype" is what transformers is to compute in; the file itself may be of another.
-    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)}
+    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32",
+              **asdict(clip.config)}
     content = json.dumps(config, indent=2, sort_keys=True) + "\n"
     files.write(Path(folder, "config.json"), lambda path: path.write_text(content))

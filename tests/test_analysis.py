@@ -1,7 +1,5 @@
 """The figures: what is drawn and counted is diffusers', numpy's and the paper's."""
 
-import contextlib
-import csv
 import math
 import os
 import subprocess
@@ -20,7 +18,8 @@ import analysis
 import chart
 import distill
 import model
-from analysis import ABLATION, attention_map, block_similarity, on_object, principal_components, query_of, watch
+from analysis import attention_map, block_similarity, on_object, principal_components, query_of, watch
+from files import read_csv as read
 from model import UNet, UNetConfig
 from sample import load_pipeline
 from toy import shapes
@@ -32,11 +31,6 @@ STORED = load_file(ANSWERS.with_name("analysis.safetensors"))
 def run(*words):
     args = analysis.command_line(list(map(str, words)))
     getattr(analysis, args.command)(args)
-
-
-def read(path: Path) -> list[dict]:
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 # Attention
@@ -213,60 +207,6 @@ def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
     ends, calls = iter([0, 100, 0, 3, 0, 1, 0, 2]), []
     monkeypatch.setattr(analysis.time, "perf_counter", lambda: next(ends))
     assert analysis.seconds(lambda: calls.append(1), "cpu", 3) == 2 and len(calls) == 4
-
-
-# Ablation
-
-
-def test_every_row_is_a_run_that_distill_knows():
-    unet = lambda name: UNet(UNetConfig.from_diffusers(UNETS[name]))
-    for rows in ABLATION.values():
-        for features, blocks, _ in rows.values():
-            distill.command_line(["--features", features, "--sa-blocks", blocks, "--student", "1b"])
-            distill.match_features(unet("1b"), unet("sdxl"), features, blocks)
-    assert all(name in ABLATION[table] for table, _, better, worse in analysis.FINDINGS.values() for name in better + worse)
-
-
-def test_a_verdict_is_by_the_spread():
-    high, low, wide = [0.9, 0.8, 0.85], [0.5, 0.4, 0.48], [0.2, 1.5, 0.9]
-    assert analysis.verdict([high], [[low]], 1) == "agrees" and analysis.verdict([high], [[low]], -1) == "disagrees"
-    assert analysis.verdict([high], [[low], [wide]], 1) == "too close to tell"
-    assert analysis.verdict([high, low], [[[0.1, 0.1, 0.1]]], 1) == "agrees"
-    assert "one seed" in analysis.verdict([[1.0]], [[[0.0]]], 1)
-
-
-def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
-    started = []
-
-    def run_here(command, **rest):
-        started.append(command[2:])
-        return subprocess.CompletedProcess(command, distill.main(distill.command_line(command[2:])) or 0)
-
-    class Here(contextlib.nullcontext):  # runs are in this thread, where signals can be heard
-        map, shutdown = map, None
-
-    monkeypatch.setattr(analysis, "ThreadPoolExecutor", lambda jobs: Here(Here()))
-    monkeypatch.setattr(analysis.subprocess, "run", run_here)
-    command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2,
-               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
-    run(*command)
-    rows = read(tmp_path / "t.csv")
-    assert [row["row"] for row in rows] == list(ABLATION["3c"]) and len(started) == 3
-    assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
-    assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
-    assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
-    monkeypatch.setattr(analysis, "load_pipeline", None)         # nothing is drawn again
-    run(*command)
-    assert read(tmp_path / "t.csv") == rows
-
-
-def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    def fails(command, stdout, **rest):
-        stdout.write("error: the disk is full\n")
-        return subprocess.CompletedProcess(command, 1)
-    monkeypatch.setattr(analysis.subprocess, "run", fails)
-    with pytest.raises(ValueError, match="none-bottom-0: the disk is full"):
-        run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
 
 
 # Charts

@@ -1,12 +1,13 @@
 """
-How toy/checkpoint was made: a whole SDXL in miniature, trained with this project's networks on captioned shapes.
+How toy/checkpoint was made: a whole SDXL in miniature, this project's networks trained on captioned shapes.
 
     python -m toy.make                                              # hours on two cores; resumes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # the same in two processes
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
 second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
-conditions; the U-Net predicts v of latents (Salimans and Ho, arXiv 2202.00512). The result, runs/toy/bundle, is judged now and then:
+conditions; the U-Net predicts v of latents (Salimans and Ho, arXiv 2202.00512). The result,
+runs/toy/bundle, is judged now and then:
 
     python -m toy.make judge --captions 256
     python -m toy.make publish                                      # copies it to toy/checkpoint, in float16
@@ -30,7 +31,7 @@ import files
 import model
 from chart import sheet
 from data import JUDGE_SEED, TRAIN_SEED, positions
-from distill import load_checkpoint, restore, save_checkpoint, trained
+from run import load_checkpoint, restore, save_checkpoint, trained
 from options import PRESETS
 from sample import Schedule, load_pipeline
 from text import CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
@@ -47,8 +48,8 @@ WEIGHTS = {"unet": f"{model.WEIGHTS}.safetensors", "text_encoder": "model.safete
            "text_encoder_2": "model.safetensors"}  # what is trained together, and the files that have it
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction", "timestep_spacing": "leading",
-    "steps_offset": 1}
+    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
+    "timestep_spacing": "leading", "steps_offset": 1}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -91,7 +92,8 @@ def write_tokenizers(folder: Path) -> list[CLIPTokenizer]:
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
         lines = "\n".join(["#version: 0.2", *merges, ""])
         files.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
-    return [CLIPTokenizer(*(folder / name / file for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    return [CLIPTokenizer(*(folder / name / file
+                            for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
             for name in ("tokenizer", "tokenizer_2")]
 
 

@@ -1,0 +1,193 @@
+"""
+Table 3 in miniature: which features to distil, at which stages, from which blocks, in which combination.
+
+`python analysis.py ablation` runs distill.py for each row of the paper's table, scores each student, and
+says of each of the paper's findings whether it was found again.
+"""
+
+import argparse
+import math
+import os
+import re
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+import chart
+import files
+from data import JUDGE_SEED, PROMPTS
+from sample import load_pipeline
+from toy import shapes
+
+
+class Row(NamedTuple):
+    """A row of Table 3: what is distilled, and the HPSv2 that the paper has for it."""
+
+    hpsv2: float
+    features: str
+    blocks: str = "bottom"
+
+
+TABLE = {
+    "3a": {"task loss only": Row(25.53, "none"), "SA": Row(26.74, "SA"), "CA": Row(26.11, "CA"),
+           "Res": Row(26.27, "Res"), "FFN": Row(26.48, "FFN"), "LF (BK-SDM)": Row(26.63, "LF")},
+    "3b": {"task loss only": Row(25.53, "none"), "SA at DW-2": Row(25.32, "SA@DW-2"),
+           "SA at DW-3": Row(25.57, "SA@DW-3"), "SA at Mid": Row(25.66, "SA@Mid"),
+           "SA at UP-1": Row(26.52, "SA@UP-1"), "SA at UP-2": Row(26.05, "SA@UP-2")},
+    "3c": {"SA-bottom": Row(26.74, "SA"), "SA-interleave": Row(26.58, "SA", "interleave"),
+           "SA-up": Row(26.48, "SA", "up")},
+    "3d": {"SA only": Row(26.74, "SA"), "SA + LF at DW-1 & UP-3": Row(26.98, "SA,LF@DW-1,LF@UP-3"),
+           "SA + Res at DW-1 & UP-3": Row(26.94, "SA,Res@DW-1,Res@UP-3"),
+           "SA + LF all": Row(26.83, "SA,LF"), "SA + Res all": Row(26.80, "SA,Res"),
+           "SA + CA + Res + FFN + LF all": Row(26.39, "SA,CA,Res,FFN,LF")}}
+
+
+class Finding(NamedTuple):
+    """What section 4.2 says: the mean of some rows is better than that of each group of others."""
+
+    table: str
+    claim: str
+    better: list[str]
+    worse: list[list[str]]
+
+
+FINDINGS = {
+    "F1": Finding("3a", "self-attention is the best type of feature", ["SA"],
+                  [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
+    "F2": Finding("3b", "the decoder's stages matter more", ["SA at UP-1", "SA at UP-2"],
+                  [["SA at DW-2", "SA at DW-3"]]),
+    "F3": Finding("3c", "the first blocks of a transformer matter most", ["SA-bottom"],
+                  [["SA-interleave"], ["SA-up"]]),
+    "F4": Finding("3d", "LF helps where there is no self-attention, and only there", 
+                  ["SA + LF at DW-1 & UP-3"],
+                  [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
+BETTER = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
+
+
+def teacher_of(args: argparse.Namespace) -> str:
+    given = dict(zip(args.distill, args.distill[1:]))
+    return given.get("--teacher", "toy")
+
+
+def prompts_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """What is drawn to score a run: the toy's captions that were not trained on, else prompts of ours."""
+    if teacher_of(args) != "toy":
+        return tuple(PROMPTS[:args.judge])
+    return tuple(shapes.caption(JUDGE_SEED, i) for i in range(args.judge))
+
+
+def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
+    """The folder of a finished run of distill.py: KOALA-1B on task and featKD, no outKD (section 4.2)."""
+    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', row.features)}-{row.blocks}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, Path(__file__).with_name("distill.py"), "--student", "1b", "--out-kd", "0",
+               "--features", row.features, "--sa-blocks", row.blocks, "--steps", args.steps,
+               "--batch", args.batch, "--seed", seed, "--judge", "0", "--preview-every", "0",
+               "--out", folder, *args.distill]
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {})
+    with open(folder / "distill.log", "w") as log:
+        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)
+    if done.returncode:
+        last = (folder / "distill.log").read_text().strip().splitlines()[-1]
+        raise ValueError(f"{folder}: {last.removeprefix('error: ')}")
+    return folder
+
+
+@cache
+def draw(source: str, prompts: tuple[str, ...]) -> list[Image.Image]:
+    return load_pipeline(source)(list(prompts), seed=list(range(len(prompts))))
+
+
+def score(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """
+    The judge's scores of a run, nan if it is not the toy's, and its distance to the teacher.
+
+    The distance is the root mean square difference of pictures from the same noise, in 0..1.
+    """
+    path = folder / f"score-{args.judge}.csv"
+    if not path.exists():
+        prompts = prompts_of(args)
+        images, taught = draw(str(folder), prompts), draw(teacher_of(args), prompts)
+        scores = dict.fromkeys(BETTER, math.nan)
+        if teacher_of(args) == "toy":
+            scores |= shapes.scores(images, prompts)
+        pairs = [[np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, taught)]
+        scores["distance"] = statistics.fmean(float(((a - b) ** 2).mean() ** 0.5) for a, b in pairs)
+        files.write_csv(path, list(scores), [list(scores.values())])
+    return {key: float(value) for key, value in files.read_csv(path)[0].items()}
+
+
+def verdict(better: list[list[float]], worse: list[list[list[float]]], sign: int) -> str:
+    """
+    Whether rows, each with a score for every seed, are better than every group of others, by the spread.
+
+    Runs of one seed have the same data and noise, so a difference is taken seed by seed; it tells something
+    if its mean is larger than its standard deviation. `sign` is -1 where less is better.
+    """
+    if len(better[0]) < 2:
+        return "too close to tell, for one seed has no spread"
+    by_seed = lambda rows: [statistics.fmean(scores) for scores in zip(*rows)]
+    gains = [[sign * (a - b) for a, b in zip(by_seed(better), by_seed(group))] for group in worse]
+    if all(statistics.fmean(gain) > statistics.stdev(gain) for gain in gains):
+        return "agrees"
+    if any(statistics.fmean(gain) < -statistics.stdev(gain) for gain in gains):
+        return "disagrees"
+    return "too close to tell"
+
+
+def ablation(args: argparse.Namespace):
+    """Runs and scores every row with every seed; rows that are the same run are run once."""
+    rows = {(table, name): row for table, named in TABLE.items() if args.table in (table, "all")
+            for name, row in named.items()}
+    runs = list(dict.fromkeys(row._replace(hpsv2=0) for row in rows.values()))
+    todo = [(seed, row) for seed in range(args.seeds) for row in runs]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            done = pool.map(lambda run: distilled(args, *run), todo)
+            folders = list(tqdm(done, "runs", len(todo), unit="run"))
+        finally:
+            pool.shutdown(cancel_futures=True)  # if one has failed, the others need not start
+    found = {run: score(args, folder) for run, folder in zip(todo, tqdm(folders, "scores", unit="run"))}
+    scores = {place: {key: [found[seed, row._replace(hpsv2=0)][key] for seed in range(args.seeds)]
+                      for key in BETTER} for place, row in rows.items()}
+
+    spread = lambda values: statistics.stdev(values) if len(values) > 1 else math.nan
+    numbers = [[*place, rows[place].hpsv2, *(number for values in scores[place].values()
+                                             for number in (statistics.fmean(values), spread(values)))]
+               for place in rows]
+    names = ["table", "row", "paper's HPSv2", *(key + part for key in BETTER for part in ("", " spread"))]
+    files.write_csv(args.out.with_suffix(".csv"), names, numbers)
+    both = lambda mean, spread: chart.shown(mean) + ("" if math.isnan(spread) else f" ± {spread:.2g}")
+    header = [*names[:3], *names[3::2]]
+    cells = chart.show(header, [row[:3] + [both(*pair) for pair in zip(row[3::2], row[4::2])]
+                                for row in numbers])
+    told = findings(scores)
+    print("\n".join(told))
+    title = (f"Table 3, KOALA-1B of {teacher_of(args)}: {args.steps} steps of {args.batch}, "
+             f"{args.seeds} seed(s), {len(prompts_of(args))} captions")
+    files.write(args.out, lambda path: chart.stack(
+        chart.table(title, header, cells), chart.paragraph(told)).save(path))
+
+
+def findings(scores: dict[tuple[str, str], dict[str, list[float]]]) -> list[str]:
+    """A line for each finding whose table was run; `scores`, one for each seed, are by place and name."""
+    told = []
+    for name, (table, claim, better, worse) in FINDINGS.items():
+        if (table, better[0]) not in scores:
+            continue
+        verdicts = []
+        for key, sign in BETTER.items():
+            of = lambda names: [scores[table, one][key] for one in names]
+            if not math.isnan(of(better)[0][0]):
+                verdicts.append(f"by {key} {verdict(of(better), [of(group) for group in worse], sign)}")
+        told.append(f"{name}, {claim}: {'; '.join(verdicts)}")
+    return told

@@ -1,0 +1,75 @@
+"""Table 3 in miniature: the rows are runs, each is run once, and the verdicts are by the spread."""
+
+import contextlib
+import subprocess
+
+import pytest
+from common import UNETS
+from PIL import Image
+
+import ablation
+import analysis
+import distill
+from ablation import TABLE
+from files import read_csv as read
+from model import UNet, UNetConfig
+
+
+def run(*words):
+    args = analysis.command_line(list(map(str, words)))
+    ablation.ablation(args)
+
+
+def test_every_row_is_a_run_that_distill_knows():
+    unet = lambda name: UNet(UNetConfig.from_diffusers(UNETS[name]))
+    student, teacher, matched = unet("1b"), unet("sdxl"), {}
+    for rows in TABLE.values():
+        for _, features, blocks in rows.values():
+            distill.command_line(["--features", features, "--sa-blocks", blocks, "--student", "1b"])
+            found = distill.match_features(student, teacher, features, blocks)
+            matched.setdefault(tuple(found.items()), set()).add((features, blocks))
+    assert all(len(same) == 1 for same in matched.values()), "different rows learn different things"
+    assert all(name in TABLE[table] for table, _, better, worse in ablation.FINDINGS.values()
+               for name in sum(worse, better))
+
+
+def test_a_verdict_is_by_the_spread():
+    high, low, wide = [0.9, 0.8, 0.85], [0.5, 0.4, 0.48], [0.2, 1.5, 0.9]
+    assert ablation.verdict([high], [[low]], 1) == "agrees" and ablation.verdict([high], [[low]], -1) == "disagrees"
+    assert ablation.verdict([high], [[low], [wide]], 1) == "too close to tell"
+    assert ablation.verdict([high, low], [[[0.1, 0.1, 0.1]]], 1) == "agrees"
+    assert "one seed" in ablation.verdict([[1.0]], [[[0.0]]], 1)
+
+
+def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def run_here(command, **rest):
+        started.append(command[2:])
+        return subprocess.CompletedProcess(command, distill.main(distill.command_line(command[2:])) or 0)
+
+    class Here(contextlib.nullcontext):  # runs are in this thread, where signals can be heard
+        map, shutdown = staticmethod(map), lambda *args, **names: None
+
+    monkeypatch.setattr(ablation, "ThreadPoolExecutor", lambda jobs: Here(Here()))
+    monkeypatch.setattr(ablation.subprocess, "run", run_here)
+    command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2,
+               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
+    run(*command)
+    rows = read(tmp_path / "t.csv")
+    assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
+    assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
+    assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
+    assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
+    monkeypatch.setattr(ablation, "draw", None)                  # nothing is drawn again
+    run(*command)
+    assert read(tmp_path / "t.csv") == rows
+
+
+def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
+    def fails(command, stdout, **rest):
+        stdout.write("error: the disk is full\n")
+        return subprocess.CompletedProcess(command, 1)
+    monkeypatch.setattr(ablation.subprocess, "run", fails)
+    with pytest.raises(ValueError, match="none-bottom-0: the disk is full"):
+        run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
