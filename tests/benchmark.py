@@ -1,12 +1,13 @@
 """
 Our speed and memory beside diffusers', in turns, so that a slow moment of the machine falls on both.
 
-    python tests/benchmark.py                    # all; needs diffusers, and toy/checkpoint for the last three
-    python tests/benchmark.py unet toy           # some of: unet toy train load sample start distill
+    python tests/benchmark.py                    # all; needs diffusers
+    python tests/benchmark.py unet toy           # some of: unet toy train load sample start distill memory resident
 
 A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster).
 """
 
+import shutil
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,9 @@ sys.path.insert(0, str(ROOT))
 import model  # noqa: E402
 
 from toy.make import UNET as TOY  # noqa: E402
+
+NARROW = model.replace(model.PRESETS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
+                       pooled_dim=128)
 
 
 def in_turns(name: str, ours, theirs, runs: int = 7):
@@ -80,8 +84,7 @@ def toy():
 
 
 def train():
-    narrow = model.replace(model.PRESETS["700m"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
-                           pooled_dim=128)
+    narrow = model.student_config(NARROW, "700m")
     for name, config, batch, side in (("toy", TOY, 8, 32), ("700m, a fifth as wide", narrow, 2, 64)):
         ours, _, theirs, inputs = networks(config, torch.float32)
         x = inputs(batch, side)
@@ -145,10 +148,17 @@ def start():
 
 def distill():
     """A step of ours, and of a plain loop with diffusers' networks and hooks for the same losses."""
-    from diffusers import UNet2DConditionModel
+    distillation_step("toy, distillation step of 16", TOY, 16, 32)
+    distillation_step("SDXL a fifth as wide, step of 2", NARROW, 2, 64)
+    distillation_step("... latents cached / BK-SDM's recipe", NARROW, 2, 64, recipe=True)
+
+
+def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int, recipe: bool = False):
+    """With `recipe` theirs is as BK-SDM trains: it encodes the images each time, and recomputes all blocks."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
     from distill import losses, match_features
 
-    teacher, student = model.UNet(TOY), model.UNet(model.student_config(TOY, "700m"))
+    teacher, student = model.UNet(config), model.UNet(model.student_config(config, "700m"))
     model.inherit(student, teacher)
     matched = match_features(student, teacher, "SA,LF@DW-1,LF@UP-3")
     theirs = []
@@ -160,16 +170,20 @@ def distill():
     student.to(memory_format=torch.channels_last)
     taught, learned = model.Features(teacher, list(matched.values())), model.Features(student, list(matched))
     kept = {}
-    for side, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
+    for key, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
-            def hook(module, args, output, key=(side, path)):
-                kept[key] = output[0] if isinstance(output, tuple) else output
+            def hook(module, args, output, key=(key, path)):
+                kept.setdefault(key, output[0] if isinstance(output, tuple) else output)  # not what is recomputed
 
             network.get_submodule(path).register_forward_hook(hook)
-    batch = 16
-    x = (torch.randn(batch, 4, 32, 32), torch.full((batch,), 500), torch.randn(batch, 16, 96),
-         torch.randn(batch, 64), torch.full((batch, 6), 64.0))
-    noise = torch.randn_like(x[0])
+    x = (torch.randn(batch, 4, side, side), torch.full((batch,), 500), torch.randn(batch, 16, config.context_dim),
+         torch.randn(batch, config.pooled_dim), torch.full((batch, 6), 64.0))
+    noise, pixels = torch.randn_like(x[0]), torch.randn(batch, 3, 8 * side, 8 * side)
+    if recipe:
+        theirs[1].enable_gradient_checkpointing()
+        theirs[1].train()
+        vae = AutoencoderKL.from_config(model.replace(
+            model.VAEConfig(), channels=(24, 48, 96, 96), groups=8).to_diffusers()).requires_grad_(False)
     optimizers = [torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True),
                   torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
 
@@ -184,8 +198,11 @@ def distill():
         optimizers[0].zero_grad()
 
     def their_step():
+        kept.clear()
         named = {"added_cond_kwargs": {"text_embeds": x[3], "time_ids": x[4]}}
         with torch.no_grad():
+            if recipe:
+                vae.encode(pixels).latent_dist.sample()  # as long as the latents of x would take
             wanted = theirs[0](*x[:3], **named).sample
         prediction = theirs[1](*x[:3], **named).sample
         loss = F.mse_loss(prediction.float(), noise.float()) + F.mse_loss(prediction.float(), wanted.float())
@@ -194,10 +211,46 @@ def distill():
         optimizers[1].step()
         optimizers[1].zero_grad()
 
-    in_turns(f"toy, distillation step of {batch}", ours_step, their_step)
+    in_turns(name, ours_step, their_step)
+
+
+def memory():
+    """A student forward and backward under each kind of checkpointing: seconds, and the process at its peak."""
+    for mode in model.CHECKPOINTING:
+        code = f"""import torch, model
+from tests.benchmark import NARROW
+torch.manual_seed(0)
+unet = model.UNet(model.student_config(NARROW, "700m"))
+unet.set_checkpointing({mode!r})
+x = (torch.randn(8, 4, 64, 64), torch.full((8,), 500), torch.randn(8, 77, 256), torch.randn(8, 128), torch.ones(8, 6))
+# ---
+unet(*x).square().mean().backward()
+"""
+        done = [in_process(code) for _ in range(3)]
+        took, peak = (statistics.median(column) for column in zip(*done))
+        print(f"700m a fifth as wide, batch 8, {mode:10} {took:8.3f} s   {peak:8.3f} GB at the peak")
+
+
+def resident():
+    """sample.py on KOALA-700M in full size with noise for weights, with all networks in memory and with one."""
+    from analysis import networks, random_weights
+    from text import CLIP, NAMES, save_clip
+
+    found = networks("700m")
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
+        model.save_unet(random_weights(lambda: model.UNet(found.unet), torch.float16, "cpu"), bundle / "unet")
+        model.save_vae(random_weights(lambda: model.VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
+        for i, (name, config) in enumerate(zip(NAMES[0], found.texts)):
+            save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"), bundle / name)
+        for flags in ([], ["--low-memory"]):
+            command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle", "--steps", "1",
+                       "--height", "256", "--width", "256", "--precision", "bf16", "--out", f"{folder}/a.png", *flags]
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+            print(f"700m, one step of 256 x 256 {' '.join(flags):14}", done.stdout.split("bf16: ")[1].splitlines()[0])
 
 
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill"]:
+    for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill", "memory", "resident"]:
         globals()[name]()
