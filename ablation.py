@@ -12,16 +12,18 @@ import re
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from threading import Event
+from typing import Callable, NamedTuple
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 import chart
+import distill
 import files
 from data import JUDGE_SEED, PROMPTS
 from sample import load_pipeline
@@ -66,15 +68,14 @@ FINDINGS = {
                   [["SA at DW-2", "SA at DW-3"]]),
     "F3": Finding("3c", "the first blocks of a transformer matter most", ["SA-bottom"],
                   [["SA-interleave"], ["SA-up"]]),
-    "F4": Finding("3d", "LF helps where there is no self-attention, and only there", 
+    "F4": Finding("3d", "LF helps where there is no self-attention, and only there",
                   ["SA + LF at DW-1 & UP-3"],
                   [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
 BETTER = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
 
 
 def teacher_of(args: argparse.Namespace) -> str:
-    given = dict(zip(args.distill, args.distill[1:]))
-    return given.get("--teacher", "toy")
+    return distill.command_line(args.distill).teacher
 
 
 def prompts_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -97,14 +98,18 @@ def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
     with open(folder / "distill.log", "w") as log:
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)
     if done.returncode:
-        last = (folder / "distill.log").read_text().strip().splitlines()[-1]
-        raise ValueError(f"{folder}: {last.removeprefix('error: ')}")
+        told = (folder / "distill.log").read_text().strip().splitlines()
+        told = told or [f"it ended with {done.returncode}"]
+        raise ValueError(f"{folder}: {told[-1].removeprefix('error: ').replace('--out', '--runs')}")
     return folder
 
 
-@cache
-def draw(source: str, prompts: tuple[str, ...]) -> list[Image.Image]:
-    return load_pipeline(source)(list(prompts), seed=list(range(len(prompts))))
+def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> list[Image.Image]:
+    """Pictures by the teacher, or by a student in the place of its U-Net, sampled alike."""
+    return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))
+
+
+draw_once = cache(draw)
 
 
 def score(args: argparse.Namespace, folder: Path) -> dict[str, float]:
@@ -113,10 +118,11 @@ def score(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 
     The distance is the root mean square difference of pictures from the same noise, in 0..1.
     """
-    path = folder / f"score-{args.judge}.csv"
+    path = folder / f"score-{args.steps}-{args.judge}.csv"  # a run may be made longer
     if not path.exists():
         prompts = prompts_of(args)
-        images, taught = draw(str(folder), prompts), draw(teacher_of(args), prompts)
+        taught = draw_once(teacher_of(args), prompts)
+        images = draw(teacher_of(args), prompts, folder / "unet")
         scores = dict.fromkeys(BETTER, math.nan)
         if teacher_of(args) == "toy":
             scores |= shapes.scores(images, prompts)
@@ -144,19 +150,35 @@ def verdict(better: list[list[float]], worse: list[list[list[float]]], sign: int
     return "too close to tell"
 
 
+def in_parallel(jobs: int, work: Callable, items: list) -> dict:
+    """What `work` gives for each item, so many at a time; once one has failed, no other is begun."""
+    failed = Event()
+
+    def one(item):
+        if not failed.is_set():
+            try:
+                return work(item)
+            except BaseException:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            begun = {pool.submit(one, item): item for item in items}
+            return {begun[done]: done.result()
+                    for done in tqdm(as_completed(begun), "runs", len(items), unit="run")}
+        finally:
+            failed.set()
+
+
 def ablation(args: argparse.Namespace):
     """Runs and scores every row with every seed; rows that are the same run are run once."""
     rows = {(table, name): row for table, named in TABLE.items() if args.table in (table, "all")
             for name, row in named.items()}
     runs = list(dict.fromkeys(row._replace(hpsv2=0) for row in rows.values()))
     todo = [(seed, row) for seed in range(args.seeds) for row in runs]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        try:
-            done = pool.map(lambda run: distilled(args, *run), todo)
-            folders = list(tqdm(done, "runs", len(todo), unit="run"))
-        finally:
-            pool.shutdown(cancel_futures=True)  # if one has failed, the others need not start
-    found = {run: score(args, folder) for run, folder in zip(todo, tqdm(folders, "scores", unit="run"))}
+    folders = in_parallel(args.jobs, lambda run: distilled(args, *run), todo)
+    found = {run: score(args, folders[run]) for run in tqdm(todo, "scores", unit="run")}
     scores = {place: {key: [found[seed, row._replace(hpsv2=0)][key] for seed in range(args.seeds)]
                       for key in BETTER} for place, row in rows.items()}
 

@@ -8,7 +8,7 @@ The paper's figures and tables. Each command writes a PNG to look at, and beside
     python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
 
 A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a finished run of distill.py.
-`budget` and `latency` need no weights but the toy's.
+`budget` and `latency` need no weights.
 """
 
 import argparse
@@ -27,8 +27,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         one.error = parser.error
         if models:
             one.add_argument("--model", nargs="+", default=models.split(), metavar="NAME",
-                             help=f"{', '.join(PRESETS)}, a hub id or a folder (default: {models})")
-            one.add_argument("--device", help="default: a GPU if there is one")
+                             help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+            one.add_argument("--device", help="[a GPU if there is one]")
         add = one.add_argument
         add("--out", type=Path, default=Path(f"{name}.png"), metavar="PNG", help="and a .csv beside it")
         return add
@@ -49,7 +49,7 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels, if not its own")
     add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
     add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
-    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 elsewhere")
+    add("--precision", choices=PRECISIONS, help="[fp16 on a GPU, fp32 elsewhere]")
 
     add = command("ablation", "runs distill.py for each row of Table 3")
     add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
@@ -90,8 +90,11 @@ import text
 from ablation import ablation
 from data import JUDGE_SEED, PROMPTS
 from distill import flop_counter
-from sample import Pipeline, Schedule, euler, load_pipeline
+from sample import Pipeline, Schedule, euler, guide, load_pipeline, peak_memory, usable
 from toy import shapes
+
+ORDER = ["DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3", "rest"]  # of stages, in figures
+
 
 def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
     """The file's prompts; else captions of two objects if all models are toys; else prompts of ours."""
@@ -101,7 +104,7 @@ def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
             raise ValueError(f"--prompts {args.prompts} has no prompts")
         return prompts
     vocabularies = [files.find(preset(name).source, "tokenizer/vocab.json") for name in args.model]
-    if any(path is None or len(files.read_json(path)) > 1000 for path in vocabularies):
+    if any(path is None or len(files.read_json(path)) >= text.CLIPTokenizer.SMALL for path in vocabularies):
         return PROMPTS
     captions = (shapes.caption(JUDGE_SEED, i) for i in range(10 * count))
     return [caption for caption in captions if shapes.parse(caption)[1]][:count]
@@ -210,7 +213,7 @@ def boxed(image: Image.Image, x: float, y: float) -> Image.Image:
 def attention(args: argparse.Namespace):
     """Measures the maps of all prompts and draws some: (b) their components, (c) their row of one query."""
     prompts, measured, drawn = prompts_of(args, 24), [], []
-    stages, cell = ["DW-2", "DW-3", "Mid", "UP-1", "UP-2"], 152
+    stages, cell = ORDER[1:6], 152                               # those with self-attention
     bar = tqdm(total=len(args.model) * len(prompts), desc="attention", unit="image")
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
@@ -285,16 +288,17 @@ def stage_similarity(pipeline: Pipeline, prompt: str, seed: int, steps: int | No
         nonlocal count
         count += 1
         for stage, transformers in series.items():
-            for blocks in transformers:
+            for blocks in (blocks for blocks in transformers if len(blocks) > 1):
                 cosines = block_similarity([outputs[block][-1:] for block in blocks])[0]
                 sums[stage] += cosines.cpu() / len(transformers)
 
     with watch(unet, [path for stage in series.values() for blocks in stage for path in blocks], each):
         pipeline([prompt], seed=seed, steps=steps)
-    return {stage: total / count for stage, total in sums.items() if len(total)}
+    return {stage: total / count for stage, total in sums.items()}
 
 
 def similarity(args: argparse.Namespace):
+    """Draws a curve for each stage: the mean over prompts, and its spread."""
     prompts, rows, pictures = prompts_of(args, 32), [], []
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
@@ -303,7 +307,7 @@ def similarity(args: argparse.Namespace):
         curves = {}
         for stage in found[0]:
             values = torch.stack([one[stage] for one in found])  # (prompts, N - 1)
-            spread = values.std(dim=0, correction=0)
+            spread = values.std(dim=0) if len(values) > 1 else torch.zeros(values.shape[1])
             places = [(i + 1) / values.shape[1] for i in range(values.shape[1])]
             curves[stage] = list(zip(places, values.mean(0).tolist(), spread.tolist()))
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
@@ -337,7 +341,7 @@ class Networks(NamedTuple):
 
 PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
     "sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)}
-PAPER_PARTS = {"text encoders": (817, 0.008), "VAE decoder": (83, 0.002)}  # 83M are the whole VAE
+PAPER_PARTS = {"text encoders": (817, 0.008), "VAE (decoder's work)": (83, 0.002)}  # Table 1
 # What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
 PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12
 
@@ -347,7 +351,7 @@ def networks(name: str) -> Networks:
     if name in model.PRESETS:
         return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.PRESETS[name])
     source = preset(name).source
-    return Networks([text.read_config(source, folder) for folder in text.NAMES[0]],
+    return Networks([text.read_config(source, folder) for folder in text.ENCODERS],
                     *(model.read_config(kind, source)[0] for kind in (model.VAE, model.UNet)))
 
 
@@ -397,35 +401,40 @@ def whole_parts(found: Networks) -> dict[str, tuple[int, int]]:
 
 def budget(args: argparse.Namespace):
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
-    rows, sums, parameters, work = [], [], {}, {}
+    rows, sums, bars = [], {}, defaultdict(dict)
     for name in args.model:
         found = networks(name)
         parts = unet_parts(found.unet, found.texts[0].max_position_embeddings)
+        whole = whole_parts(found)
         rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
-        rows += [[name, part, "", "", *counts] for part, counts in whole_parts(found).items()]
-        total = sum(count for count, _ in parts.values())
-        paper = PAPER.get(name, (math.nan, math.nan, math.nan))
-        sums.append([f"{name} U-Net", total / 1e6, paper[0], sum(macs for _, macs in parts.values()) / 1e12,
-                     4 * total / 1e9, paper[1]])
-        for stage in dict.fromkeys(stage for stage, _ in parts):
-            bar = [parts.get((stage, kind), (0, 0)) for kind in ("residual", "transformer", "rest")]
-            parameters.setdefault(stage, {})[name] = [count / 1e6 for count, _ in bar]
-            work.setdefault(stage, {})[name] = [macs / 1e9 for _, macs in bar]
-    for part, (count, macs) in whole_parts(networks(args.model[0])).items():
-        paper = PAPER_PARTS[part][0] if args.model[0] in PAPER and part in PAPER_PARTS else math.nan
-        sums.append([part, count / 1e6, paper, macs / 1e12, 4 * count / 1e9, math.nan])
+        rows += [[name, part, "", "", *counts] for part, counts in whole.items()]
+        total, work = (sum(column) for column in zip(*parts.values()))
+        paper, size, _ = PAPER.get(name, [math.nan] * 3)
+        sums[total] = [f"{name}: U-Net", total / 1e6, paper, work / 1e12, 4 * total / 1e9, size]
+        (encoder, _), (decoder, decoding) = whole["VAE encoder"], whole["VAE decoder"]
+        for part, (count, work) in (("text encoders", whole["text encoders"]),
+                                    ("VAE (decoder's work)", (encoder + decoder, decoding))):
+            paper = PAPER_PARTS[part][0] if name in PAPER else math.nan
+            numbers = [count / 1e6, paper, work / 1e12, 4 * count / 1e9, math.nan]
+            sums.setdefault(count, [f"{name}: {part}", *numbers])  # once, if models share it
+        for stage in (*model.stages(found.unet), "rest"):
+            kinds = ("residual", "transformer", "rest")
+            bars[stage][name] = [parts.get((stage, kind), (0, 0)) for kind in kinds]
     files.write_csv(args.out.with_suffix(".csv"),
                     ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
     header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
-    cells = chart.show(header, sums)
+    cells = chart.show(header, list(sums.values()))
     print("multiply-adds are of one image, and of one forward pass of the U-Net without guidance")
-    named = lambda groups: {stage: [groups[stage].get(name, [0]) for name in args.model] for stage in groups}
-    kinds, of = ["residual blocks", "transformers", "rest"], ", ".join(args.model)
+
+    def drawn(title: str, which: int, unit: float) -> Image.Image:
+        bar = lambda stage, name: [counts[which] / unit for counts in bars[stage].get(name, [(0, 0)])]
+        groups = {stage: [bar(stage, name) for name in args.model] for stage in sorted(bars, key=ORDER.index)}
+        return chart.bars(f"{title} by stage; in each, {', '.join(args.model)}", groups,
+                          ["residual blocks", "transformers", "rest"])
+
     files.write(args.out, lambda path: chart.stack(
-        chart.table("Whole networks", header, cells),
-        chart.bars(f"Millions of parameters by stage; in each, {of}", named(parameters), kinds),
-        chart.bars(f"Billions of multiply-adds by stage; in each, {of}", named(work), kinds),
-    ).save(path))
+        chart.table("Whole networks", header, cells), drawn("Millions of parameters", 0, 1e6),
+        drawn("Billions of multiply-adds", 1, 1e9)).save(path))
 
 
 def random_weights(network: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
@@ -450,30 +459,15 @@ def seconds(run: Callable[[], object], device: str, repeat: int) -> float:
     return statistics.median(times[1:])
 
 
-def peak_memory(device: str, restart: bool = False) -> float:
-    """Bytes at most since the last restart: allocated on a GPU; of the process elsewhere, nan if unknown."""
-    if device.startswith("cuda"):
-        if restart:
-            torch.cuda.reset_peak_memory_stats(device)
-        return float(torch.cuda.max_memory_allocated(device))
-    try:
-        if restart:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024.0 * int(re.search(r"VmHWM:\s+(\d+)", status)[1])
-    except OSError:  # not Linux
-        return math.nan
-
-
 @torch.inference_mode()
 def latency(args: argparse.Namespace):
     """Times each model's parts, beside what counting predicts and what the paper says."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(args.device)
     dtype = getattr(torch, PRECISIONS[args.precision or ("fp16" if device.startswith("cuda") else "fp32")])
     schedule = Schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
                          "timestep_spacing": "leading", "steps_offset": 1})
     rows = []
-    bar = tqdm(total=3 * len(args.model), desc="latency", unit="network")
+    bar = tqdm(total=3 * len(args.model) * (args.repeat + 1), desc="latency", unit="run")
     for name in args.model:
         found = networks(name)
         size, tokens = args.size or found.size, found.texts[0].max_position_embeddings
@@ -494,9 +488,8 @@ def latency(args: argparse.Namespace):
             unet = random_weights(lambda: model.UNet(config), dtype, device)
 
             def predict(x: Tensor, t: float) -> Tensor:
-                free, led = unet(torch.cat([x, x]).to(dtype), torch.full((2,), t, device=device),
-                                 *inputs[2:]).float().chunk(2)
-                return free + 7.5 * (led - free)
+                timesteps = torch.full((2,), t, device=device)
+                return guide(unet(torch.cat([x, x]).to(dtype), timesteps, *inputs[2:]).float(), 7.5)
             return lambda: euler(predict, noise, schedule, args.steps)
 
         def decoder():
@@ -507,10 +500,11 @@ def latency(args: argparse.Namespace):
         for part, make, macs, said in (
                 ("text encoders", texts, whole["text encoders"][1], PAPER_PARTS["text encoders"][1]),
                 ("U-Net", denoiser, 2 * args.steps * step, PAPER.get(name, [math.nan])[-1]),
-                ("VAE decoder", decoder, whole["VAE decoder"][1], PAPER_PARTS["VAE decoder"][1])):
+                ("VAE decoder", decoder, whole["VAE decoder"][1], PAPER_PARTS["VAE (decoder's work)"][1])):
             peak_memory(device, restart=True)
-            took = seconds(make(), device, args.repeat)
-            rows.append([name, part, 2 * macs / 1e12, took, 2 * macs / took / 1e12, peak_memory(device) / 1e9,
+            run = make()
+            took = seconds(lambda: (run(), bar.update()), device, args.repeat)
+            rows.append([name, part, 2 * macs / 1e12, took, 2 * macs / took / 1e12, peak_memory(device),
                          said if same and name in PAPER else math.nan,
                          2 * macs / PAPER_RATE if same and name in PAPER else math.nan])
             bar.update()
@@ -518,7 +512,7 @@ def latency(args: argparse.Namespace):
     # What counting alone would say here: the first model's rate for all U-Nets.
     rate = next(row[4] for row in rows if row[1] == "U-Net")
     for row in rows:
-        row.insert(5, row[2] / rate)
+        row.insert(5, row[2] / rate if row[1] == "U-Net" else math.nan)
     header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
               "at 107.5 TFLOP/s"]
     where = f"a CPU, {torch.get_num_threads()} threads"
@@ -527,9 +521,10 @@ def latency(args: argparse.Namespace):
     where += f", {str(dtype).removeprefix('torch.')}"
     files.write_csv(args.out.with_suffix(".csv"), header, rows)
     cells = chart.show(header, rows)
-    floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
-    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s\n"
-          f"the paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 at its peak needs {floor:.3f} s")
+    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s")
+    if any(not math.isnan(row[7]) for row in rows):
+        floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
+        print(f"the paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 needs {floor:.3f} s")
     groups = {}
     for name, network, _, took, _, counted, _, said, implied in rows:
         if network == "U-Net":  # a bar for each number, in its own colour: the parts before it are 0

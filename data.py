@@ -10,6 +10,7 @@ import contextlib
 import io
 import json
 import os
+import struct
 import sys
 import tarfile
 from collections import Counter
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
@@ -162,7 +164,7 @@ class Pairs:
             raise Skip("too_large")
         try:
             image = rgb(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, MemoryError):
+        except (OSError, ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # EXIF has it all
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
@@ -179,8 +181,10 @@ def read_caption(item: dict[str, Span]) -> str:
         else:
             text = json.loads(item["line"].read())["text"]
             text.encode()  # JSON can spell halves of characters
-    except (UnicodeError, OSError):
+    except UnicodeError:
         raise Skip("bad_encoding") from None
+    except OSError:
+        raise Skip("unreadable") from None
     except (ValueError, KeyError, AttributeError):
         raise Skip("no_caption") from None
     # Letters, digits and signs: `strip` alone would keep invisible ones, such as a zero-width space.
@@ -272,19 +276,25 @@ class Samples(Dataset):
         return {"pixels": pixels, "caption": caption, "time_ids": time_ids}
 
     def cached(self, index: int) -> dict | None:
+        """What a cache has of a sample; a damaged file is as good as none."""
         path = self.cache and in_cache(self.cache, index)
-        return files.read_tensors(path) if path and path.exists() else None
+        with contextlib.suppress(ValueError):
+            return files.read_tensors(path) if path and path.exists() else None
 
 
 def in_cache(folder: Path, index: int) -> Path:
     return folder / f"{index:09d}.safetensors"
 
 
-def keep(sample: dict, folder: Path):
+def write_cached(sample: dict, folder: Path):
     """Writes into a cache what a sample need not be encoded for again."""
     path = in_cache(folder, sample["index"])
     names = ("mean", "std", "context", "pooled", "time_ids")
-    save_file({name: sample[name].cpu().contiguous() for name in names}, f"{path}.{os.getpid()}")
+    tensors = {name: sample[name].cpu().contiguous() for name in names}
+    try:
+        save_file(tensors, f"{path}.{os.getpid()}")
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {files.one_line(error)}") from None
     os.replace(f"{path}.{os.getpid()}", path)
 
 

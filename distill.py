@@ -15,6 +15,8 @@ import os
 import sys
 from pathlib import Path
 
+from options import PRECISIONS, PRESETS, may_be_model, number, parser_of, preset
+
 RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
               "save_every": 500, "preview_every": 1000},
@@ -56,31 +58,29 @@ def parse_features(text: str) -> list[tuple[str, str | None]]:
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
+    parser = parser_of(__doc__)
     add = parser.add_argument
-    add("--student", choices=["700m", "1b"], default="700m",
-        help="what the surgery makes of the teacher [700m]")
+    add("--student", choices=["700m", "1b"], default="700m", help="what the surgery makes of the teacher")
     add("--teacher", default="toy", metavar="T",
-        help="toy, sdxl, hub id, folder; none: task loss alone [toy]")
-    add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder [teacher]")
+        help="toy, sdxl, hub id, folder; none: task loss alone")
+    add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder")
     add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
-        help="SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none [SA,LF@DW-1,LF@UP-3]")
+        help="SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none")
     add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom",
-        help="which of a deeper teacher's transformer blocks (Table 3c) [bottom]")
+        help="which of a deeper teacher's transformer blocks (Table 3c)")
     add("--data", default="shapes", metavar="D",
-        help="shapes; or a folder: images and .txt files, images and metadata.jsonl, or .tar shards [shapes]")
+        help="shapes; or a folder: images and .txt files, images and metadata.jsonl, or .tar shards")
     add("--caption", metavar="TEXT", help="one caption for all images, as DreamBooth has it")
     add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; fixes each image's crop")
     add("--flip", action="store_true", help="mirror half of the images")
     for flag, low, high, default, text in NUMBERS:
-        name = flag.replace("-", "_")
-        shown = default if default is not None else ", ".join(f"{r} {RECIPES[r][name]}" for r in RECIPES)
-        add("--" + flag, type=type(low), default=default, metavar="N", help=f"{text} [{shown}]")
-    add("--precision", choices=["fp32", "bf16", "fp16"], help="[bf16 on a GPU, fp32 elsewhere]")
-    add("--checkpointing", choices=["none", "selective", "full"], default="none",
-        help="recomputed parts [none]")
+        if default is None:
+            key = flag.replace("-", "_")
+            text += f" [{', '.join(f'{name} {recipe[key]}' for name, recipe in RECIPES.items())}]"
+        kind = number(type(low), low, high, multiple=8 if flag == "size" else 1)
+        add("--" + flag, type=kind, default=default, metavar="N", help=text)
+    add("--precision", choices=PRECISIONS, help="[bf16 on a GPU, fp32 elsewhere]")
+    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="recomputed parts")
     add("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", help="[a GPU if there is one]")
     add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
@@ -90,13 +90,6 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in RECIPES["toy" if args.teacher == "toy" else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    for flag, low, high, _, _ in NUMBERS:
-        value = getattr(args, flag.replace("-", "_"))
-        if not low <= value <= high:
-            parser.error(f"--{flag} {value} is not within {low} and {high}")
-    if args.size % 8:
-        parser.error(f"--size {args.size} is not a multiple of 8; the nearest: "
-                     f"{args.size - args.size % 8} or {args.size - args.size % 8 + 8}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
     if args.batch % (world * args.micro_batch):
@@ -105,8 +98,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parse_features(args.features)
     except ValueError as error:
         parser.error(str(error))
-    if not (args.teacher in ("toy", "sdxl", "none") or "/" in args.teacher or Path(args.teacher).is_dir()):
-        parser.error(f"--teacher {args.teacher} is neither toy, sdxl nor none, nor a folder, nor a hub id")
+    if args.teacher != "none" and not may_be_model(args.teacher):
+        parser.error(f"--teacher {args.teacher} is neither {', '.join(PRESETS)}, none, a folder nor a hub id")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if args.caption and args.data == "shapes":
@@ -121,7 +114,6 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import csv
-import json
 import re
 import shutil
 import time
@@ -142,8 +134,7 @@ from tqdm import tqdm
 import files
 import model
 from chart import sheet
-from data import JUDGE_SEED, PROMPTS, Pairs, Samples, Shapes, counted, keep, positions
-from options import preset
+from data import JUDGE_SEED, PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
 from run import (
     Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
 from sample import BUNDLE, load_pipeline
@@ -196,7 +187,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    task    the noise that was added, against the student's prediction, (B, C, H, W)    equation (1)
+    task    the noise that was added (or v) against the student's prediction            equation (1)
     outKD   the teacher's prediction against the student's                               equation (2)
     featKD  the sum over features i of f_T^i against f_S^i                                equation (3)
 
@@ -215,27 +206,37 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 # The objective
 
 
+def source_of(args: argparse.Namespace) -> str:
+    """The bundle that a run reads: the teacher's; without one --init's, or the toy's if that is not whole."""
+    if args.teacher != "none":
+        return args.teacher
+    bare = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()
+    return "toy" if args.init == "random" or bare else args.init
+
+
+def features_of(args: argparse.Namespace) -> str:
+    """The features that a run asks for."""
+    return args.features if args.teacher != "none" and args.feat_kd else "none"
+
+
 class Distillation:
     """Teacher, student, VAE and text encoders, and what the student is asked for: `terms` of a batch."""
 
     def __init__(self, args: argparse.Namespace, device: str):
         self.args, self.device = args, device
         precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        taught = args.teacher != "none"
-        whole = (Path(args.init) / "model_index.json").is_file() or not Path(args.init).is_dir()
-        self.source = args.teacher if taught else args.init if args.init != "random" and whole else "toy"
+        self.dtype = getattr(torch, PRECISIONS[precision])
+        self.source = source_of(args)
         self.pipeline = load_pipeline(self.source, dtype=self.dtype, device=device, compile=args.compile)
         self.pipeline.vae.requires_grad_(False)
         self.pipeline.text.requires_grad_(False)
-        self.teacher = self.pipeline.unet.requires_grad_(False) if taught else None
+        self.teacher = self.pipeline.unet.requires_grad_(False) if args.teacher != "none" else None
         self.student = self.new_student().to(memory_format=torch.channels_last)
         self.student.set_checkpointing(args.checkpointing)
 
-        asked = args.features if taught and args.feat_kd else "none"
-        self.matched = match_features(self.student, self.teacher, asked, args.sa_blocks)
+        self.matched = match_features(self.student, self.teacher, features_of(args), args.sa_blocks)
         self.learned = model.Features(self.student, list(self.matched))
-        if taught:  # without outKD nothing is computed of the teacher that is later than its last feature
+        if self.teacher:  # without outKD nothing is computed of it that is later than its last feature
             self.taught = model.Features(self.teacher, list(self.matched.values()), stop=not args.out_kd)
         self.check_gradients()
         if args.compile:
@@ -278,12 +279,14 @@ class Distillation:
         if new:
             pixels = torch.stack([sample["pixels"] for sample in new]).to(self.device)
             mean, logvar = self.pipeline.vae.encode(pixels.to(next(self.pipeline.vae.parameters()).dtype))
-            context, pooled = self.pipeline.text([sample["caption"] for sample in new])
+            captions = [sample["caption"] for sample in new]
+            self.pipeline.text.tokenizers[0].check_words(captions)
+            context, pooled = self.pipeline.text(captions)
             for i, sample in enumerate(new):
                 std = (logvar[i] / 2).exp()
                 sample |= {"mean": mean[i], "std": std, "context": context[i], "pooled": pooled[i]}
                 if self.args.cache:
-                    keep(sample, self.args.cache)
+                    write_cached(sample, self.args.cache)
         mean, std, latent_noise, context, pooled = (
             torch.stack([sample[name].to(self.device) for sample in samples]).float()
             for name in ("mean", "std", "latent_noise", "context", "pooled"))
@@ -319,7 +322,7 @@ class Distillation:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The run: a folder that can be left and taken up again
+# Training
 
 # What may differ between the sittings of one run; anything else would make it another run.
 FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing",
@@ -328,6 +331,7 @@ FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "preci
 
 def settings(args: argparse.Namespace) -> dict:
     fixed = {name: value for name, value in vars(args).items() if name not in FREE}
+    fixed["cached"] = args.cache is not None  # then an image has the same crop in every epoch
     if not args.decay:
         del fixed["steps"]  # a run of constant rate may be made longer
     return fixed
@@ -343,9 +347,10 @@ def check_settings(old: dict, args: argparse.Namespace):
             f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
 
 
-def train(args: argparse.Namespace, distillation: Distillation, device: str, rank: int, world: int) -> int:
+def train(args: argparse.Namespace, distillation: Distillation, signals: Signals, device: str, rank: int,
+          world: int) -> int:
     """Runs what is left of the run. Returns 0, or the number of the signal that ended it early."""
-    student, signals = distillation.student, Signals()
+    student = distillation.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
     step = updates = skipped_steps = skipped_in_a_row = 0
@@ -360,6 +365,7 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
             scaler.load_state_dict(past["scaler"])
     if step >= args.steps:
         return 0
+    (args.out / "scores.csv").unlink(missing_ok=True)  # of a shorter run
     data = training_data(args, distillation)
     batches = iter(DataLoader(
         data, batch_sampler=positions(step, args.steps, args.batch, args.micro_batch, rank, world),
@@ -426,11 +432,11 @@ def train(args: argparse.Namespace, distillation: Distillation, device: str, ran
                 bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
-        if step * args.batch < len(data.source) <= done * args.batch:
+        if step * args.batch < min(len(data.source), args.steps * args.batch) <= done * args.batch:
             skipped_samples = union(skipped_samples, world)
-            if rank == 0:
+            if rank == 0 and args.data != "shapes":
                 reasons = counted(Counter(skipped_samples.values()) + data.source.skipped)
-                used = len(data.source) - len(skipped_samples)
+                used = min(len(data.source) - len(skipped_samples), done * args.batch)
                 bar.write(f"first pass over the data: {used} pairs used; skipped: {reasons}")
         if stop:
             return stop
@@ -446,11 +452,11 @@ def training_data(args: argparse.Namespace, distillation: Distillation) -> Sampl
     if args.cache:
         args.cache.mkdir(parents=True, exist_ok=True)
         made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip,
-                "caption": args.caption, "seed": args.seed}
+                "caption": args.caption, "seed": args.seed, "precision": str(distillation.dtype)}
         note = args.cache / "settings.json"
         if note.exists() and (old := files.read_json(note)) != made:
             raise ValueError(f"--cache: {args.cache} was made with {old}, not {made}; choose another")
-        note.write_text(json.dumps(made))
+        files.write_json(note, made)
     side = size // vae.downscale
     latent = (config.in_channels, side, side)
     return Samples(source, size, latent, args.seed, args.dropout, args.flip, args.cache)
@@ -503,43 +509,50 @@ def show_scores(path: Path):
 
 
 def complete(source: str, folder: Path):
-    """Makes a bundle of the run's folder: beside unet/, what a pipeline reads of the teacher's."""
+    """Makes a bundle of the run's folder: what a pipeline reads of the teacher's, and how it is sampled."""
     for name, *half in BUNDLE:
         if path := files.find(source, *half, name):
             files.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
+    own = preset(source)._asdict()
+    files.write_json(folder / "preset.json", {name: own[name] for name in own if name != "source"})
 
 
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without weights: settings, matched features, parameters, memory, work."""
-    base = args.teacher if args.teacher != "none" else "toy"
-    if base in model.PRESETS:
-        teacher_config, vae_config = model.PRESETS[base], model.VAEConfig()
+    source = source_of(args)
+    if source in model.PRESETS:
+        base, vae_config = model.PRESETS[source], model.VAEConfig()
     else:
-        source = preset(base).source
-        teacher_config, vae_config = (model.read_config(kind, source)[0] for kind in (model.UNet, model.VAE))
-    size = args.size or teacher_config.sample_size * vae_config.downscale
+        base, vae_config = (model.read_config(kind, preset(source).source)[0]
+                            for kind in (model.UNet, model.VAE))
+    student_config = model.student_config(base, args.student)
+    if args.init not in ("teacher", "random"):
+        student_config = model.read_config(model.UNet, preset(args.init).source)[0]
+    size = args.size or base.sample_size * vae_config.downscale
     side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
 
     with FakeTensorMode(), bfloat16():  # tensors of all sizes, without memory
-        student = model.UNet(model.student_config(teacher_config, args.student))
-        teacher = model.UNet(teacher_config).requires_grad_(False)
+        student = model.UNet(student_config)
+        teacher = model.UNet(base).requires_grad_(False) if args.teacher != "none" else None
         vae = model.VAE(vae_config).requires_grad_(False)
         inputs = [torch.empty(shape) for shape in (
-            (1, teacher_config.in_channels, side, side), (1,), (1, 77, teacher_config.context_dim),
-            (1, teacher_config.pooled_dim), (1, 6))]
-        taught, _ = work(teacher, *inputs)
+            (1, base.in_channels, side, side), (1,), (1, 77, base.context_dim), (1, base.pooled_dim), (1, 6))]
         learned, kept = work(student, *inputs)
         encoded, _ = work(vae.encoder, torch.empty(1, 3, size, size))
-    if args.teacher != "none":
-        matched = match_features(student, teacher, args.features, args.sa_blocks)
-        print(f"\n{len(matched)} features, student <- teacher")
-        print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
-    s, t, v = (sum(p.numel() for p in network.parameters()) for network in (student, teacher, vae))
-    step, weights = args.batch * (taught + learned + encoded), 18 * s + 2 * t + 2 * v
+        matched = match_features(student, teacher, features_of(args), args.sa_blocks)
+        taught = work(teacher, *inputs)[0] if args.out_kd and teacher or matched else 0
+    print(f"\n{len(matched)} features, student <- teacher")
+    print("\n".join(f"  {path} <- {source}" for path, source in matched.items()))
+    s, t, v = (sum(p.numel() for p in network.parameters()) if network else 0
+               for network in (student, teacher, vae))
+    step = args.batch * (taught + learned + encoded)
+    # Bytes: the student's weights, gradients and two moments in float32, and its copy in bfloat16, in which
+    # the teacher is too; the VAE in float32 if it asks for that.
+    weights = (4 + 4 + 8 + 2) * s + 2 * t + (4 if vae_config.force_upcast else 2) * v
     micro, tera, giga = args.micro_batch, 1e12, 1e9
     print(f"""
-parameters   teacher {t:,}, student {s:,} ({s / t - 1:+.1%}), VAE {v:,}
+parameters   teacher {t:,}, student {s:,}{f" ({s / t - 1:+.1%})" if t else ""}, VAE {v:,}
 work         TFLOP an image: teacher {taught / tera:.4g}, student forward and backward {learned / tera:.4g},
              VAE encoder {encoded / tera:.4g} (once, with --cache); a step of {args.batch}: {step / tera:.4g}
 memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {micro} images,
@@ -603,7 +616,8 @@ def main(args: argparse.Namespace) -> int:
         teacher = sum(p.numel() for p in distillation.teacher.parameters()) if distillation.teacher else count
         print(f"{args.out}: a student of {count:,} parameters ({count / teacher - 1:+.0%}), "
               f"{len(distillation.matched)} features, {distillation.dtype} on {world} x {device}")
-    stop = train(args, distillation, device, rank, world)
+    with Signals() as signals:
+        stop = train(args, distillation, signals, device, rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -616,7 +630,8 @@ def main(args: argparse.Namespace) -> int:
         judge(distillation)
     if (args.out / "scores.csv").exists():
         show_scores(args.out / "scores.csv")
-    print(f"{args.out} is finished, {args.steps} steps: python sample.py --unet {args.out}/unet --prompt ...")
+    print(f"{args.out} is finished, {args.steps} steps: "
+          f"python sample.py --model {distillation.source} --unet {args.out}/unet --prompt ...")
     return 0
 
 
@@ -626,4 +641,6 @@ if __name__ == "__main__":
     except torch.OutOfMemoryError:
         sys.exit("error: out of memory; lower --micro-batch, or use --checkpointing selective or full")
     except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {files.one_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)

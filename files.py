@@ -6,12 +6,14 @@ import csv
 import json
 import os
 import re
-import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+WRITING = ".writing-"  # begins the names of folders of half-made files, which a killed process leaves
 
 
 def find(source: str | Path, *names: str) -> Path | None:
@@ -23,8 +25,8 @@ def find(source: str | Path, *names: str) -> Path | None:
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (EntryNotFoundError, HFValidationError, LocalEntryNotFoundError,
-                                        RepositoryNotFoundError)
+    from huggingface_hub.errors import (
+        EntryNotFoundError, HFValidationError, HTTPError, LocalEntryNotFoundError, RepositoryNotFoundError)
 
     for name in names:
         try:
@@ -35,13 +37,21 @@ def find(source: str | Path, *names: str) -> Path | None:
             unreachable = False
         except RepositoryNotFoundError:
             raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
-        except (HFValidationError, OSError) as error:
+        except (HFValidationError, HTTPError, OSError) as error:
             raise FileNotFoundError(f"the hub did not give {name} of {source}: {one_line(error)}") from None
     if unreachable:
         raise FileNotFoundError(
             f"no folder {source}, no {names[0]} of it in the hub's cache, and the hub is out of reach; where "
             f"it is not: hf download {source}, then give its folder or set HF_HOME")
     return None
+
+
+def needed(source: str | Path, *names: str) -> Path:
+    """As `find`; raises FileNotFoundError if there is none."""
+    path = find(source, *names)
+    if path is None:
+        raise FileNotFoundError(f"no {' or '.join(names)} in {described(source)}")
+    return path
 
 
 @cache
@@ -64,9 +74,12 @@ def described(source: str | Path) -> str:
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        value = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError):
         raise ValueError(f"{path} is not JSON; fetch it anew") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is not a JSON object; fetch it anew")
+    return value
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -88,23 +101,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def write(path: Path, make):
     """Makes a file by `make(temporary path)`, and puts it in its place: it is always the old or the new."""
-    beside = path.parent / ".writing"
-    shutil.rmtree(beside, ignore_errors=True)  # what a killed process left
-    beside.mkdir(parents=True)
-    try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as beside:
+        made = Path(beside, path.name)
         try:
-            make(beside / path.name)
+            make(made)
         except SafetensorError as error:
             raise OSError(f"{path} cannot be written: {one_line(error)}") from None
-        with open(beside / path.name, "rb") as file:
+        with open(made, "rb") as file:
             os.fsync(file.fileno())
-        os.chmod(beside / path.name, 0o644)
-        os.replace(beside / path.name, path)
+        os.chmod(made, 0o644)  # safetensors makes files that only their owner can read
+        os.replace(made, path)
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+
+
+def write_json(path: Path, value: dict):
+    write(path, lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
 
 
 def one_line(error: Exception) -> str:

@@ -5,7 +5,7 @@ KOALA   Lee et al., arXiv 2312.04005          SDXL   Podell et al., arXiv 2307.0
 
 One U-Net is written here; every variant is a row of numbers in PRESETS. Its stages have the paper's names:
 
-    noisy latent                                                            noise prediction
+    noisy latent                                                                  prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
         DW-2  RT RT v .................................................. UP-2  RT RT RT ^
          DW-3  RT RT ................................................. UP-1  RT RT RT ^
@@ -23,12 +23,12 @@ Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width
 P pooled width.
 """
 
-import json
 import re
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,8 @@ class UNetConfig:
         attention = ["CrossAttn" in block for block in config["down_block_types"]]
         depths = per_level(config.get("transformer_layers_per_block", 1), levels)
         heads = per_level(config.get("attention_head_dim", 8), levels)  # a number of heads, despite its name
+        if {len(attention), len(depths), len(heads)} != {levels}:
+            raise ValueError("its lists are not all as long as block_out_channels")
         added = config.get("addition_embed_type") is not None
         size_dim = config["addition_time_embed_dim"] if added else 0
         result = cls(
@@ -266,7 +268,7 @@ CHECKPOINTING = {
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """The norm's output is nobody else's: where nothing goes backward, SiLU takes its place."""
+    """SiLU of a norm, in place where no gradient will need the norm's output."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -303,16 +305,14 @@ class ResBlock(Recomputed):
             self.time_emb_proj = nn.Linear(emb_dim, cout)
         self.norm2 = nn.GroupNorm(groups, cout, eps)
         self.conv2 = nn.Conv2d(cout, cout, 3, padding=1)
-        if cin != cout:
-            self.conv_shortcut = nn.Conv2d(cin, cout, 1)
-        self.has_shortcut = cin != cout
+        self.conv_shortcut = nn.Conv2d(cin, cout, 1) if cin != cout else None
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.conv1(norm_silu(self.norm1, x))                 # (B, C, H, W)
         if emb is not None:
             h = h + self.time_emb_proj(emb)[:, :, None, None]    # (B, C, H, W) + (B, C, 1, 1)
         h = self.conv2(norm_silu(self.norm2, h))                 # (B, C, H, W)
-        return h + (self.conv_shortcut(x) if self.has_shortcut else x)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class Attention(nn.Module):
@@ -495,7 +495,7 @@ class UpStage(Stage):
 
 
 class UNet(nn.Module):
-    """The noise prediction of SDXL, KOALA and their kind (Figures 2 and 3)."""
+    """The U-Net of SDXL, KOALA and their kind (Figures 2 and 3)."""
 
     FOLDER, CONFIG = "unet", UNetConfig
 
@@ -533,7 +533,7 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None = None,
                 time_ids: Tensor | None = None) -> Tensor:
         """
-        The noise in `sample`.
+        What it was trained to find in `sample`: the noise, or v (`sample.Schedule.target`).
 
         sample (B, 4, H, W) noisy latent; timestep (B,) or a single number, 0 to 999; context (B, L, D) text;
         pooled (B, P) pooled text; time_ids (B, 6) original height and width, crop top and left, target height
@@ -598,11 +598,11 @@ def stages(config: UNetConfig) -> dict[str, str]:
             | {f"UP-{i + 1}": f"up_blocks.{i}" for i in levels})
 
 
-T = r"\.attentions\.\d+\.transformer_blocks\.\d+"
+BLOCK = r"\.attentions\.\d+\.transformer_blocks\.\d+"
 FEATURES = {  # the paper's feature types (section 4.2, F1), as patterns of module paths in a stage
-    "SA": T + r"\.attn1",  # after its output projection, before the residual
-    "CA": T + r"\.attn2",
-    "FFN": T + r"\.ff",
+    "SA": BLOCK + r"\.attn1",  # after its output projection, before the residual
+    "CA": BLOCK + r"\.attn2",
+    "FFN": BLOCK + r"\.ff",
     "Res": r"\.resnets\.\d+",
     "LF": "",  # the stage itself: after its down- or upsampler
 }
@@ -794,9 +794,7 @@ def save_vae(vae: VAE, folder: str | Path):
 
 def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig, Path]:
     """The configuration of a UNet or VAE of a folder or hub id, and where it was found."""
-    path = files.find(source, f"{kind.FOLDER}/config.json", "config.json")
-    if path is None:
-        raise FileNotFoundError(f"no {kind.FOLDER}/config.json or config.json in {files.described(source)}")
+    path = files.needed(source, f"{kind.FOLDER}/config.json", "config.json")
     config = files.read_json(path)
     try:
         return kind.CONFIG.from_diffusers(config), path
@@ -807,25 +805,31 @@ def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig,
         raise ValueError(f"{path}: {error}") from None
 
 
+# In older VAE files, SD-v1.4's among them.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
 def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str) -> nn.Module:
     config, path = read_config(kind, source)
     prefix = f"{kind.FOLDER}/" if path.parent.name == kind.FOLDER and path.parent != Path(source) else ""
     weights = {}
     for file in weight_files(source, prefix, dtype):
         weights |= files.read_tensors(file)
-    old = re.compile(r"(?<=attentions\.0\.)(query|key|value|proj_attn)\b")
+    old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor for name, tensor in weights.items()}
+    return with_weights(partial(kind, config), weights, path.parent, dtype, device)
+
+
+def with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor], where: Path,
+                 dtype: torch.dtype | None, device: str = "cpu") -> nn.Module:
+    """The network that `make` makes, with these weights, from the folder `where`, as its parameters."""
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
-        network = kind(config)
-    check_tensors(weights, network, path.parent)
+        network = make()
+    check_tensors(weights, network, where)
     for name in weights:  # one by one, so that both types of all of them are never in memory
         weights[name] = weights[name].to(device, dtype)
     network.load_state_dict(weights, strict=True, assign=True)
     return network
-
-
-# In older VAE files, SD-v1.4's among them.
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> list[Path]:
@@ -883,8 +887,10 @@ def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def save(network: nn.Module, folder: str | Path):
+    write_weights(network, Path(folder, f"{WEIGHTS}.safetensors"))
+    files.write_json(Path(folder, "config.json"), network.config.to_diffusers())
+
+
+def write_weights(network: nn.Module, path: Path):
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    files.write(Path(folder, f"{WEIGHTS}.safetensors"),
-                lambda path: save_file(weights, path, {"format": "pt"}))
-    config = json.dumps(network.config.to_diffusers(), indent=2, sort_keys=True) + "\n"
-    files.write(Path(folder, "config.json"), lambda path: path.write_text(config))
+    files.write(path, lambda path: save_file(weights, path, {"format": "pt"}))

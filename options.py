@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that a slip is told at once.
 """
 
 import argparse
+import json
 import math
 import sys
 import tempfile
@@ -38,9 +39,22 @@ PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # and t
 
 
 def preset(name: str) -> Preset:
-    """The preset of a name above or of its hub id; any other hub id or folder is sampled as SDXL is."""
-    by_source = {preset.source: preset for preset in PRESETS.values()}
-    return PRESETS.get(name) or by_source.get(str(name)) or Preset(str(name))
+    """
+    The preset of a name above, or of its hub id or folder. A folder may have a preset.json, as distill.py
+    leaves it: a student is sampled as its teacher is. All others are sampled as SDXL is.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    own = Path(name, "preset.json")
+    if own.is_file():
+        return Preset(str(name), **json.loads(own.read_text()))
+    same = lambda source: source == str(name) or Path(source).resolve() == Path(name).resolve()
+    return next((preset for preset in PRESETS.values() if same(preset.source)), Preset(str(name)))
+
+
+def may_be_model(name: str) -> bool:
+    """Whether it is a preset's name, a folder, or looks like a hub id."""
+    return name in PRESETS or "/" in name or bool(name) and Path(name).is_dir()
 
 
 def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
@@ -48,23 +62,23 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     def parse(text: str):
         value = kind(text)
         if not (low <= value <= high and value < math.inf):
-            bounds = f"at least {low}" if high == math.inf else f"within {low} and {high}"
+            bounds = f"finite and at least {low}" if high == math.inf else f"within {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         if value % multiple:
             below = value - value % multiple
             near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
             raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
         return value
-    parse.__name__ = "number"
+    parse.__name__ = "number"  # argparse says: invalid number value
     return parse
 
 
 def parser_of(description: str) -> argparse.ArgumentParser:
-    """A parser that shows defaults, and tells mistakes in one line."""
-    class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-        def _get_help_string(self, action):
-            plain = action.default is None or action.default is False or "default" in action.help
-            return action.help if plain else super()._get_help_string(action)
+    """A parser that shows defaults as [default], and tells a mistake in one line."""
+    class Formatter(argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action: argparse.Action) -> str:
+            told = action.default in (None, False, argparse.SUPPRESS) or "[" in action.help
+            return action.help if told else f"{action.help} [%(default)s]"
     parser = argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     return parser
@@ -73,7 +87,7 @@ def parser_of(description: str) -> argparse.ArgumentParser:
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     """Ends the program unless each --model may be one, and the picture --out can be written."""
     for name in getattr(args, "model", []):
-        if name not in PRESETS and "/" not in name and not Path(name).is_dir():
+        if not may_be_model(name):
             parser.error(f"--model {name} is neither {', '.join(PRESETS)}, nor a folder, nor a hub id")
     if args.out.suffix != ".png" or args.out.is_dir():
         parser.error(f"--out {args.out} is not the name of a .png file")

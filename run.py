@@ -35,7 +35,8 @@ def claim(folder: Path):
     except BlockingIOError:
         raise BlockingIOError(
             f"another process is at work in {folder}; wait, or give another --out") from None
-    shutil.rmtree(folder / ".writing", ignore_errors=True)
+    for left in folder.rglob(f"{files.WRITING}*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     return lock
 
 
@@ -113,14 +114,10 @@ class Log:
                "skipped_samples", "skipped_steps")
 
     def __init__(self, path: Path, step: int):
-        rows = []
-        if path.exists():
-            with open(path, newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= step]
-        self.file = open(path, "w", newline="")
+        rows = [row for row in files.read_csv(path) if int(row["step"]) <= step] if path.exists() else []
+        files.write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
+        self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
-        self.writer.writeheader()
-        self.writer.writerows(rows)
 
     def write(self, **row):
         self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
@@ -129,12 +126,16 @@ class Log:
 
 
 class Signals:
-    """SIGINT and SIGTERM ask for an end after the step under way; a second one ends at once."""
+    """Within `with`, SIGINT and SIGTERM ask for an end after the step under way; a second ends at once."""
 
-    def __init__(self):
+    def __enter__(self) -> "Signals":
         self.asked = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.ask)
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def ask(self, number: int, frame):
         if self.asked:

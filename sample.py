@@ -13,7 +13,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, Preset, check, number, parser_of, preset
+from options import PRECISIONS, PRESETS, Preset, check, may_be_model, number, parser_of, preset
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line comes before the heavy imports, so that a slip in it is told at once
@@ -25,7 +25,7 @@ def command_line() -> argparse.Namespace:
     add = parser.add_argument
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw; several for several rows")
     add("--model", nargs="+", default=["toy"], metavar="NAME",
-        help=f"{', '.join(PRESETS)}, a hub id or a folder; several for several columns (default: toy)")
+        help=f"{', '.join(PRESETS)}, a hub id or a folder; several for several columns [toy]")
     add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
@@ -35,8 +35,8 @@ def command_line() -> argparse.Namespace:
         help="pictures of each prompt, seeds counting up")
     add("--height", type=size, metavar="N", help="in pixels, if not the (first) model's own")
     add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
-    add("--precision", choices=PRECISIONS, help="default: fp16 on a GPU, fp32 elsewhere")
-    add("--device", help="default: a GPU if there is one")
+    add("--precision", choices=PRECISIONS, help="[fp16 on a GPU, fp32 elsewhere]")
+    add("--device", help="[a GPU if there is one]")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     add("--compile", action="store_true", help="torch.compile the U-Net")
     add("--out", type=Path, default=Path("sample.png"), metavar="PNG", help="the picture to write")
@@ -44,6 +44,8 @@ def command_line() -> argparse.Namespace:
     if not all(prompt.strip() for prompt in args.prompt):
         parser.error("--prompt is empty; say what to draw")
     check(parser, args)
+    if args.unet is not None and (len(args.model) > 1 or not may_be_model(args.unet)):
+        parser.error(f"--unet {args.unet!r} is not one folder or hub id for one --model")
     return args
 
 
@@ -52,7 +54,7 @@ if __name__ == "__main__":
 
 import json
 import math
-import resource
+import re
 import time
 
 import torch
@@ -81,6 +83,7 @@ class Schedule:
         "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
         "timestep_spacing": ["linspace", "leading", "trailing"], "interpolation_type": ["linear"],
         "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
+        "num_train_timesteps": [1000],
         "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
         "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False]}
 
@@ -102,15 +105,20 @@ class Schedule:
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
-        alphas = self.alphas.to(latents.device)[timesteps, None, None, None]
-        return alphas.sqrt().to(latents) * latents + (1 - alphas).sqrt().to(latents) * noise
+        signal, strength = self.rates(latents, timesteps)
+        return signal * latents + strength * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network is asked for at z_t: the noise, or v."""
+        """What the network is asked for at z_t: the noise, or v of Salimans and Ho (arXiv 2202.00512)."""
         if self.prediction == "epsilon":
             return noise
-        alphas = self.alphas.to(latents.device)[timesteps, None, None, None]
-        return alphas.sqrt().to(latents) * noise - (1 - alphas).sqrt().to(latents) * latents
+        signal, strength = self.rates(latents, timesteps)
+        return signal * noise - strength * latents
+
+    def rates(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1), typed and placed as the latents."""
+        pick = lambda table: table.sqrt().float().to(latents)[timesteps, None, None, None]
+        return pick(self.alphas), pick(1 - self.alphas)
 
     def timesteps(self, steps: int) -> list[float]:
         """Where `steps` steps ask the network, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
@@ -145,11 +153,17 @@ def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
     x = noise * schedule.initial_scale(sigmas)
     for t, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:]):
         scale = 1 / math.sqrt(sigma**2 + 1)                      # sqrt(a_t)
-        d = predict(x * scale, t)                                # (x - denoised) / sigma, which is the noise
-        if schedule.prediction == "v_prediction":                # v = sqrt(a_t) noise - sqrt(1 - a_t) z
+        d = predict(x * scale, t)                                # the noise, (x - z) / sigma
+        if schedule.prediction == "v_prediction":                # noise = sqrt(a_t) v + sqrt(1 - a_t) z_t
             d = d * scale + x * (sigma * scale**2)
         x = x + (next_sigma - sigma) * d
     return x
+
+
+def guide(prediction: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598); the half without the prompt is first."""
+    free, led = prediction.chunk(2)
+    return free + guidance * (led - free)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -203,6 +217,7 @@ class Pipeline:
     def encode(self, prompts: list[str], negative: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Text sequences (N, L, D) and pooled texts (N, P): of the prompts, then of the negative prompt."""
         text = self.text
+        text.check(prompts + [negative] * bool(negative))
         context, pooled = text(prompts)
         if negative is None and self.zero_negative:              # SDXL's force_zeros_for_empty_prompt
             return context, pooled, torch.zeros_like(context), torch.zeros_like(pooled)
@@ -224,13 +239,14 @@ class Pipeline:
         shape = (unet.config.in_channels, height // self.downscale, width // self.downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        batches = range(0, len(seeds), batch := max(1, min(32, 2**20 // (height * width))))
-        dtype, latents = next(unet.parameters()).dtype, []
+        batch = max(1, min(32, 2**20 // (height * width)))
+        batches = range(0, len(seeds), batch)
+        dtype, guided, latents = next(unet.parameters()).dtype, guidance > 1, []
         with tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None) as bar:
             for i in batches:
                 x = noise[i:i + batch].to(self.device)
                 c, p = context[i:i + batch].to(dtype), pooled[i:i + batch].to(dtype)
-                if guided := guidance > 1:                       # both halves in one batch
+                if guided:                       # both halves in one batch
                     c = torch.cat([context_0[i:i + batch].to(dtype), c])
                     p = torch.cat([pooled_0[i:i + batch].to(dtype), p])
                 # Original size, crop, target size: an image of this size, from its top left corner.
@@ -239,11 +255,8 @@ class Pipeline:
                 def predict(x: Tensor, t: float) -> Tensor:
                     bar.update()
                     x = torch.cat([x, x] if guided else [x]).to(dtype)
-                    noise = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
-                    if not guided:
-                        return noise
-                    free, led = noise.chunk(2)
-                    return free + guidance * (led - free)        # Ho and Salimans, arXiv 2207.12598
+                    out = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
+                    return guide(out, guidance) if guided else out
 
                 latents.append(euler(predict, x, self.schedule, steps))
         return latents
@@ -263,7 +276,7 @@ class Pipeline:
 
 
 def decode_tiled(vae: model.VAE, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """An image (1, 3, H, W) of a latent, tile by tile; where two tiles overlap, one fades into the other."""
+    """An image (1, 3, 8H, 8W) of a latent (1, 4, H, W), by tiles that fade into each other."""
     scale, (H, W) = vae.config.downscale, latent.shape[2:]
     if max(H, W) <= tile:
         return vae.decode(latent)
@@ -296,6 +309,16 @@ BUNDLE = [  # what a pipeline reads beside the U-Net, and other names that it ma
 ]
 
 
+def usable(device: str | None) -> str:
+    """The device, or if none is given a GPU if there is one. Raises ValueError if it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
+        raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
+    return device
+
+
 def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype | None = None,
                   device: str | None = None, low_memory: bool = False, compile: bool = False) -> Pipeline:
     """
@@ -305,12 +328,9 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     elsewhere. Raises FileNotFoundError or ValueError, whose one line says what is wrong and what to do.
     """
     chosen = preset(name)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = usable(device)
     dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
-        raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
+    # Weights are looked for when they are loaded.
     found = {name: files.find(chosen.source, name) for name, *half in BUNDLE if not half}
     if missing := [name for name, path in found.items() if path is None]:
         made = "; python -m toy.make makes it again" if name == "toy" else ""
@@ -329,7 +349,7 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     pipeline = Pipeline(
         {"text": lambda: load_text(chosen.source, dtype).to(device), "unet": load_unet, "vae": load_vae},
         chosen, Schedule(files.read_json(found["scheduler/scheduler_config.json"]), chosen.spacing),
-        downscale=2 ** (len(files.read_json(found["vae/config.json"])["block_out_channels"]) - 1),
+        downscale=model.read_config(model.VAE, chosen.source)[0].downscale,
         zero_negative=files.read_json(found["model_index.json"]).get("force_zeros_for_empty_prompt", True),
         dtype=dtype, device=device, low_memory=low_memory)
     if not low_memory:
@@ -341,10 +361,18 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
 # The program
 
 
-def peak_memory(device: str) -> str:
+def peak_memory(device: str, restart: bool = False) -> float:
+    """GB at most since the last restart: allocated on a GPU, or else of the whole process; nan if unknown."""
     if device.startswith("cuda"):
-        return f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB on the GPU"
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9:.2f} GB"
+        if restart:
+            torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        if restart:
+            Path("/proc/self/clear_refs").write_text("5")
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
+    except (OSError, TypeError):                                 # not Linux, or not allowed
+        return math.nan
 
 
 def main(args: argparse.Namespace):
@@ -356,6 +384,7 @@ def main(args: argparse.Namespace):
     height, width = args.height, args.width
     columns, settings = [], []
     for name in args.model:
+        peak_memory(usable(args.device), restart=True)
         pipeline = load_pipeline(name, args.unet, dtype, args.device, args.low_memory, args.compile)
         start = time.perf_counter()
         images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
@@ -367,7 +396,7 @@ def main(args: argparse.Namespace):
                 "device": pipeline.device}
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
               f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, "
-              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(pipeline.device)}")
+              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(pipeline.device):.2f} GB")
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         del pipeline                                             # before the next is loaded
@@ -387,7 +416,7 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit(f"error: {files.one_line(error)}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
             raise
         sys.exit("error: out of memory; lower --height and --width, or use --low-memory or --precision fp16")
     except KeyboardInterrupt:

@@ -5,22 +5,21 @@ The first is OpenAI's, the second OpenCLIP's: one network in two sizes, with mod
 checkpoints. Shapes: B batch, L text tokens (77 in the official models), D token width, P pooled width.
 """
 
-import json
 import sys
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
 import files
-from model import HALF, check_tensors
+from model import HALF, with_weights, write_weights
 
-NAMES = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # their folders
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -116,19 +115,25 @@ class CLIP(nn.Module):
 
 
 class CLIPTokenizer:
-    """Byte-pair encoding of lower-cased words, from vocab.json and merges.txt."""
+    """Byte-pair encoding of lower-cased words, from the files of a tokenizer's folder."""
 
+    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
     WORDS = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    SMALL = 1000                                                 # tokens; more can spell any word
 
-    def __init__(self, vocab: Path, merges: Path, config: Path):
-        options = files.read_json(config)
-        self.length = options["model_max_length"]
-        start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
+    def __init__(self, vocab_path: Path, merges_path: Path, config_path: Path):
+        options = files.read_json(config_path)
         try:
-            pairs = BPE.from_file(str(vocab), str(merges), unk_token=end.content, end_of_word_suffix="</w>")
+            self.length = options["model_max_length"]
+            start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{config_path} is not a tokenizer's, fetch it anew ({error})") from None
+        try:
+            pairs = BPE.from_file(str(vocab_path), str(merges_path), unk_token=end.content,
+                                  end_of_word_suffix="</w>")
         except Exception as error:                               # the library has no narrower kind
-            raise ValueError(
-                f"{vocab} or {merges.name} is damaged, fetch it anew ({files.one_line(error)})") from None
+            raise ValueError(f"{vocab_path} or {merges_path.name} is damaged, fetch it anew "
+                             f"({files.one_line(error)})") from None
         self.bpe = Tokenizer(pairs)
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -140,7 +145,7 @@ class CLIPTokenizer:
 
     @staticmethod
     def special(options: dict, name: str) -> AddedToken:
-        """The official files write a token as a string or, with how it is found in text, as a dictionary."""
+        """The official files have a token as a string or, with how it is found in a text, as a dictionary."""
         token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
         found = token if isinstance(token, dict) else {"content": token}
         return AddedToken(found["content"], normalized=found.get("normalized", False))
@@ -153,7 +158,7 @@ class CLIPTokenizer:
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows)
 
-    def cut(self, text: str) -> str:
+    def cut_off(self, text: str) -> str:
         """The end of a text that there is no room for."""
         offsets = self.bpe.encode(text, add_special_tokens=False).offsets[self.length - 2:]
         return text[offsets[0][0]:] if offsets else ""
@@ -161,14 +166,14 @@ class CLIPTokenizer:
     def check_words(self, texts: list[str]):
         """Raises ValueError for words that a small vocabulary lacks."""
         tokens = self.bpe.get_vocab()
-        if len(tokens) >= 1000:
+        if len(tokens) >= self.SMALL:
             return
         ends = [token for token in tokens if token.endswith("</w>")]
         words = sorted(end[:-4] for end in ends  # but not the parts that words were merged from
                        if not any(longer != end and longer.endswith(end) for longer in ends))
         if unknown := sorted(set(" ".join(texts).lower().split()) - set(words)):
             raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
-                             f"{', '.join(words)}. A real one knows more: --model 700m")
+                             f"{', '.join(words)}. A larger one knows more, such as 700m")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,18 +187,17 @@ class TextEncoders(nn.Module):
         super().__init__()
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
 
-    @torch.no_grad()
-    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """
-        Text sequences (B, L, D), of both encoders side by side, and pooled texts (B, P) of the second.
-
-        Tells what it cuts off; raises ValueError for words that a small vocabulary lacks.
-        """
+    def check(self, prompts: list[str]):
+        """Tells what is cut off; raises ValueError for words that a small vocabulary lacks."""
         self.tokenizers[0].check_words(prompts)
         for prompt in dict.fromkeys(prompts):
-            if cut := self.tokenizers[0].cut(prompt):
+            if rest := self.tokenizers[0].cut_off(prompt):
                 print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that "
-                      f"CLIP reads; cut: {cut!r}", file=sys.stderr)
+                      f"CLIP reads; cut: {rest!r}", file=sys.stderr)
+
+    @torch.no_grad()
+    def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Text sequences (B, L, D), of both encoders side by side, and pooled texts (B, P) of the second."""
         device = next(self.parameters()).device
         (first, _), (second, pooled) = (encoder(tokenizer(prompts).to(device))
                                         for encoder, tokenizer in zip(self.encoders, self.tokenizers))
@@ -202,18 +206,21 @@ class TextEncoders(nn.Module):
 
 def load_text(source: str | Path, dtype: torch.dtype) -> TextEncoders:
     """The text encoders of a bundle. Raises FileNotFoundError or ValueError, of one line, as `load_unet`."""
-    encoders = [load_clip(source, name, dtype) for name in NAMES[0]]
-    tokenizers = [CLIPTokenizer(*(files.find(source, f"{name}/{file}")
-                                  for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
-                  for name in NAMES[1]]
+    encoders = [load_clip(source, name, dtype) for name in ENCODERS]
+    tokenizers = [CLIPTokenizer(*(files.needed(source, f"{name}/{file}") for file in CLIPTokenizer.FILES))
+                  for name in TOKENIZERS]
+    for encoder, tokenizer in zip(encoders, tokenizers):
+        reads = encoder.config.max_position_embeddings, encoder.config.vocab_size
+        given = tokenizer.length, tokenizer.bpe.get_vocab_size()
+        if given[0] > reads[0] or given[1] > reads[1]:
+            raise ValueError(f"a tokenizer of {source} gives {given[0]} tokens of {given[1]} kinds, and its "
+                             f"text encoder reads {reads[0]} of {reads[1]}: they belong to different models")
     return TextEncoders(encoders, tokenizers)
 
 
 def read_config(source: str | Path, name: str) -> CLIPConfig:
     """The configuration of a bundle's text encoder, by its folder's name."""
-    path = files.find(source, f"{name}/config.json")
-    if path is None:
-        raise FileNotFoundError(f"no {name}/config.json in {files.described(source)}")
+    path = files.needed(source, f"{name}/config.json")
     known = {field.name for field in fields(CLIPConfig)}
     config = CLIPConfig(**{key: value for key, value in files.read_json(path).items() if key in known})
     if config.hidden_act not in ACTIVATIONS:
@@ -222,29 +229,21 @@ def read_config(source: str | Path, name: str) -> CLIPConfig:
 
 
 def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:
-    config = read_config(source, name)
+    """A text encoder of a bundle, by its folder's name; raises as `load_text`."""
     plain, half = f"{name}/model.safetensors", f"{name}/model.fp16.safetensors"
-    path = files.find(source, *((half, plain) if dtype in HALF else (plain, half)))
-    if path is None:
-        raise FileNotFoundError(f"no {plain} in {files.described(source)}")
+    path = files.needed(source, *((half, plain) if dtype in HALF else (plain, half)))
     weights = {}
     for key, tensor in files.read_tensors(path).items():
-        if not key.endswith("position_ids"):                     # the numbers 0, 1, 2, ... in older files
-            weights[key if key.startswith("text_") else f"text_model.{key}"] = tensor
-    with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
-        clip = CLIP(config, projection=name == NAMES[0][1])
-    check_tensors(weights, clip, path.parent)
-    clip.load_state_dict({key: tensor.to(dtype) for key, tensor in weights.items()}, assign=True)
-    return clip
+        if not key.endswith("position_ids"):                     # which some files have: 0, 1, 2, ...
+            weights[key if key.startswith("text_") else f"text_model.{key}"] = tensor  # as older ones have it
+    make = partial(CLIP, read_config(source, name), projection=name == ENCODERS[1])
+    return with_weights(make, weights, path.parent, dtype)
 
 
 def save_clip(clip: CLIP, folder: str | Path):
-    """Writes config.json and the weights, as typed, in the official layout; transformers reads them."""
-    weights = {name: tensor.contiguous() for name, tensor in clip.state_dict().items()}
-    files.write(Path(folder, "model.safetensors"), lambda path: save_file(weights, path, {"format": "pt"}))
+    """Writes config.json and the weights, as they are typed, in the official layout."""
+    write_weights(clip, Path(folder, "model.safetensors"))
     kind = "CLIPTextModel" + "WithProjection" * (clip.text_projection is not None)
     # "dtype" is what transformers is to compute in; the file itself may be of another.
-    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32",
-              **asdict(clip.config)}
-    content = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    files.write(Path(folder, "config.json"), lambda path: path.write_text(content))
+    files.write_json(Path(folder, "config.json"), {
+        "architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)})

@@ -234,14 +234,14 @@ unet(*x).square().mean().backward()
 def resident():
     """sample.py on KOALA-700M in full size with noise for weights, with all networks in memory and with one."""
     from analysis import networks, random_weights
-    from text import CLIP, NAMES, save_clip
+    from text import CLIP, ENCODERS, save_clip
 
     found = networks("700m")
     with tempfile.TemporaryDirectory() as folder:
         bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
         model.save_unet(random_weights(lambda: model.UNet(found.unet), torch.float16, "cpu"), bundle / "unet")
         model.save_vae(random_weights(lambda: model.VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
-        for i, (name, config) in enumerate(zip(NAMES[0], found.texts)):
+        for i, (name, config) in enumerate(zip(ENCODERS, found.texts)):
             save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"), bundle / name)
         for flags in ([], ["--low-memory"]):
             command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle", "--steps", "1",

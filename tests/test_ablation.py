@@ -1,6 +1,5 @@
 """Table 3 in miniature: the rows are runs, each is run once, and the verdicts are by the spread."""
 
-import contextlib
 import subprocess
 
 import pytest
@@ -48,10 +47,8 @@ def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
         started.append(command[2:])
         return subprocess.CompletedProcess(command, distill.main(distill.command_line(command[2:])) or 0)
 
-    class Here(contextlib.nullcontext):  # runs are in this thread, where signals can be heard
-        map, shutdown = staticmethod(map), lambda *args, **names: None
-
-    monkeypatch.setattr(ablation, "ThreadPoolExecutor", lambda jobs: Here(Here()))
+    # Runs are in this thread, where signals can be heard.
+    monkeypatch.setattr(ablation, "in_parallel", lambda jobs, work, items: {item: work(item) for item in items})
     monkeypatch.setattr(ablation.subprocess, "run", run_here)
     command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2,
                "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
@@ -73,3 +70,27 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation.subprocess, "run", fails)
     with pytest.raises(ValueError, match="none-bottom-0: the disk is full"):
         run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
+    monkeypatch.setattr(ablation.subprocess, "run", lambda command, **rest: subprocess.CompletedProcess(command, -9))
+    with pytest.raises(ValueError, match="none-bottom-0: it ended with -9"):
+        run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
+
+
+def test_once_a_run_has_failed_no_other_is_begun():
+    begun = []
+
+    def work(item):
+        begun.append(item)
+        if item == 2:
+            raise ValueError("no")
+        return -item
+
+    assert ablation.in_parallel(2, work, [0, 1]) == {0: 0, 1: -1}
+    begun.clear()
+    with pytest.raises(ValueError, match="no"):
+        ablation.in_parallel(1, work, list(range(100)))
+    assert begun == [0, 1, 2]
+
+
+def test_the_teacher_is_read_as_distill_reads_it():
+    for words, teacher in (([], "toy"), (["--", "--teacher", "sdxl"], "sdxl"), (["--", "--teacher=a/b"], "a/b")):
+        assert ablation.teacher_of(analysis.command_line(["ablation", *words])) == teacher

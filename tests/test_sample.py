@@ -503,4 +503,4 @@ def test_help_fits_a_screen(program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     code, printed, _ = program("--help")
     assert code == 0 and len(printed.out.splitlines()) <= 40 and max(map(len, printed.out.splitlines())) <= 110
-    assert "None" not in printed.out and printed.out.count("default: toy") == 1
+    assert "None" not in printed.out and printed.out.count("[toy]") == 1

@@ -62,8 +62,8 @@ def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
 def test_the_cut_is_what_follows_the_last_token(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
     tokenizer = CLIPTokenizer(*(vocabulary / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
-    assert tokenizer.cut("the koala the koala the") == ""
-    assert tokenizer.cut("the  koala The koala the  KOALA painting") == "KOALA painting"
+    assert tokenizer.cut_off("the koala the koala the") == ""
+    assert tokenizer.cut_off("the  koala The koala the  KOALA painting") == "KOALA painting"
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import files
 import model
 from common import UNETS, VAES, fill
 from model import VAE, WEIGHTS, UNet, UNetConfig, VAEConfig, load_unet, load_vae, save_unet, save_vae
+from run import claim
 
 FILE = f"{WEIGHTS}.safetensors"
 HALF_FILE = f"{WEIGHTS}.fp16.safetensors"
@@ -197,11 +198,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
 
-def test_what_a_killed_write_left_is_removed(tmp_path):
-    (tmp_path / ".writing").mkdir()
-    (tmp_path / ".writing" / ".tmpabc").write_text("half of a file")
-    files.write(tmp_path / "file", lambda beside: beside.write_text("new"))
-    assert os.listdir(tmp_path) == ["file"] and (tmp_path / "file").read_text() == "new"
+def test_two_writers_of_a_folder_do_not_meet(tmp_path):
+    def slow(beside: Path):
+        beside.write_text("slow")
+        files.write(tmp_path / "other", lambda beside: beside.write_text("quick"))
+
+    files.write(tmp_path / "file", slow)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"file": "slow", "other": "quick"}
+
+
+def test_what_a_killed_write_left_goes_when_the_run_is_taken_up(tmp_path):
+    (tmp_path / "unet" / f"{files.WRITING}abc").mkdir(parents=True)
+    (tmp_path / "unet" / f"{files.WRITING}abc" / "file").write_text("half of a file")
+    with claim(tmp_path):
+        assert os.listdir(tmp_path / "unet") == []
 
 
 def test_a_write_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
@@ -472,7 +482,8 @@ def test_what_the_hub_lacks(served, tmp_path):
 def test_a_hub_that_refuses(hub, monkeypatch):
     for error, word in ((hub.errors.RepositoryNotFoundError, "HF_TOKEN"),
                         (hub.errors.HfHubHTTPError, "a/hub"),
-                        (hub.errors.HFValidationError, "a/hub"), (OSError, "a/hub")):
+                        (hub.errors.HFValidationError, "a/hub"), (hub.errors.HTTPError, "a/hub"),
+                        (OSError, "a/hub")):
         def serve(*args, **options):
             problem = error.__new__(error)
             problem.args = ("It went wrong.\n\nA second line",)

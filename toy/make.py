@@ -2,7 +2,7 @@
 How toy/checkpoint was made: a whole SDXL in miniature, this project's networks trained on captioned shapes.
 
     python -m toy.make                                              # hours on two cores; resumes
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # the same in two processes
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # likewise, in two processes
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
 second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
@@ -14,9 +14,9 @@ runs/toy/bundle, is judged now and then:
 """
 
 import argparse
-import json
 import os
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -32,15 +32,15 @@ import model
 from chart import sheet
 from data import JUDGE_SEED, TRAIN_SEED, positions
 from run import load_checkpoint, restore, save_checkpoint, trained
-from options import PRESETS
+from options import PRESETS, number, parser_of
 from sample import Schedule, load_pipeline
-from text import CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
+from text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
 from toy import shapes
 
 VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
 UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64,
                         size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
-TEXT_WIDTHS, TEXT_LENGTH = {"text_encoder": 32, "text_encoder_2": 64}, 16
+TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
 # A fifth of SDXL's: shapes are so coarse that, at 1, even the strongest noise would show where they are, and
 # a sample's first noise, not its caption, would say where to put them.
 LATENT_STD = 0.2
@@ -80,25 +80,18 @@ def byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def write_tokenizers(folder: Path) -> list[CLIPTokenizer]:
+def write_tokenizers(folder: Path):
     """tokenizer/ and tokenizer_2/, which pads with another token, as SDXL has them."""
     vocabulary, merges = byte_pairs(shapes.WORDS)
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+    for name, pad in zip(TOKENIZERS, ("<|endoftext|>", "!")):
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                    "pad_token": pad}
-        write_json(folder / name / "vocab.json", vocabulary)
-        write_json(folder / name / "special_tokens_map.json", special)
-        write_json(folder / name / "tokenizer_config.json",
+        files.write_json(folder / name / "vocab.json", vocabulary)
+        files.write_json(folder / name / "special_tokens_map.json", special)
+        files.write_json(folder / name / "tokenizer_config.json",
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
         lines = "\n".join(["#version: 0.2", *merges, ""])
         files.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
-    return [CLIPTokenizer(*(folder / name / file
-                            for file in ("vocab.json", "merges.txt", "tokenizer_config.json")))
-            for name in ("tokenizer", "tokenizer_2")]
-
-
-def write_json(path: Path, value: dict):
-    files.write(path, lambda path: path.write_text(json.dumps(value, indent=2) + "\n"))
 
 
 class Toy(nn.Module):
@@ -169,6 +162,7 @@ def scaled(vae: model.VAE) -> model.VAE:
 
 
 def train(args: argparse.Namespace):
+    """Trains the VAE, if there is none yet, and then the U-Net and the text encoders; resumes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
         dist.init_process_group("gloo")
@@ -176,10 +170,12 @@ def train(args: argparse.Namespace):
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
         vae = model.load_vae(args.init, torch.float32) if args.init else train_vae(args.vae_steps)
         model.save_vae(scaled(vae), bundle / "vae")
+        write_tokenizers(bundle)
     if world > 1:
         dist.barrier()
     vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False)
-    tokenizers = write_tokenizers(bundle if rank == 0 else args.out / f"process-{rank}")
+    tokenizers = [CLIPTokenizer(*(bundle / name / file for file in CLIPTokenizer.FILES))
+                  for name in TOKENIZERS]
 
     torch.manual_seed(0)
     toy = Toy(tokenizers[0])
@@ -192,6 +188,8 @@ def train(args: argparse.Namespace):
     if found := load_checkpoint(args.out):
         past, tensors = found
         step = past["step"]
+        if past.get("latent_std", LATENT_STD) != LATENT_STD:
+            raise ValueError(f"{args.out} was begun with LATENT_STD {past['latent_std']}; give another --out")
         restore(tensors, step, toy, optimizer)
         average = {name: tensors[f"average.{name}"].clone() for name in average}
     # The last layer of a text encoder has no part in the second-to-last's output.
@@ -225,7 +223,7 @@ def train(args: argparse.Namespace):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == args.steps):
             averages = {f"average.{name}": tensor for name, tensor in average.items()}
-            save_checkpoint(args.out, step + 1, trained(toy, optimizer) | averages)
+            save_checkpoint(args.out, step + 1, trained(toy, optimizer) | averages, latent_std=LATENT_STD)
         if rank == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
             write_bundle(bundle, toy, average)
             bar.write(f"step {step + 1}: {judge(args)}")
@@ -238,8 +236,8 @@ def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
     model.save_unet(toy.unet, folder / "unet")
     for name in TEXT_WIDTHS:
         save_clip(getattr(toy, name), folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", INDEX)
+    files.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    files.write_json(folder / "model_index.json", INDEX)
     toy.load_state_dict(own)
 
 
@@ -264,21 +262,22 @@ def publish(bundle: Path, target: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="[train]")
-    add("--steps", type=int, default=3800, help="of U-Net and text encoders [3800]")
-    add("--vae-steps", type=int, default=900, help="of the VAE, in batches of 16 [900]")
-    add("--batch", type=int, default=32, help="over all processes [32]")
-    add("--lr", type=float, default=1e-3, help="learning rate of AdamW [0.001]")
-    add("--decay", type=float, default=0.3, help="share of the steps in which the rate falls to 0 [0.3]")
+    parser = parser_of(__doc__)
+    add, count = parser.add_argument, number(int, 1)
+    add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
+    add("--steps", type=count, default=3800, help="of U-Net and text encoders")
+    add("--vae-steps", type=count, default=900, help="of the VAE, in batches of 16")
+    add("--batch", type=count, default=32, help="images in a step, over all processes")
+    add("--lr", type=number(float, 0), default=1e-3, help="learning rate of AdamW")
+    add("--decay", type=number(float, 1e-9, 1), default=0.5, help="share of the steps in which it falls to 0")
     add("--init", type=Path, metavar="BUNDLE", help="first weights, such as toy/checkpoint [random]")
-    add("--judge-every", type=int, default=500, help="steps between judgements while training [500]")
-    add("--captions", type=int, default=64, help="to judge on [64]")
-    add("--guidance", type=float, default=PRESETS["toy"].guidance, help="of what is judged [the preset's]")
-    add("--out", type=Path, default=Path("runs/toy"), help="folder of the run [runs/toy]")
+    add("--judge-every", type=count, default=500, help="steps between judgements while training")
+    add("--captions", type=count, default=64, help="to judge on")
+    add("--guidance", type=number(float, 1), default=PRESETS["toy"].guidance, help="of what is judged")
+    add("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
     args = parser.parse_args()
+    if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
+        parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
     if args.command == "train":
         train(args)
     elif args.command == "judge":
@@ -288,4 +287,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {files.one_line(error)}")
