@@ -64,7 +64,7 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
         if not (low <= value <= high and value < math.inf):
             bounds = f"finite and at least {low}" if high == math.inf else f"within {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
-        if value % multiple:
+        if kind is int and value % multiple:
             below = value - value % multiple
             near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
             raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")

@@ -1,5 +1,6 @@
 """sample.py against numbers worked out by hand, against diffusers, and against what a command line promises."""
 
+import argparse
 import json
 import os
 import runpy
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 import model
 import sample
 from chart import sheet
+from options import number
 from sample import Schedule, decode_tiled, load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -382,8 +384,8 @@ PROMPT = ("--prompt", "a box")
     ([*PROMPT, "--step", "3"], "--step 3"),  # flags are not abbreviated
     ([*PROMPT, "--steps", "0"], "--steps: 0 is not within 1 and 1000"),
     ([*PROMPT, "--steps", "2.5"], "--steps: invalid number value: '2.5'"),
-    ([*PROMPT, "--guidance", "nan"], "--guidance: nan is not at least 1"),
-    ([*PROMPT, "--guidance", "0.5"], "--guidance: 0.5 is not at least 1"),
+    ([*PROMPT, "--guidance", "nan"], "--guidance: nan is not finite and at least 1"),
+    ([*PROMPT, "--guidance", "0.5"], "--guidance: 0.5 is not finite and at least 1"),
     ([*PROMPT, "--guidance", "inf"], "--guidance: inf is not"),
     ([*PROMPT, "--height", "100"], "--height: 100 is not a multiple of 8; the nearest: 96 or 104"),
     ([*PROMPT, "--width", "0"], "--width: 0 is not within 8 and 8192"),
@@ -497,6 +499,15 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
         imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
         assert result.returncode == code and result.stderr.splitlines()[-1].startswith("error: ")
         assert "argparse" in imported and not imported & {"torch", "numpy", "PIL", "transformers", "safetensors"}
+
+
+def test_numbers_are_read():
+    whole, real = number(int, 8, 64, multiple=8), number(float, 1)
+    assert whole("16") == 16 and real("7.5") == 7.5
+    for kind, text, told in ((whole, "20", "nearest: 16 or 24"), (whole, "72", "within 8 and 64"), (real, "inf", "finite"),
+                             (real, "nan", "finite"), (real, "0.5", "at least 1")):
+        with pytest.raises(argparse.ArgumentTypeError, match=told):
+            kind(text)
 
 
 def test_help_fits_a_screen(program, monkeypatch):
