@@ -525,8 +525,9 @@ def dry_run(args: argparse.Namespace):
     else:
         base, vae_config = (model.read_config(kind, preset(source).source)[0]
                             for kind in (model.UNet, model.VAE))
-    student_config = model.student_config(base, args.student)
-    if args.init not in ("teacher", "random"):
+    if args.init in ("teacher", "random"):
+        student_config = model.student_config(base, args.student)
+    else:
         student_config = model.read_config(model.UNet, preset(args.init).source)[0]
     size = args.size or base.sample_size * vae_config.downscale
     side = size // vae_config.downscale

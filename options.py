@@ -23,7 +23,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "toy": Preset(str(Path(__file__).parent / "toy" / "checkpoint"), guidance=3.0),
+    "toy": Preset(str(Path(__file__).parent / "toy" / "checkpoint"), guidance=1.75),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
     "1b": Preset("etri-vilab/koala-1b"),
     "700m": Preset("etri-vilab/koala-700m"),
