@@ -793,6 +793,7 @@ def test_a_slip_in_the_command_line_is_told_in_one_line(line, capsys):
 def test_slips_and_help_are_told_before_anything_heavy_is_imported(tmp_path):
     code = f"""
 import runpy, sys
+sys.path.insert(0, {str(ROOT)!r})
 for line in (["--help"], ["--steps", "0"], ["--size", "100"], ["--batch", "5", "--micro-batch", "2"]):
     sys.argv = ["distill.py", *line]
     try:

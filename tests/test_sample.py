@@ -248,7 +248,7 @@ def test_a_long_prompt_is_cut_with_one_warning(pipeline, capsys):
 
 
 def test_words_that_a_small_vocabulary_lacks_are_named(pipeline):
-    with pytest.raises(ValueError, match=rf"does not know koala, pink; it knows {', '.join(WORDS)}\. .*--model 700m"):
+    with pytest.raises(ValueError, match=rf"does not know koala, pink; it knows {', '.join(WORDS)}\. .*such as 700m"):
         pipeline(["a Pink box", "my koala"])
     with pytest.raises(ValueError, match="does not know ugly"):
         pipeline(["a box"], negative="ugly")

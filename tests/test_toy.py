@@ -60,7 +60,7 @@ def test_diffusers_draws_the_same(toy):
 
 
 def test_unknown_words_are_named(toy):
-    with pytest.raises(ValueError, match=r"does not know dog, pink; it knows .*triangle.*--model 700m"):
+    with pytest.raises(ValueError, match=r"does not know dog, pink; it knows .*triangle.*such as 700m"):
         toy(["a pink dog"])
 
 

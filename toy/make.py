@@ -44,8 +44,6 @@ TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
 # A fifth of SDXL's: shapes are so coarse that, at 1, even the strongest noise would show where they are, and
 # a sample's first noise, not its caption, would say where to put them.
 LATENT_STD = 0.2
-WEIGHTS = {"unet": f"{model.WEIGHTS}.safetensors", "text_encoder": "model.safetensors",
-           "text_encoder_2": "model.safetensors"}  # what is trained together, and the files that have it
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
@@ -108,7 +106,7 @@ class Toy(nn.Module):
         self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("position_embedding.weight"):
-                nn.init.normal_(parameter, std=0.02)
+                nn.init.normal_(parameter, std=0.3)  # of two objects, one is the first
             if name.endswith("token_embedding.weight"):
                 nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
             if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
@@ -180,8 +178,9 @@ def train(args: argparse.Namespace):
     torch.manual_seed(0)
     toy = Toy(tokenizers[0])
     if args.init:
-        toy.load_state_dict({f"{part}.{name}": tensor for part, weights in WEIGHTS.items()
-                             for name, tensor in files.read_tensors(args.init / part / weights).items()})
+        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
+        for name in TEXT_WIDTHS:
+            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
     average = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     step, schedule = 0, Schedule(SCHEDULER)
