@@ -85,10 +85,12 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, projection: bool):
         super().__init__()
         self.config, dim = config, config.hidden_size
+        # Empty, for whoever trains it to fill: PyTorch's own filling, on the meta device, imports its compiler.
+        table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({
-                "token_embedding": nn.Embedding(config.vocab_size, dim),
-                "position_embedding": nn.Embedding(config.max_position_embeddings, dim)}),
+                "token_embedding": table(config.vocab_size),
+                "position_embedding": table(config.max_position_embeddings)}),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList([CLIPLayer(config) for _ in range(config.num_hidden_layers)])}),
             "final_layer_norm": nn.LayerNorm(dim, config.layer_norm_eps)})

@@ -501,6 +501,15 @@ def test_mistakes_are_told_before_torch_is_imported(tmp_path):
         assert "argparse" in imported and not imported & {"torch", "numpy", "PIL", "transformers", "safetensors"}
 
 
+def test_a_picture_needs_neither_transformers_nor_the_compiler(tmp_path):
+    code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"sys.argv = ['sample.py', '--prompt', 'a red circle', '--steps', '1', '--out', {str(tmp_path / 'x.png')!r}]\n"
+            f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
+            f"print({{'transformers', 'torch._dynamo', 'diffusers'}} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", "they take most of the time of a start"
+
+
 def test_numbers_are_read():
     whole, real = number(int, 8, 64, multiple=8), number(float, 1)
     assert whole("16") == 16 and real("7.5") == 7.5
