@@ -181,7 +181,8 @@ def query_of(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Obje
     with contextlib.suppress(ValueError):  # the prompt or the picture is not the toy's
         (colour, _), *_ = shapes.parse(prompt)[0]
         for found in shapes.read(image):
-            if found.colour == colour and found.shape:
+            if found.colour == colour:
+                found = found._replace(shape=found.shape or "square")  # a blob is about as large
                 return found.x / shapes.SIZE, found.y / shapes.SIZE, found
     return 0.5, 0.5, None
 

@@ -245,9 +245,9 @@ def resident():
             save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"), bundle / name)
         for flags in ([], ["--low-memory"]):
             command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle", "--steps", "1",
-                       "--height", "256", "--width", "256", "--precision", "bf16", "--out", f"{folder}/a.png", *flags]
+                       "--height", "256", "--width", "256", "--precision", "fp16", "--out", f"{folder}/a.png", *flags]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            print(f"700m, one step of 256 x 256 {' '.join(flags):14}", done.stdout.split("bf16: ")[1].splitlines()[0])
+            print(f"700m, one step of 256 x 256 {' '.join(flags):14}", done.stdout.split("fp16: ")[1].splitlines()[0])
 
 
 if __name__ == "__main__":
