@@ -17,6 +17,7 @@ from pathlib import Path
 
 from options import PRECISIONS, PRESETS, check, number, parser_of, preset
 
+
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     parser = parser_of(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
@@ -505,10 +506,10 @@ def latency(args: argparse.Namespace):
             peak_memory(device, restart=True)
             run = make()
             took = seconds(lambda: (run(), bar.update()), device, args.repeat)
+            del run                                              # before the next is made and measured
             rows.append([name, part, 2 * macs / 1e12, took, 2 * macs / took / 1e12, peak_memory(device),
                          said if same and name in PAPER else math.nan,
                          2 * macs / PAPER_RATE if same and name in PAPER else math.nan])
-            bar.update()
     bar.close()
     # What counting alone would say here: the first model's rate for all U-Nets.
     rate = next(row[4] for row in rows if row[1] == "U-Net")

@@ -1,7 +1,7 @@
 """
 Pictures of pictures and of numbers, drawn with Pillow: sheets of images, line and bar charts, tables.
 
-Every function returns an RGB image. Sizes are in pixels; text is as wide as it is, so that nothing is cut.
+What draws returns an RGB image; sizes are in pixels. `show` prints a table and returns its cells.
 """
 
 import math
@@ -64,14 +64,16 @@ def stack(*images: Image.Image, gap: int = 12) -> Image.Image:
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
     """About `count` round numbers that reach from `low` or below to `high` or above."""
-    step = 10 ** math.floor(math.log10((high - low) / count or 1))
+    step = 10 ** math.floor(math.log10((high - low) / count or 1.0))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.floor(low / step + 1e-9)
-    return [round(step * i, 10) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
+    last = max(first + 1, math.ceil(high / step - 1e-9))
+    return [round(step * i, 10) for i in range(first, last + 1)]
 
 
 def legend(names: list[str]) -> Image.Image:
-    picture = Image.new("RGB", (WIDTH, 32), "white")
+    width = max(WIDTH, 72 + sum(46 + text_width(name) for name in names))
+    picture = Image.new("RGB", (width, 32), "white")
     draw, x = ImageDraw.Draw(picture), 72
     for name, colour in zip(names, COLOURS):
         draw.rectangle((x, 10, x + 14, 24), colour)
@@ -123,7 +125,7 @@ def bars(title: str, groups: dict[str, list[list[float]]], kinds: list[str]) -> 
     right = WIDTH - 24 - max(text_width(shown(float(sum(bar)))) for group in groups.values() for bar in group)
     picture = Image.new("RGB", (WIDTH, count * thick + (len(groups) + 1) * gap), "white")
     draw = ImageDraw.Draw(picture)
-    scale = (right - left) / max(sum(bar) for group in groups.values() for bar in group)
+    scale = (right - left) / (max(sum(bar) for group in groups.values() for bar in group) or 1)
     y = gap
     for name, group in groups.items():
         draw.text((left - 10, y + len(group) * thick / 2), name, INK, font(), "rm")

@@ -11,7 +11,8 @@ import analysis
 import distill
 from ablation import TABLE
 from files import read_csv as read
-from model import UNet, UNetConfig
+from model import FEATURES, UNet, UNetConfig
+from options import preset
 
 
 def run(*words):
@@ -20,6 +21,7 @@ def run(*words):
 
 
 def test_every_row_is_a_run_that_distill_knows():
+    assert set(distill.KINDS) == set(FEATURES)
     unet = lambda name: UNet(UNetConfig.from_diffusers(UNETS[name]))
     student, teacher, matched = unet("1b"), unet("sdxl"), {}
     for rows in TABLE.values():
@@ -56,6 +58,8 @@ def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
     rows = read(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
+    folder = tmp_path / "runs" / "SA-up-0"                       # which is a bundle, sampled as its teacher is
+    assert preset(str(folder)) == preset("toy")._replace(source=str(folder)) and preset("toy").guidance != 7.5
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
     monkeypatch.setattr(ablation, "draw", None)                  # nothing is drawn again

@@ -213,7 +213,7 @@ def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
 
 
 def test_ticks_are_round_and_enclose():
-    for low, high in ((0, 1), (0.75, 1), (-3.2, 8.9), (0.0012, 0.0047), (5, 5.00001)):
+    for low, high in ((0, 1), (0.75, 1), (-3.2, 8.9), (0.0012, 0.0047), (5, 5.00001), (1, 1), (0.0, 0.0)):
         found = chart.ticks(low, high)
         assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert chart.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
