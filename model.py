@@ -24,19 +24,17 @@ P pooled width.
 """
 
 import re
-import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import files
+from weights import WEIGHTS, weight_files, with_weights, write_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -764,9 +762,6 @@ class VAE(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out: the official layout, a folder with config.json and diffusion_pytorch_model.safetensors
 
-WEIGHTS = "diffusion_pytorch_model"
-HALF = (torch.float16, torch.bfloat16)
-
 
 def load_unet(source: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UNet:
     """
@@ -817,67 +812,15 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
         weights |= files.read_tensors(file)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor for name, tensor in weights.items()}
-    return with_weights(partial(kind, config), weights, path.parent, dtype, device)
+    return with_weights(partial(kind, config), weights, path.parent, dtype, device, advice)
 
 
-def with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor], where: Path,
-                 dtype: torch.dtype | None, device: str = "cpu") -> nn.Module:
-    """The network that `make` makes, with these weights, from the folder `where`, as its parameters."""
-    with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
-        network = make()
-    check_tensors(weights, network, where)
-    for name in weights:  # one by one, so that both types of all of them are never in memory
-        weights[name] = weights[name].to(device, dtype)
-    network.load_state_dict(weights, strict=True, assign=True)
-    return network
-
-
-def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> list[Path]:
-    """The file or shards with the weights: of float16 if there are some and half precision is asked for."""
-    plain = [f"{prefix}{WEIGHTS}.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.json"]
-    half = [f"{prefix}{WEIGHTS}.fp16.safetensors", f"{prefix}{WEIGHTS}.safetensors.index.fp16.json"]
-    path = files.find(source, *(half + plain if dtype in HALF else plain + half))
-    if path is None:
-        pickled = files.find(source, f"{prefix}{WEIGHTS}.bin", f"{prefix}{WEIGHTS}.fp16.bin")
-        hint = f"; {pickled.name} is a pickle and is not opened: convert it to safetensors" if pickled else ""
-        raise FileNotFoundError(f"no {plain[0]} in {files.described(source)}{hint}")
-    if (".fp16." in path.name) != (dtype in HALF):
-        print(f"{files.described(source)}: using {prefix}{path.name}", file=sys.stderr)
-    if path.suffix != ".json":
-        return [path]
-    index = files.read_json(path)
-    try:
-        shards = sorted(set(index["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path} does not say which file has which tensor; fetch it anew") from None
-    paths = [files.find(source, prefix + shard) for shard in shards]
-    if None in paths:
-        lost = prefix + shards[paths.index(None)]
-        raise FileNotFoundError(f"no {lost}, named in {path.name}, in {files.described(source)}")
-    return paths
-
-
-def check_tensors(weights: dict[str, Tensor], network: nn.Module, where: Path):
-    """Raises ValueError unless names and shapes are the network's, and numbers are floating and finite."""
-    shapes = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    wrong = {"missing": [name for name in shapes if name not in found],
-             "unexpected": [name for name in found if name not in shapes],
-             "of another shape": [name for name in shapes if name in found and found[name] != shapes[name]]}
-    if any(wrong.values()):
-        counts = "; ".join(f"{len(names)} {what} ({', '.join(names[:5])}{', ...' * (len(names) > 5)})"
-                           for what, names in wrong.items() if names)
-        hint = ""
-        if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
-            hint = "; these are names of the single-file format: get the folder in diffusers' layout"
-        elif fits := [name for name, config in PRESETS.items() if found == meta_shapes(config)]:
-            hint = f"; the file fits {fits[0]}, its config.json does not"
-        raise ValueError(f"the weights in {where} do not fit their config.json: {counts}{hint}")
-    for name, tensor in weights.items():
-        if tensor.dtype not in (torch.float32, *HALF):
-            raise ValueError(f"the weights in {where} are {tensor.dtype} ({name}); float32 or a half is read")
-        if not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"the weights in {where} are NaN or infinite ({name}): fetch or train them anew")
+def advice(found: dict[str, tuple[int, ...]]) -> str:
+    """What to do about weights that do not fit their config.json, by their names and shapes; "" if unknown."""
+    if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
+        return "; these are names of the single-file format: get the folder in diffusers' layout"
+    fits = [name for name, config in PRESETS.items() if found == meta_shapes(config)]
+    return f"; the file fits {fits[0]}, its config.json does not" if fits else ""
 
 
 def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
@@ -889,8 +832,3 @@ def meta_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
 def save(network: nn.Module, folder: str | Path):
     write_weights(network, Path(folder, f"{WEIGHTS}.safetensors"))
     files.write_json(Path(folder, "config.json"), network.config.to_diffusers())
-
-
-def write_weights(network: nn.Module, path: Path):
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    files.write(path, lambda path: save_file(weights, path, {"format": "pt"}))

@@ -66,6 +66,7 @@ import files
 import model
 from chart import sheet
 from text import load_text
+from weights import WEIGHTS
 
 # ------------------------------------------------------------------------------------------------------------
 # Noise
@@ -305,7 +306,7 @@ BUNDLE = [  # what a pipeline reads beside the U-Net, and other names that it ma
     ["text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"],
     ["text_encoder_2/config.json"],
     ["text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"],
-    ["vae/config.json"], [f"vae/{model.WEIGHTS}.safetensors", f"vae/{model.WEIGHTS}.fp16.safetensors"],
+    ["vae/config.json"], [f"vae/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.fp16.safetensors"],
 ]
 
 

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 import files
-from model import HALF, with_weights, write_weights
+from weights import HALF, with_weights, write_weights
 
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # their folders
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
-
 from toy.make import UNET as TOY  # noqa: E402
+from weights import WEIGHTS  # noqa: E402
 
 NARROW = model.replace(model.PRESETS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
                        pooled_dim=128)
@@ -113,7 +113,7 @@ def load():
             parameter.normal_(std=0.02)
         model.save_unet(unet, folder)
         del unet
-        size = Path(folder, f"{model.WEIGHTS}.safetensors").stat().st_size / 1e9
+        size = Path(folder, f"{WEIGHTS}.safetensors").stat().st_size / 1e9
         ours = f"import torch, model\n# ---\nmodel.load_unet({folder!r}, torch.float16)"
         theirs = (f"import torch, diffusers\nfrom diffusers import UNet2DConditionModel\n# ---\n"
                   f"UNet2DConditionModel.from_pretrained({folder!r}, torch_dtype=torch.float16)")

@@ -18,8 +18,9 @@ from torch import nn
 import files
 import model
 from common import UNETS, VAES, fill
-from model import VAE, WEIGHTS, UNet, UNetConfig, VAEConfig, load_unet, load_vae, save_unet, save_vae
+from model import VAE, UNet, UNetConfig, VAEConfig, load_unet, load_vae, save_unet, save_vae
 from run import claim
+from weights import WEIGHTS
 
 FILE = f"{WEIGHTS}.safetensors"
 HALF_FILE = f"{WEIGHTS}.fp16.safetensors"

@@ -17,12 +17,15 @@ import argparse
 import os
 import shutil
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import product
 from pathlib import Path
+from typing import Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -124,11 +127,15 @@ class Toy(nn.Module):
 # Training
 
 
+def pixels(images: Sequence[Image.Image]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
+
+
 def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
-    """Training pictures (B, 3, 64, 64) in [-1, 1], and their captions."""
+    """Training pictures (B, 3, 64, 64) and their captions."""
     images, captions = zip(*(shapes.sample(TRAIN_SEED, index) for index in indices))
-    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
-    return pixels, list(captions)
+    return pixels(images), list(captions)
 
 
 def train_vae(steps: int) -> model.VAE:
@@ -159,6 +166,50 @@ def scaled(vae: model.VAE) -> model.VAE:
     return vae
 
 
+class MeanPictures:
+    """The mean latents of all pictures of a caption: the best prediction where there is nothing but noise.
+
+    There a caption alone says what lies where, and a single picture says little about the mean of all. From
+    single pictures the U-Net learns the axis of "left of" and then, in thousands of steps, not the side; from
+    means it learns both in a hundred.
+    """
+
+    def __init__(self, vae: model.VAE, count: int = 300):
+        places = defaultdict(list)                               # where objects lie, by their caption's form
+        for scene in (shapes.scene(TRAIN_SEED, index) for index in range(count)):
+            for i, o in enumerate(scene.objects):
+                places[len(scene.objects), scene.relation, i].append(o)
+        # Objects do not overlap: a picture's latents are the empty one's and what each object adds to them.
+        self.empty, self.added = self.mean(vae, [[]]), {}
+        for place, objects in tqdm(places.items(), "mean pictures"):
+            for kind in product(shapes.COLOURS, shapes.SHAPES):
+                alone = [[shapes.Object(*kind, o.x, o.y, o.radius)] for o in objects]
+                self.added[place, kind] = self.mean(vae, alone) - self.empty
+
+    @staticmethod
+    def mean(vae: model.VAE, pictures: list[list[shapes.Object]]) -> Tensor:
+        images = [shapes.render(shapes.Scene(objects, None)) for objects in pictures]
+        return vae.encode(pixels(images))[0].mean(0) * vae.config.scaling_factor
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Captions to latents (B, 4, H, W)."""
+        asked = [shapes.parse(caption) for caption in captions]
+        return torch.stack([self.empty + sum(self.added[(len(objects), relation, i), kind]
+                                             for i, kind in enumerate(objects))
+                            for objects, relation in asked])
+
+
+def examples(indices: list[int], vae: model.VAE, means: MeanPictures | None):
+    """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
+    images, captions = pictures(indices)
+    if means:
+        return means(captions), torch.full((len(captions),), 999), captions
+    mean, logvar = vae.encode(images)
+    latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
+    # The latest of three draws: what a caption decides is decided at high noise.
+    return latents, torch.randint(0, 1000, (3, len(captions))).amax(0), captions
+
+
 def train(args: argparse.Namespace):
     """Trains the VAE, if there is none yet, and then the U-Net and the text encoders; resumes."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -177,35 +228,35 @@ def train(args: argparse.Namespace):
 
     torch.manual_seed(0)
     toy = Toy(tokenizers[0])
-    if args.init:
-        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
-        for name in TEXT_WIDTHS:
-            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
-    average = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     step, schedule = 0, Schedule(SCHEDULER)
-    if found := load_checkpoint(args.out):
+    found = load_checkpoint(args.out)
+    if found:
         past, tensors = found
         step = past["step"]
         if past.get("latent_std", LATENT_STD) != LATENT_STD:
             raise ValueError(f"{args.out} was begun with LATENT_STD {past['latent_std']}; give another --out")
         restore(tensors, step, toy, optimizer)
-        average = {name: tensors[f"average.{name}"].clone() for name in average}
+    elif args.init:
+        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
+        for name in TEXT_WIDTHS:
+            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
+    average = {name: tensors[f"average.{name}"].clone() if found else parameter.detach().clone()
+               for name, parameter in toy.named_parameters()}
     # The last layer of a text encoder has no part in the second-to-last's output.
     predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
+    means = MeanPictures(vae) if step < args.mean_steps else None
     parts = positions(step, args.steps, args.batch, args.batch // world, rank, world)
     bar = tqdm(range(step, args.steps), "U-Net", args.steps, initial=step, unit="step", disable=rank > 0)
 
     for step, indices in zip(bar, parts):
         torch.manual_seed(step * world + rank)
-        images, captions = pictures(indices)
-        mean, logvar = vae.encode(images)
-        latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
-        noise, timesteps = torch.randn_like(latents), torch.randint(0, 1000, (len(latents),))
+        latents, timesteps, captions = examples(indices, vae, means if step < args.mean_steps else None)
+        noise = torch.randn_like(latents)
         ids = [tokenizer(captions) for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
         prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
-        # What a caption decides is decided at high noise: the weight of Karras et al. (Table 1), on v.
+        # The weight of Karras et al. (Table 1), on v: an error in the picture counts the same at all noise.
         sigma = schedule.all_sigmas[timesteps].float()
         weight = (1 + (sigma / LATENT_STD) ** 2) / (1 + sigma ** 2)
         error = prediction - schedule.target(latents, noise, timesteps)
@@ -266,6 +317,7 @@ def main():
     add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
     add("--steps", type=count, default=3800, help="of U-Net and text encoders")
     add("--vae-steps", type=count, default=900, help="of the VAE, in batches of 16")
+    add("--mean-steps", type=number(int, 0), default=300, help="of these, the first ones, on mean pictures")
     add("--batch", type=count, default=32, help="images in a step, over all processes")
     add("--lr", type=number(float, 0), default=1e-3, help="learning rate of AdamW")
     add("--decay", type=number(float, 1e-9, 1), default=0.5, help="share of the steps in which it falls to 0")
