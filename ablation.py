@@ -15,17 +15,18 @@ import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cache
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from typing import Callable, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from tqdm import tqdm
 
 import chart
 import distill
 import files
-from data import JUDGE_SEED, PROMPTS
+from data import PROMPTS
 from sample import load_pipeline
 from toy import shapes
 
@@ -71,18 +72,24 @@ FINDINGS = {
     "F4": Finding("3d", "LF helps where there is no self-attention, and only there",
                   ["SA + LF at DW-1 & UP-3"],
                   [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
-BETTER = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
+SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
 
 
 def teacher_of(args: argparse.Namespace) -> str:
+    """The teacher that the flags for distill.py name."""
     return distill.command_line(args.distill).teacher
 
 
-def prompts_of(args: argparse.Namespace) -> tuple[str, ...]:
+def prompts_of(teacher: str, count: int) -> tuple[str, ...]:
     """What is drawn to score a run: the toy's captions that were not trained on, else prompts of ours."""
-    if teacher_of(args) != "toy":
-        return tuple(PROMPTS[:args.judge])
-    return tuple(shapes.caption(JUDGE_SEED, i) for i in range(args.judge))
+    if teacher != "toy":
+        return tuple(PROMPTS[:count])
+    return tuple(shapes.caption(shapes.JUDGE_SEED, i) for i in range(count))
+
+
+def threads_of(args: argparse.Namespace) -> int:
+    """Of each of the runs that are done at the same time."""
+    return max(1, (os.cpu_count() or 1) // args.jobs)
 
 
 def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
@@ -93,8 +100,7 @@ def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
                "--features", row.features, "--sa-blocks", row.blocks, "--steps", args.steps,
                "--batch", args.batch, "--seed", seed, "--judge", "0", "--preview-every", "0",
                "--out", folder, *args.distill]
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if args.jobs > 1 else {})
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads_of(args))} if args.jobs > 1 else {})
     with open(folder / "distill.log", "w") as log:
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)
     if done.returncode:
@@ -109,22 +115,28 @@ def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> li
     return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))
 
 
-draw_once = cache(draw)
+@cache
+def drawn_by(teacher: str, prompts: tuple[str, ...]) -> list[Image.Image]:
+    """Pictures by the teacher, drawn once for all runs."""
+    return draw(teacher, prompts)
 
 
-def score(args: argparse.Namespace, folder: Path) -> dict[str, float]:
+DRAWING = Lock()  # runs that are scored at the same time wait for the first of them to draw the teacher's
+
+
+def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> dict[str, float]:
     """
     The judge's scores of a run, nan if it is not the toy's, and its distance to the teacher.
 
     The distance is the root mean square difference of pictures from the same noise, in 0..1.
     """
-    path = folder / f"score-{args.steps}-{args.judge}.csv"  # a run may be made longer
+    path = folder / f"score-{steps}-{len(prompts)}.csv"  # a run may be made longer
     if not path.exists():
-        prompts = prompts_of(args)
-        taught = draw_once(teacher_of(args), prompts)
-        images = draw(teacher_of(args), prompts, folder / "unet")
-        scores = dict.fromkeys(BETTER, math.nan)
-        if teacher_of(args) == "toy":
+        with DRAWING:
+            taught = drawn_by(teacher, prompts)
+        images = draw(teacher, prompts, folder / "unet")
+        scores = dict.fromkeys(SIGNS, math.nan)
+        if teacher == "toy":
             scores |= shapes.scores(images, prompts)
         pairs = [[np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, taught)]
         scores["distance"] = statistics.fmean(float(((a - b) ** 2).mean() ** 0.5) for a, b in pairs)
@@ -173,29 +185,33 @@ def in_parallel(jobs: int, work: Callable, items: list) -> dict:
 
 def ablation(args: argparse.Namespace):
     """Runs and scores every row with every seed; rows that are the same run are run once."""
+    teacher = teacher_of(args)
+    prompts = prompts_of(teacher, args.judge)
     rows = {(table, name): row for table, named in TABLE.items() if args.table in (table, "all")
             for name, row in named.items()}
     runs = list(dict.fromkeys(row._replace(hpsv2=0) for row in rows.values()))
     todo = [(seed, row) for seed in range(args.seeds) for row in runs]
-    folders = in_parallel(args.jobs, lambda run: distilled(args, *run), todo)
-    found = {run: score(args, folders[run]) for run in tqdm(todo, "scores", unit="run")}
+    if args.jobs > 1:
+        torch.set_num_threads(threads_of(args))
+    both = lambda run: score(distilled(args, *run), args.steps, teacher, prompts)
+    found = in_parallel(args.jobs, both, todo)
     scores = {place: {key: [found[seed, row._replace(hpsv2=0)][key] for seed in range(args.seeds)]
-                      for key in BETTER} for place, row in rows.items()}
+                      for key in SIGNS} for place, row in rows.items()}
 
     spread = lambda values: statistics.stdev(values) if len(values) > 1 else math.nan
     numbers = [[*place, rows[place].hpsv2, *(number for values in scores[place].values()
                                              for number in (statistics.fmean(values), spread(values)))]
                for place in rows]
-    names = ["table", "row", "paper's HPSv2", *(key + part for key in BETTER for part in ("", " spread"))]
+    names = ["table", "row", "paper's HPSv2", *(key + part for key in SIGNS for part in ("", " spread"))]
     files.write_csv(args.out.with_suffix(".csv"), names, numbers)
-    both = lambda mean, spread: chart.shown(mean) + ("" if math.isnan(spread) else f" ± {spread:.2g}")
+    cell = lambda mean, spread: chart.shown(mean) + ("" if math.isnan(spread) else f" ± {spread:.2g}")
     header = [*names[:3], *names[3::2]]
-    cells = chart.show(header, [row[:3] + [both(*pair) for pair in zip(row[3::2], row[4::2])]
+    cells = chart.show(header, [row[:3] + [cell(*pair) for pair in zip(row[3::2], row[4::2])]
                                 for row in numbers])
     told = findings(scores)
     print("\n".join(told))
-    title = (f"Table 3, KOALA-1B of {teacher_of(args)}: {args.steps} steps of {args.batch}, "
-             f"{args.seeds} seed(s), {len(prompts_of(args))} captions")
+    title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seed(s), "
+             f"{len(prompts)} captions")
     files.write(args.out, lambda path: chart.stack(
         chart.table(title, header, cells), chart.paragraph(told)).save(path))
 
@@ -207,7 +223,7 @@ def findings(scores: dict[tuple[str, str], dict[str, list[float]]]) -> list[str]
         if (table, better[0]) not in scores:
             continue
         verdicts = []
-        for key, sign in BETTER.items():
+        for key, sign in SIGNS.items():
             of = lambda names: [scores[table, one][key] for one in names]
             if not math.isnan(of(better)[0][0]):
                 verdicts.append(f"by {key} {verdict(of(better), [of(group) for group in worse], sign)}")

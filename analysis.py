@@ -12,23 +12,24 @@ A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a fini
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, check, number, parser_of, preset
+from options import PRECISIONS, PRESETS, check, number, parser_of, preset, program
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_of(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    parser = parser_of(__doc__, "COMMAND [options]")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands",
+                                     prog=parser.prog)
 
     def command(name: str, meaning: str, models: str = ""):
-        one = commands.add_parser(name, help=meaning, description=meaning, allow_abbrev=False,
-                                  formatter_class=parser.formatter_class)
+        one = commands.add_parser(name, help=meaning, description=meaning, usage="%(prog)s [options]",
+                                  allow_abbrev=False, formatter_class=parser.formatter_class)
         one.error = parser.error
         if models:
             one.add_argument("--model", nargs="+", default=models.split(), metavar="NAME",
                              help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+        if models and name != "budget":
             one.add_argument("--device", help="[a GPU if there is one]")
         add = one.add_argument
         add("--out", type=Path, default=Path(f"{name}.png"), metavar="PNG", help="and a .csv beside it")
@@ -37,11 +38,12 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     for name, meaning in (("attention", "self-attention maps of each stage: components, and one query"),
                           ("similarity", "cosine of each transformer block's output to the one before")):
         add = command(name, meaning, "toy")
-        add("--prompts", type=Path, metavar="FILE", help="one on each line, if not our own")
+        add("--prompts", type=Path, metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
         if name == "attention":
-            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before it")
+            add("--at", type=number(float, 0, 1), default=0.5, metavar="X",
+                help="share of the steps done when the maps are taken")
             add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
 
     command("budget", "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
@@ -50,7 +52,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels, if not its own")
     add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
     add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
-    add("--precision", choices=PRECISIONS, help="[fp16 on a GPU, fp32 elsewhere]")
+    add("--precision", choices=PRECISIONS, metavar="P",
+        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
 
     add = command("ablation", "runs distill.py for each row of Table 3")
     add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
@@ -71,30 +74,25 @@ if __name__ == "__main__":
 
 import contextlib
 import math
-import re
 import statistics
-import time
 from collections import defaultdict
-from typing import Callable, Iterator, NamedTuple
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 from tqdm import tqdm
 
 import chart
 import files
 import model
-import text
 from ablation import ablation
-from data import JUDGE_SEED, PROMPTS
-from distill import flop_counter
-from sample import Pipeline, Schedule, euler, guide, load_pipeline, peak_memory, usable
+from costs import ORDER, budget, latency
+from data import PROMPTS
+from sample import Pipeline, load_pipeline
+from text import CLIPTokenizer
 from toy import shapes
-
-ORDER = ["DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3", "rest"]  # of stages, in figures
 
 
 def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
@@ -105,9 +103,9 @@ def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
             raise ValueError(f"--prompts {args.prompts} has no prompts")
         return prompts
     vocabularies = [files.find(preset(name).source, "tokenizer/vocab.json") for name in args.model]
-    if any(path is None or len(files.read_json(path)) >= text.CLIPTokenizer.SMALL for path in vocabularies):
+    if any(path is None or len(files.read_json(path)) >= CLIPTokenizer.SMALL for path in vocabularies):
         return PROMPTS
-    captions = (shapes.caption(JUDGE_SEED, i) for i in range(10 * count))
+    captions = (shapes.caption(shapes.JUDGE_SEED, i) for i in range(10 * count))
     return [caption for caption in captions if shapes.parse(caption)[1]][:count]
 
 
@@ -324,225 +322,7 @@ def similarity(args: argparse.Namespace):
     files.write(args.out, lambda path: chart.stack(*pictures).save(path))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Figures 2 and 5, Tables 1 and 2: parameters, work, latency
-
-
-class Networks(NamedTuple):
-    """A model's networks in numbers, which need no weights."""
-
-    texts: list[text.CLIPConfig]
-    vae: model.VAEConfig
-    unet: model.UNetConfig
-
-    @property
-    def size(self) -> int:
-        """Height and width of its images, in pixels."""
-        return self.unet.sample_size * self.vae.downscale
-
-
-PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
-    "sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)}
-PAPER_PARTS = {"text encoders": (817, 0.008), "VAE (decoder's work)": (83, 0.002)}  # Table 1
-# What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
-PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12
-
-
-def networks(name: str) -> Networks:
-    """Of sdxl, 1b and 700m from what is written here, of all others from their config files."""
-    if name in model.PRESETS:
-        return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.PRESETS[name])
-    source = preset(name).source
-    return Networks([text.read_config(source, folder) for folder in text.ENCODERS],
-                    *(model.read_config(kind, source)[0] for kind in (model.VAE, model.UNet)))
-
-
-def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1) -> list[Tensor]:
-    shapes = ((config.in_channels, side, side), (), (tokens, config.context_dim), (config.pooled_dim,), (6,))
-    return [torch.zeros(batch, *shape) for shape in shapes]
-
-
-def unet_parts(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], tuple[int, int]]:
-    """Parameters and multiply-adds of a forward pass, of each stage's residual blocks, transformers and rest.
-
-    The stage "rest" has the first and last convolution and what embeds the conditions. No memory is needed.
-    """
-    with FakeTensorMode(), flop_counter() as counter:
-        unet = model.UNet(config)
-        unet(*unet_inputs(config, tokens, config.sample_size))
-    work, parts = counter.get_flop_counts(), defaultdict(lambda: [0, 0])
-    kinds = {"resnets": "residual", "attentions": "transformer"}
-    names = {path: stage for stage, path in model.stages(config).items()}
-    for path, module in unet.named_modules():
-        where = re.match(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(\w+)\.\d+$", path)
-        if where or (path and "block" not in path and "." not in path):
-            part = (names[where[1]], kinds.get(where[2], "rest")) if where else ("rest", "rest")
-            parts[part][0] += sum(parameter.numel() for parameter in module.parameters())
-            parts[part][1] += sum(work.get(f"UNet.{path}", {}).values()) // 2
-    parts["rest", "rest"] = parts.pop(("rest", "rest"))          # at the end
-    return {part: tuple(counts) for part, counts in parts.items()}
-
-
-def whole_parts(found: Networks) -> dict[str, tuple[int, int]]:
-    """Parameters and multiply-adds of the networks beside the U-Net, for one image."""
-    with FakeTensorMode():
-        texts = [text.CLIP(config, projection=i == 1) for i, config in enumerate(found.texts)]
-        vae, side = model.VAE(found.vae), found.unet.sample_size
-        with flop_counter() as reading:
-            for clip in texts:
-                clip(torch.zeros(1, clip.config.max_position_embeddings, dtype=torch.long))
-        with flop_counter() as decoding:
-            vae.decode(torch.zeros(1, found.vae.latent_channels, side, side))
-        with flop_counter() as encoding:
-            vae.encode(torch.zeros(1, 3, side * found.vae.downscale, side * found.vae.downscale))
-    count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
-    return {"text encoders": (count(texts), reading.get_total_flops() // 2),
-            "VAE decoder": (count([vae.decoder, vae.post_quant_conv]), decoding.get_total_flops() // 2),
-            "VAE encoder": (count([vae.encoder, vae.quant_conv]), encoding.get_total_flops() // 2)}
-
-
-def budget(args: argparse.Namespace):
-    """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
-    rows, sums, bars = [], {}, defaultdict(dict)
-    for name in args.model:
-        found = networks(name)
-        parts = unet_parts(found.unet, found.texts[0].max_position_embeddings)
-        whole = whole_parts(found)
-        rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
-        rows += [[name, part, "", "", *counts] for part, counts in whole.items()]
-        total, work = (sum(column) for column in zip(*parts.values()))
-        paper, size, _ = PAPER.get(name, [math.nan] * 3)
-        sums[total] = [f"{name}: U-Net", total / 1e6, paper, work / 1e12, 4 * total / 1e9, size]
-        (encoder, _), (decoder, decoding) = whole["VAE encoder"], whole["VAE decoder"]
-        for part, (count, work) in (("text encoders", whole["text encoders"]),
-                                    ("VAE (decoder's work)", (encoder + decoder, decoding))):
-            paper = PAPER_PARTS[part][0] if name in PAPER else math.nan
-            numbers = [count / 1e6, paper, work / 1e12, 4 * count / 1e9, math.nan]
-            sums.setdefault(count, [f"{name}: {part}", *numbers])  # once, if models share it
-        for stage in (*model.stages(found.unet), "rest"):
-            kinds = ("residual", "transformer", "rest")
-            bars[stage][name] = [parts.get((stage, kind), (0, 0)) for kind in kinds]
-    files.write_csv(args.out.with_suffix(".csv"),
-                    ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
-    header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
-    cells = chart.show(header, list(sums.values()))
-    print("multiply-adds are of one image, and of one forward pass of the U-Net without guidance")
-
-    def drawn(title: str, which: int, unit: float) -> Image.Image:
-        bar = lambda stage, name: [counts[which] / unit for counts in bars[stage].get(name, [(0, 0)])]
-        groups = {stage: [bar(stage, name) for name in args.model] for stage in sorted(bars, key=ORDER.index)}
-        return chart.bars(f"{title} by stage; in each, {', '.join(args.model)}", groups,
-                          ["residual blocks", "transformers", "rest"])
-
-    files.write(args.out, lambda path: chart.stack(
-        chart.table("Whole networks", header, cells), drawn("Millions of parameters", 0, 1e6),
-        drawn("Billions of multiply-adds", 1, 1e9)).save(path))
-
-
-def random_weights(network: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
-    """A network whose weights are noise: as fast as a trained one, and nothing to download."""
-    with torch.device("meta"):
-        made = network().requires_grad_(False)
-    made = made.to(dtype).to_empty(device=device)
-    for parameter in made.parameters():
-        nn.init.normal_(parameter, std=0.02)
-    return made.to(memory_format=torch.channels_last)
-
-
-def seconds(run: Callable[[], object], device: str, repeat: int) -> float:
-    """The median time of several runs after one to warm up; a GPU is waited for."""
-    times = []
-    for _ in range(repeat + 1):
-        start = time.perf_counter()
-        run()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
-
-
-@torch.inference_mode()
-def latency(args: argparse.Namespace):
-    """Times each model's parts, beside what counting predicts and what the paper says."""
-    device = usable(args.device)
-    dtype = getattr(torch, PRECISIONS[args.precision or ("fp16" if device.startswith("cuda") else "fp32")])
-    schedule = Schedule({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
-                         "timestep_spacing": "leading", "steps_offset": 1})
-    rows = []
-    bar = tqdm(total=3 * len(args.model) * (args.repeat + 1), desc="latency", unit="run")
-    for name in args.model:
-        found = networks(name)
-        size, tokens = args.size or found.size, found.texts[0].max_position_embeddings
-        side = size // found.vae.downscale
-        config = model.replace(found.unet, sample_size=side)
-        whole = whole_parts(found._replace(unet=config))
-        step = sum(macs for _, macs in unet_parts(config, tokens).values())
-        noise = torch.randn(1, config.in_channels, side, side, device=device)
-        inputs = [x.to(device, dtype) for x in unet_inputs(config, tokens, side, batch=2)]
-
-        def texts():
-            encoders = [random_weights(lambda: text.CLIP(one, projection=i == 1), dtype, device)
-                        for i, one in enumerate(found.texts)]
-            ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-            return lambda: [encoder(ids) for encoder in encoders]
-
-        def denoiser():
-            unet = random_weights(lambda: model.UNet(config), dtype, device)
-
-            def predict(x: Tensor, t: float) -> Tensor:
-                timesteps = torch.full((2,), t, device=device)
-                return guide(unet(torch.cat([x, x]).to(dtype), timesteps, *inputs[2:]).float(), 7.5)
-            return lambda: euler(predict, noise, schedule, args.steps)
-
-        def decoder():
-            vae = random_weights(lambda: model.VAE(found.vae), dtype, device)
-            return lambda: vae.decode(noise.to(dtype))
-
-        same = (size, args.steps) == (1024, 25)  # as the paper has it
-        for part, make, macs, said in (
-                ("text encoders", texts, whole["text encoders"][1], PAPER_PARTS["text encoders"][1]),
-                ("U-Net", denoiser, 2 * args.steps * step, PAPER.get(name, [math.nan])[-1]),
-                ("VAE decoder", decoder, whole["VAE decoder"][1], PAPER_PARTS["VAE (decoder's work)"][1])):
-            peak_memory(device, restart=True)
-            run = make()
-            took = seconds(lambda: (run(), bar.update()), device, args.repeat)
-            del run                                              # before the next is made and measured
-            rows.append([name, part, 2 * macs / 1e12, took, 2 * macs / took / 1e12, peak_memory(device),
-                         said if same and name in PAPER else math.nan,
-                         2 * macs / PAPER_RATE if same and name in PAPER else math.nan])
-    bar.close()
-    # What counting alone would say here: the first model's rate for all U-Nets.
-    rate = next(row[4] for row in rows if row[1] == "U-Net")
-    for row in rows:
-        row.insert(5, row[2] / rate if row[1] == "U-Net" else math.nan)
-    header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
-              "at 107.5 TFLOP/s"]
-    where = f"a CPU, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name(device)
-    where += f", {str(dtype).removeprefix('torch.')}"
-    files.write_csv(args.out.with_suffix(".csv"), header, rows)
-    cells = chart.show(header, rows)
-    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate:.3g} TFLOP/s")
-    if any(not math.isnan(row[7]) for row in rows):
-        floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
-        print(f"the paper's 0.002 s for the VAE decoder cannot be: an RTX 4090 needs {floor:.3f} s")
-    groups = {}
-    for name, network, _, took, _, counted, _, said, implied in rows:
-        if network == "U-Net":  # a bar for each number, in its own colour: the parts before it are 0
-            groups[name] = [[0] * i + [value] for i, value in enumerate((took, counted, said, implied))
-                            if not math.isnan(value)]
-    kinds = ["measured", "by counting", "paper, RTX 4090", "counted, at 107.5 TFLOP/s"]
-    files.write(args.out, lambda path: chart.stack(
-        chart.table(f"Latency on {where}", header, cells),
-        chart.bars(f"Seconds of the U-Net in {args.steps} steps", groups, kinds)).save(path))
-
-
 if __name__ == "__main__":
-    try:
-        {"attention": attention, "similarity": similarity, "budget": budget, "latency": latency,
-         "ablation": ablation}[ARGS.command](ARGS)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {files.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    commands = {"attention": attention, "similarity": similarity, "budget": budget, "latency": latency,
+                "ablation": ablation}
+    program(lambda: commands[ARGS.command](ARGS), "lower --rows, --size or the number of models")

@@ -3,7 +3,8 @@ Training data: pictures with captions from the toy, from a folder, or from img2d
 the positions 0, 1, 2, ... of an endless, shuffled order.
 
 What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: sample p is
-a function of (seed, p), the same for any batch, number of processes, or number of times a run was stopped.
+a function of (seed, p), or with a cache, which fixes a picture's crop, of these and the picture: the same for
+any batch, number of processes, or number of times a run was stopped.
 """
 
 import contextlib
@@ -62,11 +63,10 @@ class Shapes:
         return 2**31
 
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
-        picture, caption = shapes.sample(TRAIN_SEED, index)
+        picture, caption = shapes.sample(shapes.TRAIN_SEED, index)
         return picture, caption, picture.size[::-1]
 
 
-TRAIN_SEED, JUDGE_SEED = 0, 1  # of the toy's pictures: what is judged was not trained on
 PROMPTS = [  # for real models, in the four styles of HPSv2's (Wu et al., arXiv 2306.09341)
     f"{subject}, {style}" for subject, style in product(
         ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
@@ -110,12 +110,15 @@ class Pairs:
                 if kind in groups.setdefault(stem, {}):
                     self.skipped["duplicate"] += kind == "image"
                 groups[stem].setdefault(kind, span)
+        items = []
         for group in groups.values():
             if "image" not in group:
                 self.skipped["no_image"] += "txt" in group
             elif "txt" not in group and not self.caption:
                 self.skipped["no_caption"] += 1
-        return [group for group in groups.values() if "image" in group and ("txt" in group or self.caption)]
+            else:
+                items.append(group)
+        return items
 
     def from_metadata(self, root: Path) -> list[dict[str, Span]]:
         items, start = [], 0
@@ -213,7 +216,7 @@ def counted(reasons: Counter) -> str:
 
 class Samples(Dataset):
     """
-    Training sample p as a dictionary, for any p from 0: a function of (seed, p) alone.
+    Training sample p as a dictionary, for any p from 0.
 
     pixels (3, S, S) in [-1, 1] and caption, or what a cache has in their place; dropped, whether the caption
     is; time_ids (6,); timestep; noise and, to draw the latent from the VAE's distribution, latent_noise
@@ -238,7 +241,7 @@ class Samples(Dataset):
 
     def __getitem__(self, p: int) -> dict:
         skipped = {}
-        # A bad sample is replaced by the next good one; two times around surely has the whole of an epoch.
+        # A bad sample is replaced by the next good one; twice the length of the source has one whole epoch.
         for place in range(p, p + 2 * len(self.source)):
             index = self.index(place)
             try:
@@ -291,7 +294,7 @@ def write_cached(sample: dict, folder: Path):
     path = in_cache(folder, sample["index"])
     names = ("mean", "std", "context", "pooled", "time_ids")
     tensors = {name: sample[name].cpu().contiguous() for name in names}
-    try:
+    try:  # not `files.write`, which waits for the disk: a file that a crash cut is made again
         save_file(tensors, f"{path}.{os.getpid()}")
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {files.one_line(error)}") from None

@@ -11,11 +11,9 @@ sample p comes from (seed, p), so a run is the same on one process or many, stop
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, may_be_model, number, parser_of, preset
+from options import PRECISIONS, PRESETS, may_be_model, number, parser_of, preset, process, program
 
 RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
@@ -31,8 +29,8 @@ NUMBERS = [  # flag, least and greatest value, default (None: by recipe), meanin
     ("batch", 1, 10**6, None, "images in a step, over all processes"),
     ("micro-batch", 1, 10**6, None, "images at once in a process; a batch accumulates them"),
     ("lr", 1e-12, 1.0, None, "learning rate of AdamW"),
-    ("decay", 0.0, 1.0, None, "share of the steps, at the end, in which the rate falls to 0"),
-    ("clip", 1e-9, 1e9, 1.0, "longest gradient"),
+    ("decay", 0.0, 1.0, None, "share of the steps, the last, in which the rate falls to 0"),
+    ("clip", 1e-9, 1e9, 1.0, "largest norm of the gradients"),
     ("dropout", 0.0, 1.0, 0.1, "share of captions replaced by none"),
     ("size", 0, 4096, 0, "height and width of training images; 0: the teacher's own"),
     ("workers", 0, 1000, 0, "processes that read data"),
@@ -65,11 +63,11 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         help="toy, sdxl, hub id, folder; none: task loss alone")
     add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder")
     add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
-        help="SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none")
-    add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom",
-        help="which of a deeper teacher's transformer blocks (Table 3c)")
+        help="of SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none")
+    add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom", metavar="B",
+        help="bottom, interleave or up: which of a deeper teacher's transformer blocks (Table 3c)")
     add("--data", default="shapes", metavar="D",
-        help="shapes; or a folder: images and .txt files, images and metadata.jsonl, or .tar shards")
+        help="shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards")
     add("--caption", metavar="TEXT", help="one caption for all images, as DreamBooth has it")
     add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; fixes each image's crop")
     add("--flip", action="store_true", help="mirror half of the images")
@@ -79,8 +77,10 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
             text += f" [{', '.join(f'{name} {recipe[key]}' for name, recipe in RECIPES.items())}]"
         kind = number(type(low), low, high, multiple=8 if flag == "size" else 1)
         add("--" + flag, type=kind, default=default, metavar="N", help=text)
-    add("--precision", choices=PRECISIONS, help="[bf16 on a GPU, fp32 elsewhere]")
-    add("--checkpointing", choices=["none", "selective", "full"], default="none", help="recomputed parts")
+    add("--precision", choices=PRECISIONS, metavar="P",
+        help="fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]")
+    add("--checkpointing", choices=["none", "selective", "full"], default="none", metavar="C",
+        help="what is recomputed: none, selective or full")
     add("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", help="[a GPU if there is one]")
     add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
@@ -90,7 +90,7 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     for name, value in RECIPES["toy" if args.teacher == "toy" else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    _, world, _ = process()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
     if args.batch % (world * args.micro_batch):
         parser.error(f"--batch {args.batch} is not a multiple of {world} x --micro-batch {args.micro_batch}")
@@ -104,7 +104,10 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
-    args.out = args.out or Path("runs", f"{Path(args.teacher).name}-{args.student}")
+    made = f"{Path(args.teacher).name}-{args.student}"
+    if args.teacher == "none" and args.init != "random":
+        made = Path(args.init).name
+    args.out = args.out or Path("runs", made)
     return args
 
 
@@ -118,7 +121,9 @@ import re
 import shutil
 import time
 from collections import Counter
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Iterator
 
 import torch
 import torch.distributed as dist
@@ -128,16 +133,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
 import files
 import model
 from chart import sheet
-from data import JUDGE_SEED, PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
+from costs import work
+from data import PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
 from run import (
     Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
-from sample import BUNDLE, load_pipeline
+from sample import BUNDLE, dtype_of, load_pipeline
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -224,8 +229,8 @@ class Distillation:
 
     def __init__(self, args: argparse.Namespace, device: str):
         self.args, self.device = args, device
-        precision = args.precision or ("bf16" if device.startswith("cuda") else "fp32")
-        self.dtype = getattr(torch, PRECISIONS[precision])
+        self.dtype = dtype_of(args.precision, device, on_gpu="bf16")
+        self.weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)  # of the terms
         self.source = source_of(args)
         self.pipeline = load_pipeline(self.source, dtype=self.dtype, device=device, compile=args.compile)
         self.pipeline.vae.requires_grad_(False)
@@ -233,10 +238,12 @@ class Distillation:
         self.teacher = self.pipeline.unet.requires_grad_(False) if args.teacher != "none" else None
         self.student = self.new_student().to(memory_format=torch.channels_last)
         self.student.set_checkpointing(args.checkpointing)
+        if not self.teacher:
+            del self.pipeline.unet  # it gave its shape, and is loaded again if pictures are asked of it
 
         self.matched = match_features(self.student, self.teacher, features_of(args), args.sa_blocks)
         self.learned = model.Features(self.student, list(self.matched))
-        if self.teacher:  # without outKD nothing is computed of it that is later than its last feature
+        if self.teacher:  # without outKD it stops after its last feature
             self.taught = model.Features(self.teacher, list(self.matched.values()), stop=not args.out_kd)
         self.check_gradients()
         if args.compile:
@@ -264,7 +271,7 @@ class Distillation:
         return torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32)
 
     def check_gradients(self):
-        """Raises RuntimeError if a feature of the student could not be trained: now, not after a night."""
+        """Raises RuntimeError, before training, if a feature of the student gets no gradient."""
         config, zeros = self.student.config, partial(torch.zeros, device=self.device)
         with self.learned as features:
             self.student(zeros(1, config.in_channels, 8, 8), 0, zeros(1, 1, config.context_dim),
@@ -325,12 +332,13 @@ class Distillation:
 # Training
 
 # What may differ between the sittings of one run; anything else would make it another run.
-FREE = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing",
+MAY_DIFFER = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing",
         "compile", "device", "out", "cache", "dry_run"}
 
 
 def settings(args: argparse.Namespace) -> dict:
-    fixed = {name: value for name, value in vars(args).items() if name not in FREE}
+    """What a run was begun with and must be continued with."""
+    fixed = {name: value for name, value in vars(args).items() if name not in MAY_DIFFER}
     fixed["cached"] = args.cache is not None  # then an image has the same crop in every epoch
     if not args.decay:
         del fixed["steps"]  # a run of constant rate may be made longer
@@ -347,104 +355,138 @@ def check_settings(old: dict, args: argparse.Namespace):
             f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
 
 
-def train(args: argparse.Namespace, distillation: Distillation, signals: Signals, device: str, rank: int,
-          world: int) -> int:
+@dataclass
+class Progress:
+    """How far a run has come; its checkpoints have this as they have the weights."""
+
+    step: int = 0
+    updates: int = 0                                             # steps whose gradients were finite
+    skipped_steps: int = 0                                       # the others
+    skipped_samples: dict[int, str] = field(default_factory=dict)  # the reason, by index
+
+
+def resume(args: argparse.Namespace, student: model.UNet, optimizer: torch.optim.Optimizer,
+           scaler: torch.amp.GradScaler) -> Progress:
+    """Puts all back as the last checkpoint has it, if there is one. Raises ValueError as `check_settings`."""
+    found = load_checkpoint(args.out)
+    if not found:
+        return Progress()
+    past, tensors = found
+    check_settings(past["settings"], args)
+    restore(tensors, past["updates"], student, optimizer)
+    if past["scaler"]:
+        scaler.load_state_dict(past["scaler"])
+    skipped = {int(index): reason for index, reason in past["skipped_samples"].items()}  # text, in JSON
+    return Progress(past["step"], past["updates"], past["skipped_steps"], skipped)
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Constant, and in the last share `--decay` of the steps falling to 0."""
+    return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
+
+
+def accumulate(distillation: Distillation, predict, batches: Iterator[list[dict]],
+               scaler: torch.amp.GradScaler, world: int) -> tuple[Tensor, dict[int, str]]:
+    """The gradients of a step's micro-batches; its mean terms (3,), and what samples of it were skipped."""
+    args, skipped = distillation.args, {}
+    count = args.batch // (args.micro_batch * world)
+    total = torch.zeros(3, device=distillation.device)
+    for micro in range(count):
+        samples = next(batches)
+        if error := samples[0].get("error"):
+            raise ValueError(error)
+        last = micro == count - 1
+        with predict.no_sync() if world > 1 and not last else contextlib.nullcontext():
+            terms = torch.stack(distillation.terms(predict, samples))
+            scaler.scale((terms * distillation.weights).sum() / count).backward()
+        total += terms.detach() / count
+        for sample in samples:
+            skipped |= sample["skipped"]
+    if world > 1:
+        dist.all_reduce(total)
+        total /= world
+    return total, skipped
+
+
+def train(args: argparse.Namespace, distillation: Distillation, source: Shapes | Pairs, signals: Signals,
+          rank: int, world: int) -> int:
     """Runs what is left of the run. Returns 0, or the number of the signal that ended it early."""
-    student = distillation.student
+    student, device = distillation.student, distillation.device
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
-    step = updates = skipped_steps = skipped_in_a_row = 0
-    skipped_samples = {}  # the reason, by index
-    if found := load_checkpoint(args.out):
-        past, tensors = found
-        check_settings(past["settings"], args)
-        step, updates, skipped_steps = past["step"], past["updates"], past["skipped_steps"]
-        skipped_samples = {int(index): reason for index, reason in past["skipped_samples"].items()}
-        restore(tensors, updates, student, optimizer)
-        if past["scaler"]:
-            scaler.load_state_dict(past["scaler"])
-    if step >= args.steps:
+    progress = resume(args, student, optimizer, scaler)
+    if progress.step >= args.steps:
         return 0
     (args.out / "scores.csv").unlink(missing_ok=True)  # of a shorter run
-    data = training_data(args, distillation)
+    part = progress.step, args.steps, args.batch, args.micro_batch, rank, world
     batches = iter(DataLoader(
-        data, batch_sampler=positions(step, args.steps, args.batch, args.micro_batch, rank, world),
-        num_workers=args.workers, collate_fn=list, worker_init_fn=leave_signals_alone))
+        training_data(args, distillation, source), batch_sampler=positions(*part), num_workers=args.workers,
+        collate_fn=list, worker_init_fn=leave_signals_alone))
     predict = student
-    if world > 1:  # outputs may be without a loss where features alone are asked for
+    if world > 1:  # with features alone, the last layers get no gradient
         predict = DistributedDataParallel(student, find_unused_parameters=not (args.task or args.out_kd))
-    accumulation = args.batch // (args.micro_batch * world)
-    weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)
-    log = Log(args.out / "log.csv", step) if rank == 0 else None
-    bar = tqdm(range(step, args.steps), args.out.name, args.steps, initial=step, unit="step", disable=rank)
+    log = Log(args.out / "log.csv", progress.step) if rank == 0 else None
+    bar = tqdm(range(progress.step, args.steps), args.out.name, args.steps, initial=progress.step,
+               unit="step", disable=rank)
+    in_a_row = 0
 
     for step in bar:
         start = time.perf_counter()
-        rate = args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
-        optimizer.param_groups[0]["lr"] = rate
-        total = torch.zeros(3, device=device)
-        for micro in range(accumulation):
-            samples = next(batches)
-            if error := samples[0].get("error"):
-                raise ValueError(error)
-            last = micro == accumulation - 1
-            with predict.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                terms = torch.stack(distillation.terms(predict, samples))
-                scaler.scale((terms * weights).sum() / accumulation).backward()
-            total += terms.detach() / accumulation
-            for sample in samples:
-                skipped_samples |= sample["skipped"]
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(args, step)
+        total, skipped = accumulate(distillation, predict, batches, scaler, world)
+        progress.skipped_samples |= skipped
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
         if norm.isfinite():  # the same on all processes, for so are the gradients
             scaler.step(optimizer)
-            updates, skipped_in_a_row = updates + 1, 0
+            progress.updates, in_a_row = progress.updates + 1, 0
         else:
-            skipped_in_a_row, skipped_steps = skipped_in_a_row + 1, skipped_steps + 1
+            progress.skipped_steps, in_a_row = progress.skipped_steps + 1, in_a_row + 1
         scaler.update()
         optimizer.zero_grad()
+        progress.step = done = step + 1
 
-        if world > 1:
-            dist.all_reduce(total)
-            total /= world
         task, out_kd, feat_kd = total.tolist()
         bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
-        done, stop = step + 1, signals.agreed(device)
+        stop = signals.agreed(device)
         if rank == 0:
             log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd,
-                      total=(total * weights).sum().item(), lr=rate, norm=norm.item(),
+                      total=(total * distillation.weights).sum().item(), lr=rate, norm=norm.item(),
                       seconds=time.perf_counter() - start, images=done * args.batch,
-                      skipped_samples=len(skipped_samples), skipped_steps=skipped_steps)
-        if skipped_in_a_row == 20:
+                      skipped_samples=len(progress.skipped_samples), skipped_steps=progress.skipped_steps)
+        if in_a_row == 20:
             raise FloatingPointError(
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
                 f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, "
                 f"or a lower --lr")
         if done % args.save_every == 0 or done == args.steps or stop:
-            skipped_samples = union(skipped_samples, world)
+            progress.skipped_samples = union(progress.skipped_samples, world)
             if rank == 0:
                 # The weights first: a run is finished when its checkpoint says so.
                 model.save_unet(student, args.out / "unet")
-                save_checkpoint(args.out, done, trained(student, optimizer), updates=updates,
-                                settings=settings(args), scaler=scaler.state_dict(),
-                                skipped_steps=skipped_steps, skipped_samples=skipped_samples)
+                save_checkpoint(args.out, tensors=trained(student, optimizer), settings=settings(args),
+                                scaler=scaler.state_dict(), **vars(progress))
                 bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
-        if step * args.batch < min(len(data.source), args.steps * args.batch) <= done * args.batch:
-            skipped_samples = union(skipped_samples, world)
+        if step * args.batch < min(len(source), args.steps * args.batch) <= done * args.batch:
+            progress.skipped_samples = union(progress.skipped_samples, world)
             if rank == 0 and args.data != "shapes":
-                reasons = counted(Counter(skipped_samples.values()) + data.source.skipped)
-                used = min(len(data.source) - len(skipped_samples), done * args.batch)
-                bar.write(f"first pass over the data: {used} pairs used; skipped: {reasons}")
+                bar.write(first_pass(source, progress.skipped_samples, done * args.batch))
         if stop:
             return stop
     return 0
 
 
-def training_data(args: argparse.Namespace, distillation: Distillation) -> Samples:
-    source = Shapes() if args.data == "shapes" else Pairs(args.data, args.caption)
+def first_pass(source: Pairs, skipped: dict[int, str], seen: int) -> str:
+    """What became of the data, once all of it, or all that the run wants of it, has been seen."""
+    reasons = counted(Counter(skipped.values()) + source.skipped)
+    return f"first pass over the data: {min(len(source) - len(skipped), seen)} pairs used; skipped: {reasons}"
+
+
+def training_data(args: argparse.Namespace, distillation: Distillation, source: Shapes | Pairs) -> Samples:
+    """The samples of a source. Raises ValueError if the source, or the cache, does not fit the run."""
     config, vae = distillation.student.config, distillation.pipeline.vae.config
     size = args.size or config.sample_size * vae.downscale
     if isinstance(source, Shapes) and size != shapes.SIZE:
@@ -477,8 +519,9 @@ def draw(distillation: Distillation, unet: model.UNet, prompts: list[str], progr
 def preview(distillation: Distillation, path: Path):
     """Draws the teacher's pictures and below them the student's, from the same noise."""
     args = distillation.args
-    prompts = [shapes.caption(JUDGE_SEED, i) for i in range(8)] if args.data == "shapes" else PROMPTS[::9]
-    prompts = [args.caption] * 4 if args.caption else prompts
+    prompts = [args.caption] * 4 if args.caption else PROMPTS[::9]
+    if args.data == "shapes":
+        prompts = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(8)]
     unets = {"teacher": distillation.teacher, "student": distillation.student}
     rows = {name: draw(distillation, unet, prompts) for name, unet in unets.items() if unet}
     path.parent.mkdir(exist_ok=True)
@@ -488,7 +531,7 @@ def preview(distillation: Distillation, path: Path):
 def judge(distillation: Distillation):
     """What the toy's judge says of teacher, student before and student after: scores.csv, and judged.png."""
     args = distillation.args
-    captions = [shapes.caption(JUDGE_SEED, i) for i in range(args.judge)]
+    captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(args.judge)]
     unets = {"teacher": distillation.teacher, "student before": distillation.new_student(),
              "student after": distillation.student}
     images = {name: draw(distillation, unet, captions, f"judging {name}")
@@ -503,6 +546,7 @@ def judge(distillation: Distillation):
 
 
 def show_scores(path: Path):
+    """Prints the table that `judge` wrote."""
     with open(path, newline="") as file:
         for row in csv.reader(file):
             print(f"{row[0]:16}" + "".join(f"{cell:>9}" for cell in row[1:]))
@@ -552,10 +596,12 @@ def dry_run(args: argparse.Namespace):
     # the teacher is too; the VAE in float32 if it asks for that.
     weights = (4 + 4 + 8 + 2) * s + 2 * t + (4 if vae_config.force_upcast else 2) * v
     micro, tera, giga = args.micro_batch, 1e12, 1e9
+    most = "" if args.out_kd else "at most "  # it stops after its last feature
     print(f"""
 parameters   teacher {t:,}, student {s:,}{f" ({s / t - 1:+.1%})" if t else ""}, VAE {v:,}
-work         TFLOP an image: teacher {taught / tera:.4g}, student forward and backward {learned / tera:.4g},
-             VAE encoder {encoded / tera:.4g} (once, with --cache); a step of {args.batch}: {step / tera:.4g}
+work         TFLOP an image: teacher {most}{taught / tera:.4g}, student forward and backward
+             {learned / tera:.4g}, VAE encoder {encoded / tera:.4g} (once, with --cache);
+             a step of {args.batch}: {step / tera:.4g}
 memory       GB: weights of all, gradients and moments {weights / giga:.2f}; activations of {micro} images,
              without checkpointing, {micro * kept / giga:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
@@ -571,45 +617,19 @@ def bfloat16():
         torch.set_default_dtype(torch.float32)
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts the work within `with`: matrix products, convolutions and attention, 2 FLOPs a multiply-add."""
-    return FlopCounterMode(display=False, custom_mapping={  # of the CPU's attention, which it does not know
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)})
-
-
-def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """FLOPs of a network's forward pass, and backward if it is trained; bytes it keeps to go backward."""
-    own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in own:
-            kept[tensor.untyped_storage()._cdata] = tensor  # itself too, or its number is used again
-        return tensor
-
-    with (flop_counter() as counter,
-          torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)):
-        output = network(*inputs)
-        if output.requires_grad:
-            output.sum().backward()
-    return counter.get_total_flops(), sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-
-
 def main(args: argparse.Namespace) -> int:
+    """Distils, or goes on distilling, and has the student judged; returns the exit status."""
     if args.dry_run:
         dry_run(args)
         return 0
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, world, local = process()
     device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
     if world > 1:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
     _lock = claim(args.out) if rank == 0 else None  # held until the process ends, however it ends
+    source = Shapes() if args.data == "shapes" else Pairs(args.data, args.caption)
 
     distillation = Distillation(args, device)
     if rank == 0:
@@ -618,7 +638,7 @@ def main(args: argparse.Namespace) -> int:
         print(f"{args.out}: a student of {count:,} parameters ({count / teacher - 1:+.0%}), "
               f"{len(distillation.matched)} features, {distillation.dtype} on {world} x {device}")
     with Signals() as signals:
-        stop = train(args, distillation, signals, device, rank, world)
+        stop = train(args, distillation, source, signals, rank, world)
     if world > 1:
         dist.destroy_process_group()
     if rank > 0:
@@ -637,11 +657,4 @@ def main(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(ARGS))
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of memory; lower --micro-batch, or use --checkpointing selective or full")
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
-        sys.exit(f"error: {files.one_line(error)}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    program(lambda: main(ARGS), "lower --micro-batch, or use --checkpointing selective or full")

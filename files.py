@@ -13,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from options import one_line
+
 WRITING = ".writing-"  # begins the names of folders of half-made files, which a killed process leaves
 
 
@@ -119,10 +121,6 @@ def write(path: Path, make):
 
 def write_json(path: Path, value: dict):
     write(path, lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
-
-
-def one_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]):

@@ -58,6 +58,11 @@ class UNetConfig:
     out_channels: int = 4
     sample_size: int = 128                        # latent height and width that it was trained for
 
+    @property
+    def emb_dim(self) -> int:
+        """Width of the embedding of time and other conditions."""
+        return 4 * self.channels[0]
+
     @classmethod
     def from_diffusers(cls, config: dict) -> "UNetConfig":
         """Reads an official unet/config.json; ValueError names what it asks for that is not here."""
@@ -192,7 +197,7 @@ def per_level(value: int | list, levels: int) -> tuple:
 
 
 def check_supported(read: dict, written: dict):
-    """Raises ValueError for the entries of a config.json that we would not write; null is false is absent."""
+    """Raises ValueError for what a config.json has and we would not write; null, false, absent are equal."""
     wrong = [f"{key}={value!r}" for key, value in read.items() if not key.startswith("_")
              and ((value or None) != (written.get(key) or None) or uneven(key, value))]
     if wrong:
@@ -428,14 +433,14 @@ def image(x: Tensor, H: int, W: int) -> Tensor:
 
 
 class Stage(nn.Module):
-    """Residual blocks, from one width to another; the first `transformers` of them have one."""
+    """Residual blocks from one width to another; a transformer follows each of the first `transformers`."""
 
     def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int,
                  config: UNetConfig):
         super().__init__()
         cout = widths[-1][1]
         self.resnets = nn.ModuleList(
-            [ResBlock(din, dout, config.groups, 1e-5, 4 * config.channels[0]) for din, dout in widths])
+            [ResBlock(din, dout, config.groups, 1e-5, config.emb_dim) for din, dout in widths])
         self.attentions = nn.ModuleList(
             [Transformer(cout, depth, heads, config) for _ in range(transformers)])
 
@@ -475,7 +480,7 @@ class MidStage(Stage):
 
 
 class UpStage(Stage):
-    """UP-i. Every pair reads one skip more; `skip_widths` are theirs, in the order they are used."""
+    """UP-i. Each pair also reads a skip; `skip_widths` are the skips' widths, in the order of use."""
 
     def __init__(self, cin: int, cout: int, skip_widths: list[int], depth: int, heads: int,
                  config: UNetConfig, last: bool):
@@ -488,7 +493,7 @@ class UpStage(Stage):
             x = torch.cat([x, skips.pop()], dim=1)               # (B, C + C of the skip, H, W)
             x = self.pair(i, x, emb, context)                    # (B, C, H, W)
         for upsample in self.upsamplers:
-            x = upsample(x, skips[-1].shape[2:])                 # (B, C, 2H, 2W), or the skip's one less
+            x = upsample(x, skips[-1].shape[2:])                 # (B, C, 2H, 2W), or one less, as the skip
         return x                                                 # LF
 
 
@@ -501,12 +506,11 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         channels, last = config.channels, len(config.channels) - 1
-        emb_dim = 4 * channels[0]
 
         self.conv_in = nn.Conv2d(config.in_channels, channels[0], 3, padding=1)
-        self.time_embedding = Embedding(channels[0], emb_dim)
+        self.time_embedding = Embedding(channels[0], config.emb_dim)
         if config.pooled_dim:
-            self.add_embedding = Embedding(config.pooled_dim + 6 * config.size_dim, emb_dim)
+            self.add_embedding = Embedding(config.pooled_dim + 6 * config.size_dim, config.emb_dim)
 
         self.down_blocks = nn.ModuleList()
         x, skips = channels[0], [channels[0]]  # widths, followed as `forward` follows tensors
@@ -558,7 +562,7 @@ class UNet(nn.Module):
         """What the backward pass recomputes: "none", "selective" (cheap layers) or "full" (whole blocks)."""
         if mode not in CHECKPOINTING:
             raise ValueError(f"no checkpointing {mode!r}; choose from {', '.join(CHECKPOINTING)}")
-        if mode != "none":  # features of a compiled U-Net too are of the forward pass alone
+        if mode != "none":  # so that `Features` has the forward pass alone, of a compiled U-Net too
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
             if isinstance(module, Recomputed):
@@ -816,7 +820,7 @@ def load(kind: type, source: str | Path, dtype: torch.dtype | None, device: str)
 
 
 def advice(found: dict[str, tuple[int, ...]]) -> str:
-    """What to do about weights that do not fit their config.json, by their names and shapes; "" if unknown."""
+    """What to do about weights that do not fit their config.json, by names and shapes; "" if unknown."""
     if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
         return "; these are names of the single-file format: get the folder in diffusers' layout"
     fits = [name for name, config in PRESETS.items() if found == meta_shapes(config)]

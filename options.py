@@ -1,16 +1,19 @@
 """
 What the command lines share: names of models, numbers within bounds, one line for a mistake.
 
-Nothing heavy is imported here, so that a slip is told at once.
+Nothing heavy is imported here, so that a mistake is reported at once.
 """
 
 import argparse
 import json
 import math
+import os
+import re
+import shutil
 import sys
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 
 class Preset(NamedTuple):
@@ -47,7 +50,10 @@ def preset(name: str) -> Preset:
         return PRESETS[name]
     own = Path(name, "preset.json")
     if own.is_file():
-        return Preset(str(name), **json.loads(own.read_text()))
+        try:
+            return Preset(str(name), **json.loads(own.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{own} is not a preset, remove it or make it anew ({error})") from None
     same = lambda source: source == str(name) or Path(source).resolve() == Path(name).resolve()
     return next((preset for preset in PRESETS.values() if same(preset.source)), Preset(str(name)))
 
@@ -62,7 +68,7 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     def parse(text: str):
         value = kind(text)
         if not (low <= value <= high and value < math.inf):
-            bounds = f"finite and at least {low}" if high == math.inf else f"within {low} and {high}"
+            bounds = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         if kind is int and value % multiple:
             below = value - value % multiple
@@ -73,13 +79,17 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     return parse
 
 
-def parser_of(description: str) -> argparse.ArgumentParser:
+def parser_of(description: str, usage: str = "[options]") -> argparse.ArgumentParser:
     """A parser that shows defaults as [default], and tells a mistake in one line."""
     class Formatter(argparse.RawDescriptionHelpFormatter):
+        def __init__(self, prog: str):
+            super().__init__(prog, max_help_position=24, width=min(110, shutil.get_terminal_size().columns))
+
         def _get_help_string(self, action: argparse.Action) -> str:
-            told = action.default in (None, False, argparse.SUPPRESS) or "[" in action.help
-            return action.help if told else f"{action.help} [%(default)s]"
-    parser = argparse.ArgumentParser(description=description, formatter_class=Formatter, allow_abbrev=False)
+            none = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+            return action.help if none or "[" in action.help else f"{action.help} [%(default)s]"
+    parser = argparse.ArgumentParser(usage=f"%(prog)s {usage}", description=description.strip(),
+                                     formatter_class=Formatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")
     return parser
 
@@ -95,3 +105,27 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace):
         tempfile.TemporaryFile(dir=args.out.parent).close()
     except OSError as error:
         sys.exit(f"error: --out: nothing can be written in the folder {args.out.parent} ({error.strerror})")
+
+
+def process() -> tuple[int, int, int]:
+    """This process's number, how many there are, and its number on this machine, as torchrun says."""
+    return tuple(int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return str(error).strip().split("\n")[0]
+
+
+def program(main: Callable[[], int | None], memory: str):
+    """Runs a program, and ends it in one line if the world is at fault; `memory` is advice if it is full."""
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, FloatingPointError) as error:
+        sys.exit(f"error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:  # PyTorch says "out of memory", or what it cannot allocate
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
+            raise
+        sys.exit(f"error: out of memory; {memory}")
+    except KeyboardInterrupt:
+        sys.exit(130)

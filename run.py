@@ -1,7 +1,7 @@
 """
 A training run: a folder that can be left at any moment and taken up again.
 
-Checkpoints with checksums, a log without gaps or repeats, and an end that is asked for and not forced.
+Checkpoints with checksums, a log without gaps or repeats, and a stop that waits for the step under way.
 """
 
 import csv
@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 def claim(folder: Path):
-    """Makes the folder of a run and holds its lock. Raises OSError if it cannot, or another process does."""
+    """Makes the folder of a run and holds its lock. Raises OSError if another process has it, too."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:
@@ -51,7 +51,7 @@ def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Puts what `trained` gave after that many updates back into its place."""
+    """Puts the tensors of `trained` back, as they were after that many updates."""
     for name, parameter in network.named_parameters():
         parameter.data.copy_(tensors[f"parameter.{name}"])
         if f"{MOMENTS[0]}.{name}" in tensors:

@@ -10,17 +10,16 @@ Several models give one picture: a column per model, a row per prompt and seed, 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, Preset, check, may_be_model, number, parser_of, preset
+from options import PRECISIONS, PRESETS, Preset, check, may_be_model, number, parser_of, preset, program
 
 # ------------------------------------------------------------------------------------------------------------
-# The command line comes before the heavy imports, so that a slip in it is told at once
+# The command line comes before the heavy imports, so that a mistake in it is reported at once
 
 
 def command_line() -> argparse.Namespace:
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, "--prompt TEXT [options]")
     size = number(int, 8, 8192, multiple=8)
     add = parser.add_argument
     add("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw; several for several rows")
@@ -35,7 +34,8 @@ def command_line() -> argparse.Namespace:
         help="pictures of each prompt, seeds counting up")
     add("--height", type=size, metavar="N", help="in pixels, if not the (first) model's own")
     add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
-    add("--precision", choices=PRECISIONS, help="[fp16 on a GPU, fp32 elsewhere]")
+    add("--precision", choices=PRECISIONS, metavar="P",
+        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
     add("--device", help="[a GPU if there is one]")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     add("--compile", action="store_true", help="torch.compile the U-Net")
@@ -52,6 +52,7 @@ def command_line() -> argparse.Namespace:
 if __name__ == "__main__":
     ARGS = command_line()
 
+import contextlib
 import json
 import math
 import re
@@ -72,6 +73,12 @@ from weights import WEIGHTS
 # Noise
 
 
+SDXL_SCHEDULER = {  # its scheduler_config.json, and KOALA's
+    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "steps_offset": 1}
+
+
 class Schedule:
     """
     The noise of Stable Diffusion, z_t = sqrt(a_t) z + sqrt(1 - a_t) noise for t = 0, ..., 999.
@@ -80,7 +87,7 @@ class Schedule:
     Made from a scheduler_config.json; ValueError names what it asks for that is not here.
     """
 
-    CHOICES = {
+    CHOICES = {  # the first of each is meant where a file says nothing
         "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
         "timestep_spacing": ["linspace", "leading", "trailing"], "interpolation_type": ["linear"],
         "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
@@ -90,8 +97,7 @@ class Schedule:
 
     def __init__(self, config: dict, spacing: str | None = None):
         absent = {key: choices[0] for key, choices in self.CHOICES.items()} | {
-            "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "num_train_timesteps": 1000,
-            "steps_offset": 0}
+            "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
         config = absent | config
         for key, choices in self.CHOICES.items():
             if config[key] not in choices:
@@ -117,7 +123,7 @@ class Schedule:
         return signal * noise - strength * latents
 
     def rates(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1), typed and placed as the latents."""
+        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1), in the latents' dtype and on their device."""
         pick = lambda table: table.sqrt().float().to(latents)[timesteps, None, None, None]
         return pick(self.alphas), pick(1 - self.alphas)
 
@@ -138,7 +144,7 @@ class Schedule:
                 for i, t in zip(low, timesteps)] + [0.0]
 
     def initial_scale(self, sigmas: list[float]) -> float:
-        """What the first noise is multiplied by; only "leading" counts the image that would be under it."""
+        """What the first noise is multiplied by; only "leading" adds the image's variance, 1, to it."""
         return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
@@ -315,9 +321,14 @@ def usable(device: str | None) -> str:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:              # what torch raises is its builds' own
+    except (RuntimeError, AssertionError) as error:              # one of them, as torch was built
         raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
     return device
+
+
+def dtype_of(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
+    """The type of a key of PRECISIONS; if none is given, `on_gpu` on a GPU and float32 elsewhere."""
+    return getattr(torch, PRECISIONS[precision or (on_gpu if device.startswith("cuda") else "fp32")])
 
 
 def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype | None = None,
@@ -330,11 +341,11 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     """
     chosen = preset(name)
     device = usable(device)
-    dtype = dtype or (torch.float16 if device.startswith("cuda") else torch.float32)
+    dtype = dtype or dtype_of(None, device)
     # Weights are looked for when they are loaded.
-    found = {name: files.find(chosen.source, name) for name, *half in BUNDLE if not half}
-    if missing := [name for name, path in found.items() if path is None]:
-        made = "; python -m toy.make makes it again" if name == "toy" else ""
+    found = {file: files.find(chosen.source, file) for file, *half in BUNDLE if not half}
+    if missing := [file for file, path in found.items() if path is None]:
+        made = "; git checkout toy restores it, and toy/README.md says how it is made" if name == "toy" else ""
         raise FileNotFoundError(f"no {', '.join(missing)} in {files.described(chosen.source)}{made}")
 
     def load_unet() -> model.UNet:
@@ -354,7 +365,8 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
         zero_negative=files.read_json(found["model_index.json"]).get("force_zeros_for_empty_prompt", True),
         dtype=dtype, device=device, low_memory=low_memory)
     if not low_memory:
-        pipeline.unet, pipeline.vae, pipeline.text  # whatever is wrong with them is told now
+        for network in pipeline.loaders:                         # whatever is wrong with one is told now
+            getattr(pipeline, network)
     return pipeline
 
 
@@ -362,17 +374,22 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
 # The program
 
 
-def peak_memory(device: str, restart: bool = False) -> float:
-    """GB at most since the last restart: allocated on a GPU, or else of the whole process; nan if unknown."""
+def restart_peak(device: str):
+    """Begins anew what `peak_memory` tells, where that is allowed."""
     if device.startswith("cuda"):
-        if restart:
-            torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> float:
+    """GB at most since the restart: allocated on a GPU, or else of the whole process; nan if unknown."""
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
-        if restart:
-            Path("/proc/self/clear_refs").write_text("5")
         return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
-    except (OSError, TypeError):                                 # not Linux, or not allowed
+    except (OSError, TypeError):                                 # not Linux
         return math.nan
 
 
@@ -380,24 +397,24 @@ def main(args: argparse.Namespace):
     """Samples, writes the sheet with its settings, and tells what was used."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
-    precision = lambda key: getattr(torch, PRECISIONS[key])
-    dtype = precision(args.precision) if args.precision else None
+    device = usable(args.device)
+    dtype = dtype_of(args.precision, device)
+    precision = next(key for key in PRECISIONS if dtype_of(key, device) == dtype)
     height, width = args.height, args.width
     columns, settings = [], []
     for name in args.model:
-        peak_memory(usable(args.device), restart=True)
-        pipeline = load_pipeline(name, args.unet, dtype, args.device, args.low_memory, args.compile)
+        restart_peak(device)
+        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile)
         start = time.perf_counter()
         images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
         seconds = time.perf_counter() - start
         width, height = images[0].size                           # for all columns, as they share their noise
         used = {"model": [name], "steps": args.steps or pipeline.preset.steps,
                 "guidance": args.guidance or pipeline.preset.guidance, "height": height, "width": width,
-                "precision": next(key for key in PRECISIONS if precision(key) == pipeline.dtype),
-                "device": pipeline.device}
+                "precision": precision, "device": device}
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
               f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, "
-              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(pipeline.device):.2f} GB")
+              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(device):.2f} GB")
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         del pipeline                                             # before the next is loaded
@@ -412,13 +429,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    try:
-        main(ARGS)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {files.one_line(error)}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
-            raise
-        sys.exit("error: out of memory; lower --height and --width, or use --low-memory or --precision fp16")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    program(lambda: main(ARGS), "lower --height and --width, or use --low-memory or --precision fp16")

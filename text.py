@@ -85,7 +85,7 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, projection: bool):
         super().__init__()
         self.config, dim = config, config.hidden_size
-        # Empty, for whoever trains it to fill: PyTorch's own filling, on the meta device, imports its compiler.
+        # Left empty, to be loaded or drawn: PyTorch's own filling imports its compiler on the meta device.
         table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
         self.text_model = nn.ModuleDict({
             "embeddings": nn.ModuleDict({

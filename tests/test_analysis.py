@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import analysis
 import chart
-import distill
+import costs
 import model
 from analysis import attention_map, block_similarity, on_object, principal_components, query_of, watch
 from files import read_csv as read
@@ -186,9 +186,9 @@ def test_budget_is_the_papers(tmp_path, capsys):
 
 def test_parts_of_the_work_are_all_of_it(folder):
     config = model.read_config(UNet, folder)[0]
-    with distill.flop_counter() as counter:
-        UNet(config)(*analysis.unet_inputs(config, 77, config.sample_size))
-    assert 2 * sum(macs for _, macs in analysis.unet_parts(config, 77).values()) == counter.get_total_flops()
+    with costs.flop_counter() as counter:
+        UNet(config)(*costs.unet_inputs(config, 77, config.sample_size))
+    assert 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values()) == counter.get_total_flops()
 
 
 def test_latency_on_any_machine(folder, tmp_path, capsys):
@@ -196,7 +196,7 @@ def test_latency_on_any_machine(folder, tmp_path, capsys):
     rows = read(tmp_path / "l.csv")
     assert [row["network"] for row in rows] == ["text encoders", "U-Net", "VAE decoder"]
     config = model.replace(model.read_config(UNet, folder)[0], sample_size=8)
-    work = 2 * 2 * 2 * sum(macs for _, macs in analysis.unet_parts(config, 77).values())  # steps, guidance, FLOP
+    work = 2 * 2 * 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values())  # steps, guidance, FLOP
     assert float(rows[1]["TFLOP"]) == pytest.approx(work / 1e12)
     assert all(float(row["seconds"]) > 0 for row in rows) and rows[1]["paper, RTX 4090"] == "nan"
     assert float(rows[1]["by counting"]) == pytest.approx(float(rows[1]["seconds"]))
@@ -206,7 +206,7 @@ def test_latency_on_any_machine(folder, tmp_path, capsys):
 def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
     ends, calls = iter([0, 100, 0, 3, 0, 1, 0, 2]), []
     monkeypatch.setattr(analysis.time, "perf_counter", lambda: next(ends))
-    assert analysis.seconds(lambda: calls.append(1), "cpu", 3) == 2 and len(calls) == 4
+    assert costs.seconds(lambda: calls.append(1), "cpu", 3) == 2 and len(calls) == 4
 
 
 # Charts

@@ -382,13 +382,13 @@ PROMPT = ("--prompt", "a box")
 @pytest.mark.parametrize("args, told", [
     ([*PROMPT, "--stesp", "3"], "--stesp"),
     ([*PROMPT, "--step", "3"], "--step 3"),  # flags are not abbreviated
-    ([*PROMPT, "--steps", "0"], "--steps: 0 is not within 1 and 1000"),
+    ([*PROMPT, "--steps", "0"], "--steps: 0 is not between 1 and 1000"),
     ([*PROMPT, "--steps", "2.5"], "--steps: invalid number value: '2.5'"),
     ([*PROMPT, "--guidance", "nan"], "--guidance: nan is not finite and at least 1"),
     ([*PROMPT, "--guidance", "0.5"], "--guidance: 0.5 is not finite and at least 1"),
     ([*PROMPT, "--guidance", "inf"], "--guidance: inf is not"),
     ([*PROMPT, "--height", "100"], "--height: 100 is not a multiple of 8; the nearest: 96 or 104"),
-    ([*PROMPT, "--width", "0"], "--width: 0 is not within 8 and 8192"),
+    ([*PROMPT, "--width", "0"], "--width: 0 is not between 8 and 8192"),
     ([*PROMPT, "--seed", "-1"], "--seed: -1 is not within"),
     ([*PROMPT, "--seed", "9" * 400], "--seed: 999"),
     ([*PROMPT, "--count", "0"], "--count: 0 is not within"),
@@ -513,7 +513,7 @@ def test_a_picture_needs_neither_transformers_nor_the_compiler(tmp_path):
 def test_numbers_are_read():
     whole, real = number(int, 8, 64, multiple=8), number(float, 1)
     assert whole("16") == 16 and real("7.5") == 7.5
-    for kind, text, told in ((whole, "20", "nearest: 16 or 24"), (whole, "72", "within 8 and 64"), (real, "inf", "finite"),
+    for kind, text, told in ((whole, "20", "nearest: 16 or 24"), (whole, "72", "between 8 and 64"), (real, "inf", "finite"),
                              (real, "nan", "finite"), (real, "0.5", "at least 1")):
         with pytest.raises(argparse.ArgumentTypeError, match=told):
             kind(text)

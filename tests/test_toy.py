@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def test_every_word_of_a_caption_is_one_token(toy):
 def test_it_draws_what_captions_say(toy):
     """Far above chance, which is under 0.05; toy/README.md has the figures of many more captions."""
     seeds = list(range(10))
-    captions = [shapes.caption(make.JUDGE_SEED, seed) for seed in seeds]
+    captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
     scores = shapes.scores(toy(captions, seed=seeds), captions)
     assert scores["colour"] >= 0.7 and scores["shape"] >= 0.6
 
@@ -67,8 +68,23 @@ def test_unknown_words_are_named(toy):
 def test_a_damaged_bundle_says_what_is_missing_and_how_to_make_it(tmp_path, monkeypatch):
     shutil.copytree(CHECKPOINT, tmp_path / "toy", ignore=shutil.ignore_patterns("vae"))
     monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(source=str(tmp_path / "toy")))
-    with pytest.raises(FileNotFoundError, match=r"vae/config.json.*toy.make"):
+    with pytest.raises(FileNotFoundError, match=r"vae/config.json.*git checkout toy"):
         load_pipeline("toy")
+
+
+def test_mean_pictures_are_means_of_pictures():
+    """Of the same places, told by colour and shape: nearly what the pictures themselves have in the mean."""
+    vae = model.load_vae(CHECKPOINT, torch.float32).requires_grad_(False)
+    kinds = (("red", "circle"), ("blue", "square"))
+    scenes = [shapes.scene(shapes.TRAIN_SEED, index) for index in range(40)]
+    images = [shapes.render(shapes.Scene([o._replace(colour=colour, shape=shape)
+                                          for o, (colour, shape) in zip(scene.objects, kinds)], None))
+              for scene in scenes if scene.relation == "above"]
+    true = vae.encode(make.pixels(images))[0].mean(0) * vae.config.scaling_factor
+    means = make.MeanPictures(vae, count=40)
+    told, swapped = means(["a red circle above a blue square", "a blue square above a red circle"])
+    error = lambda guess: ((guess - true).norm() / (true - means.empty).norm()).item()
+    assert error(told) < 0.2 < 0.5 < error(swapped)
 
 
 def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
@@ -76,9 +92,10 @@ def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
     def run(folder: Path, steps: int):
         monkeypatch.setattr(sys, "argv", [
             "make", "--steps", str(steps), "--vae-steps", "2", "--batch", "2", "--decay", "0.1",
-            "--captions", "1", "--out", str(folder)])
+            "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
         make.main()
 
+    monkeypatch.setattr(make, "MeanPictures", partial(make.MeanPictures, count=80))
     run(tmp_path / "whole", 2)
     run(tmp_path / "parts", 1)
     run(tmp_path / "parts", 2)

@@ -14,9 +14,7 @@ runs/toy/bundle, is judged now and then:
 """
 
 import argparse
-import os
 import shutil
-import sys
 from collections import Counter, defaultdict
 from itertools import product
 from pathlib import Path
@@ -33,24 +31,22 @@ from tqdm import tqdm
 import files
 import model
 from chart import sheet
-from data import JUDGE_SEED, TRAIN_SEED, positions
+from data import positions
+from options import PRESETS, number, parser_of, process, program
 from run import load_checkpoint, restore, save_checkpoint, trained
-from options import PRESETS, number, parser_of
-from sample import Schedule, load_pipeline
+from sample import SDXL_SCHEDULER, Schedule, load_pipeline
 from text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
 from toy import shapes
 
 VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
-UNET = model.UNetConfig(channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64,
-                        size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
 TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
+UNET = model.UNetConfig(
+    channels=(16, 32, 64), heads=(1, 2, 4), context_dim=sum(TEXT_WIDTHS.values()),
+    pooled_dim=TEXT_WIDTHS[ENCODERS[1]], size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
 # A fifth of SDXL's: shapes are so coarse that, at 1, even the strongest noise would show where they are, and
 # a sample's first noise, not its caption, would say where to put them.
 LATENT_STD = 0.2
-SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "v_prediction",
-    "timestep_spacing": "leading", "steps_offset": 1}
+SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction"}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -89,8 +85,8 @@ def write_tokenizers(folder: Path):
                    "pad_token": pad}
         files.write_json(folder / name / "vocab.json", vocabulary)
         files.write_json(folder / name / "special_tokens_map.json", special)
-        files.write_json(folder / name / "tokenizer_config.json",
-                   {"tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
+        files.write_json(folder / name / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
         lines = "\n".join(["#version: 0.2", *merges, ""])
         files.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
 
@@ -105,7 +101,7 @@ class Toy(nn.Module):
                 vocab_size=tokenizer.end + 1, max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
                 hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
                 projection_dim=width, eos_token_id=tokenizer.end)
-            self.add_module(name, CLIP(config, projection=name == "text_encoder_2"))
+            self.add_module(name, CLIP(config, projection=name == ENCODERS[1]))
         self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("position_embedding.weight"):
@@ -134,7 +130,7 @@ def pixels(images: Sequence[Image.Image]) -> Tensor:
 
 def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
     """Training pictures (B, 3, 64, 64) and their captions."""
-    images, captions = zip(*(shapes.sample(TRAIN_SEED, index) for index in indices))
+    images, captions = zip(*(shapes.sample(shapes.TRAIN_SEED, index) for index in indices))
     return pixels(images), list(captions)
 
 
@@ -167,19 +163,19 @@ def scaled(vae: model.VAE) -> model.VAE:
 
 
 class MeanPictures:
-    """The mean latents of all pictures of a caption: the best prediction where there is nothing but noise.
+    """The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
 
-    There a caption alone says what lies where, and a single picture says little about the mean of all. From
-    single pictures the U-Net learns the axis of "left of" and then, in thousands of steps, not the side; from
-    means it learns both in a hundred.
+    There only the caption says what lies where, and one picture says little about the mean. From single
+    pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means it
+    learns both in a hundred.
     """
 
-    def __init__(self, vae: model.VAE, count: int = 300):
+    def __init__(self, vae: model.VAE, count: int = 600):
         places = defaultdict(list)                               # where objects lie, by their caption's form
-        for scene in (shapes.scene(TRAIN_SEED, index) for index in range(count)):
+        for scene in (shapes.scene(shapes.TRAIN_SEED, index) for index in range(count)):
             for i, o in enumerate(scene.objects):
                 places[len(scene.objects), scene.relation, i].append(o)
-        # Objects do not overlap: a picture's latents are the empty one's and what each object adds to them.
+        # Objects do not overlap: nearly, a picture's latents are the empty one's and what each object adds.
         self.empty, self.added = self.mean(vae, [[]]), {}
         for place, objects in tqdm(places.items(), "mean pictures"):
             for kind in product(shapes.COLOURS, shapes.SHAPES):
@@ -201,25 +197,48 @@ class MeanPictures:
 
 def examples(indices: list[int], vae: model.VAE, means: MeanPictures | None):
     """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
-    images, captions = pictures(indices)
     if means:
+        captions = [shapes.caption(shapes.TRAIN_SEED, index) for index in indices]
         return means(captions), torch.full((len(captions),), 999), captions
+    images, captions = pictures(indices)
     mean, logvar = vae.encode(images)
     latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
     # The latest of three draws: what a caption decides is decided at high noise.
     return latents, torch.randint(0, 1000, (3, len(captions))).amax(0), captions
 
 
+def prepare(bundle: Path, init: Path | None, vae_steps: int):
+    """Puts VAE and tokenizers into a bundle, the VAE from `init`, if given, or else trained."""
+    vae = model.load_vae(init, torch.float32) if init else train_vae(vae_steps)
+    model.save_vae(scaled(vae), bundle / "vae")
+    write_tokenizers(bundle)
+
+
+def begin(args: argparse.Namespace, toy: Toy,
+          optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
+    """First weights: of the last checkpoint, or --init, or as they are; the steps done, and the averages."""
+    found = load_checkpoint(args.out)
+    if found:
+        past, tensors = found
+        if past.get("latent_std", LATENT_STD) != LATENT_STD:
+            raise ValueError(f"{args.out} was begun with LATENT_STD {past['latent_std']}; give another --out")
+        restore(tensors, past["step"], toy, optimizer)
+        return past["step"], {name: tensors[f"average.{name}"].clone() for name, _ in toy.named_parameters()}
+    if args.init:
+        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
+        for name in TEXT_WIDTHS:
+            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
+    return 0, {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
+
+
 def train(args: argparse.Namespace):
     """Trains the VAE, if there is none yet, and then the U-Net and the text encoders; resumes."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, _ = process()
     if world > 1:
         dist.init_process_group("gloo")
     bundle = args.out / "bundle"
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
-        vae = model.load_vae(args.init, torch.float32) if args.init else train_vae(args.vae_steps)
-        model.save_vae(scaled(vae), bundle / "vae")
-        write_tokenizers(bundle)
+        prepare(bundle, args.init, args.vae_steps)
     if world > 1:
         dist.barrier()
     vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False)
@@ -227,25 +246,12 @@ def train(args: argparse.Namespace):
                   for name in TOKENIZERS]
 
     torch.manual_seed(0)
-    toy = Toy(tokenizers[0])
+    toy, schedule = Toy(tokenizers[0]), Schedule(SCHEDULER)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    step, schedule = 0, Schedule(SCHEDULER)
-    found = load_checkpoint(args.out)
-    if found:
-        past, tensors = found
-        step = past["step"]
-        if past.get("latent_std", LATENT_STD) != LATENT_STD:
-            raise ValueError(f"{args.out} was begun with LATENT_STD {past['latent_std']}; give another --out")
-        restore(tensors, step, toy, optimizer)
-    elif args.init:
-        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
-        for name in TEXT_WIDTHS:
-            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
-    average = {name: tensors[f"average.{name}"].clone() if found else parameter.detach().clone()
-               for name, parameter in toy.named_parameters()}
+    step, average = begin(args, toy, optimizer)
+    means = MeanPictures(vae) if step < args.mean_steps else None
     # The last layer of a text encoder has no part in the second-to-last's output.
     predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
-    means = MeanPictures(vae) if step < args.mean_steps else None
     parts = positions(step, args.steps, args.batch, args.batch // world, rank, world)
     bar = tqdm(range(step, args.steps), "U-Net", args.steps, initial=step, unit="step", disable=rank > 0)
 
@@ -267,16 +273,17 @@ def train(args: argparse.Namespace):
         loss.backward()
         nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
         optimizer.step()
-        new = 1 - min(0.996, (step + 1) / (step + 10))
+        done = step + 1
         with torch.no_grad():
+            new = 1 - min(0.996, done / (done + 9))
             torch._foreach_lerp_(list(average.values()), list(toy.parameters()), new)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if rank == 0 and ((step + 1) % 100 == 0 or step + 1 == args.steps):
+        if rank == 0 and (done % 100 == 0 or done == args.steps):
             averages = {f"average.{name}": tensor for name, tensor in average.items()}
-            save_checkpoint(args.out, step + 1, trained(toy, optimizer) | averages, latent_std=LATENT_STD)
-        if rank == 0 and ((step + 1) % args.judge_every == 0 or step + 1 == args.steps):
+            save_checkpoint(args.out, done, trained(toy, optimizer) | averages, latent_std=LATENT_STD)
+        if rank == 0 and (done % args.judge_every == 0 or done == args.steps):
             write_bundle(bundle, toy, average)
-            bar.write(f"step {step + 1}: {judge(args)}")
+            bar.write(f"step {done}: {judge(args)}")
 
 
 def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
@@ -294,7 +301,7 @@ def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
 def judge(args: argparse.Namespace) -> dict[str, float]:
     """What the judge says of the bundle, on captions not trained on; the first pictures are in grid.png."""
     seeds = list(range(args.captions))
-    captions = [shapes.caption(JUDGE_SEED, seed) for seed in seeds]
+    captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
     pipeline = load_pipeline(str(args.out / "bundle"))
     images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
     rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
@@ -312,7 +319,7 @@ def publish(bundle: Path, target: Path):
 
 
 def main():
-    parser = parser_of(__doc__)
+    parser = parser_of(__doc__, "[train | judge | publish] [options]")
     add, count = parser.add_argument, number(int, 1)
     add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
     add("--steps", type=count, default=3800, help="of U-Net and text encoders")
@@ -327,7 +334,7 @@ def main():
     add("--guidance", type=number(float, 1), default=PRESETS["toy"].guidance, help="of what is judged")
     add("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
     args = parser.parse_args()
-    if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
+    if args.batch % process()[1]:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
     if args.command == "train":
         train(args)
@@ -338,7 +345,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {files.one_line(error)}")
+    program(main, "lower --batch")

@@ -37,6 +37,7 @@ SHAPES = {                          # is (u, v) inside? the box around the objec
     "triangle": lambda u, v: (2 * abs(u) <= v + 1) & (v <= 1),
     "cross":    lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 1 / 3),
 }
+TRAIN_SEED, JUDGE_SEED = 0, 1       # what is judged was not trained on
 RELATIONS = ("left of", "right of", "above", "below")
 # All the words of all captions, each once, in a fixed order: the vocabulary of the toy's tokenizers.
 WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLOURS, *SHAPES)).split()))
