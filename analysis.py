@@ -224,7 +224,8 @@ def attention(args: argparse.Namespace):
             top, bottom = [image], [boxed(image, x, y)]
             for stage in stages:
                 if stage not in maps:                            # KOALA-700M has no Mid
-                    top.append(None), bottom.append(None)
+                    top.append(None)
+                    bottom.append(None)
                     continue
                 side = math.isqrt(len(maps[stage]))
                 scores, explained = principal_components(maps[stage])

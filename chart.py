@@ -72,6 +72,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def legend(names: list[str]) -> Image.Image:
+    """A row of the colours of a chart, each with its name."""
     width = max(WIDTH, 72 + sum(46 + text_width(name) for name in names))
     picture = Image.new("RGB", (width, 32), "white")
     draw, x = ImageDraw.Draw(picture), 72
@@ -83,6 +84,7 @@ def legend(names: list[str]) -> Image.Image:
 
 
 def titled(title: str, *parts: Image.Image) -> Image.Image:
+    """Images below a title and each other."""
     head = Image.new("RGB", (max(WIDTH, text_width(title, 18) + 32), 40), "white")
     ImageDraw.Draw(head).text((16, 22), title, INK, font(18), "lm")
     return stack(head, *parts, gap=0)

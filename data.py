@@ -178,6 +178,7 @@ class Pairs:
 
 
 def read_caption(item: dict[str, Span]) -> str:
+    """The caption of an item, its white space made single blanks; raises Skip if there is none."""
     try:
         if "txt" in item:
             text = item["txt"].read().decode("utf-8-sig")
@@ -207,6 +208,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def counted(reasons: Counter) -> str:
+    """How often each reason was, in words."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 

@@ -71,10 +71,12 @@ def hub_answers() -> bool:
 
 
 def described(source: str | Path) -> str:
+    """A folder or hub id, as an error names it."""
     return f"the folder {source}" if Path(source).is_dir() else f"{source} on the hub"
 
 
 def read_json(path: Path) -> dict:
+    """The object in a JSON file; raises ValueError for anything else."""
     try:
         value = json.loads(path.read_text())
     except (UnicodeDecodeError, json.JSONDecodeError):
@@ -120,10 +122,12 @@ def write(path: Path, make):
 
 
 def write_json(path: Path, value: dict):
+    """As `write`: indented, keys in order."""
     write(path, lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
 
 
 def write_csv(path: Path, header: list[str], rows: list[list]):
+    """As `write`."""
     def make(path: Path):
         with open(path, "w", newline="") as file:
             csv.writer(file).writerows([header, *rows])
@@ -131,5 +135,6 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a CSV file, by the names in its header."""
     with open(path, newline="") as file:
         return list(csv.DictReader(file))

@@ -76,5 +76,6 @@ def with_weights(make: Callable[[], nn.Module], weights: dict[str, Tensor], wher
 
 
 def write_weights(network: nn.Module, path: Path):
+    """Writes a network's tensors, as they are typed, with the metadata that transformers asks for."""
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     files.write(path, lambda path: save_file(weights, path, {"format": "pt"}))
