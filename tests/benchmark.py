@@ -1,8 +1,8 @@
 """
 Our speed and memory beside diffusers', in turns, so that a slow moment of the machine falls on both.
 
-    python tests/benchmark.py                    # all; needs diffusers
-    python tests/benchmark.py unet toy           # some of: unet toy train load sample start distill memory resident
+    python tests/benchmark.py             # all; needs diffusers
+    python tests/benchmark.py unet toy    # some of: unet toy train load sample start distill memory resident
 
 A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster).
 """
@@ -98,7 +98,8 @@ def in_process(code: str) -> tuple[float, float]:
     # VmHWM, and not ru_maxrss, which begins with what this process had when it made the new one.
     program = (f"import re, sys, time; sys.path.insert(0, {str(ROOT)!r})\n{head}\n"
                f"start = time.perf_counter()\n{body}\nseconds = time.perf_counter() - start\n"
-               f"print(seconds, int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024 / 1e9)")
+               f"print(seconds, int(re.search(r'VmHWM:\\s+(\\d+)', "
+               f"open('/proc/self/status').read())[1]) * 1024 / 1e9)")
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     seconds, peak = done.stdout.split()[-2:]
     return float(seconds), float(peak)
@@ -142,7 +143,8 @@ def start():
         theirs = ["-c", f"from diffusers import StableDiffusionXLPipeline as Pipeline\n"
                         f"pipeline = Pipeline.from_pretrained({str(ROOT / 'toy' / 'checkpoint')!r})\n"
                         f"pipeline('a red circle', num_inference_steps=1).images[0].save('{folder}/b.png')"]
-        run = lambda command: subprocess.run([sys.executable, *command], check=True, capture_output=True, cwd=ROOT)
+        run = lambda command: subprocess.run([sys.executable, *command], check=True, capture_output=True,
+                                             cwd=ROOT)
         in_turns("the whole command, 1 step", lambda: run(ours), lambda: run(theirs))
 
 
@@ -154,7 +156,7 @@ def distill():
 
 
 def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int, recipe: bool = False):
-    """With `recipe` theirs is as BK-SDM trains: it encodes the images each time, and recomputes all blocks."""
+    """With `recipe` theirs is as BK-SDM trains: it encodes the images each time and recomputes all blocks."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from distill import losses, match_features
 
@@ -173,11 +175,13 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     for key, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
             def hook(module, args, output, key=(key, path)):
-                kept.setdefault(key, output[0] if isinstance(output, tuple) else output)  # not what is recomputed
+                # What is recomputed is not kept.
+                kept.setdefault(key, output[0] if isinstance(output, tuple) else output)
 
             network.get_submodule(path).register_forward_hook(hook)
-    x = (torch.randn(batch, 4, side, side), torch.full((batch,), 500), torch.randn(batch, 16, config.context_dim),
-         torch.randn(batch, config.pooled_dim), torch.full((batch, 6), 64.0))
+    x = (torch.randn(batch, 4, side, side), torch.full((batch,), 500),
+         torch.randn(batch, 16, config.context_dim), torch.randn(batch, config.pooled_dim),
+         torch.full((batch, 6), 64.0))
     noise, pixels = torch.randn_like(x[0]), torch.randn(batch, 3, 8 * side, 8 * side)
     if recipe:
         theirs[1].enable_gradient_checkpointing()
@@ -215,14 +219,15 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
 
 
 def memory():
-    """A student forward and backward under each kind of checkpointing: seconds, and the process at its peak."""
+    """Student forward and backward under each kind of checkpointing: seconds, and the process at its peak."""
     for mode in model.CHECKPOINTING:
         code = f"""import torch, model
 from tests.benchmark import NARROW
 torch.manual_seed(0)
 unet = model.UNet(model.student_config(NARROW, "700m"))
 unet.set_checkpointing({mode!r})
-x = (torch.randn(8, 4, 64, 64), torch.full((8,), 500), torch.randn(8, 77, 256), torch.randn(8, 128), torch.ones(8, 6))
+x = (torch.randn(8, 4, 64, 64), torch.full((8,), 500), torch.randn(8, 77, 256),
+     torch.randn(8, 128), torch.ones(8, 6))
 # ---
 unet(*x).square().mean().backward()
 """
@@ -232,7 +237,7 @@ unet(*x).square().mean().backward()
 
 
 def resident():
-    """sample.py on KOALA-700M in full size with noise for weights, with all networks in memory and with one."""
+    """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
     from analysis import networks, random_weights
     from text import CLIP, ENCODERS, save_clip
 
@@ -242,15 +247,20 @@ def resident():
         model.save_unet(random_weights(lambda: model.UNet(found.unet), torch.float16, "cpu"), bundle / "unet")
         model.save_vae(random_weights(lambda: model.VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
         for i, (name, config) in enumerate(zip(ENCODERS, found.texts)):
-            save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"), bundle / name)
+            save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"),
+                      bundle / name)
         for flags in ([], ["--low-memory"]):
-            command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle", "--steps", "1",
-                       "--height", "256", "--width", "256", "--precision", "fp16", "--out", f"{folder}/a.png", *flags]
+            command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle",
+                       "--steps", "1", "--height", "256", "--width", "256", "--precision", "fp16",
+                       "--out", f"{folder}/a.png", *flags]
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            print(f"700m, one step of 256 x 256 {' '.join(flags):14}", done.stdout.split("fp16: ")[1].splitlines()[0])
+            print(f"700m, one step of 256 x 256 {' '.join(flags):14}",
+                  done.stdout.split("fp16: ")[1].splitlines()[0])
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
-    for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill", "memory", "resident"]:
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
+          f"{torch.backends.cpu.get_cpu_capability()}")
+    for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill", "memory",
+                                 "resident"]:
         globals()[name]()

@@ -1,4 +1,4 @@
-"""Small random bundles in the official layout. Every weight comes from its name: every machine makes the same ones."""
+"""Small random bundles in the official layout; weights come from their names: the same on every machine."""
 
 import json
 import math
@@ -12,17 +12,20 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from model import UNet, UNetConfig, VAE, VAEConfig, save_unet, save_vae
 
-WORDS = ("a", "blue", "box", "my", "on", "red", "sky")  # no two with the same pair of letters, none ends another
+# No two with the same pair of letters, none ends another.
+WORDS = ("a", "blue", "box", "my", "on", "red", "sky")
 SCHEDULER = {
-    "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000, "prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1,
-    "interpolation_type": "linear", "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True}
+    "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
+    "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
     "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
     "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"]}
 
 
@@ -65,7 +68,8 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
     write_json(folder / "model_index.json", INDEX | index)
     letters = sorted({letter for word in WORDS for letter in spelled(word)})
     merges = [(first, second) for word in WORDS for first, second in spelling(word)]
-    tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]  # the end is the largest
+    # The end is the largest.
+    tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                    "pad_token": pad}
@@ -91,14 +95,16 @@ def spelling(word: str) -> list[tuple[str, str]]:
 
 def text_encoder(folder: Path, kind: type, width: int, activation: str, tokens: int):
     config = CLIPTextConfig(
-        vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=2,
-        projection_dim=width, hidden_act=activation, bos_token_id=0, eos_token_id=2, pad_token_id=1)  # 2 as SDXL has
+        vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=width, hidden_act=activation,
+        bos_token_id=0, eos_token_id=2, pad_token_id=1)  # 2 as SDXL has
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
     weights = {}
     for name, shape in shapes.items():
         if not name.startswith("text_"):
-            name = f"text_model.{name}"  # as the official files have it, and not every version of transformers
+            # As the official files have it, and not every version of transformers.
+            name = f"text_model.{name}"
         numbers = draw(f"{folder.name} {name}", *shape)
         weights[name] = (numbers / math.sqrt(shape[1]) if len(shape) > 1 else
                          0.2 * numbers + name.endswith("weight"))

@@ -18,7 +18,8 @@ from oracle import predict
 class Probabilities:
     """diffusers' attention, written out, that keeps its probabilities."""
 
-    def __call__(self, attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **rest) -> Tensor:
+    def __call__(self, attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+                 **rest) -> Tensor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         q, k, v = (attention.head_to_batch_dim(layer(x)) for layer, x in (
             (attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context)))
@@ -36,7 +37,8 @@ def maps(paths: list[str], name: str = "sdxl", size: str = "batch") -> dict[str,
         unet.get_submodule(path).set_processor(processor)
     question = inputs(UNETS[name], size)
     predict(unet, **question)
-    return {path: one.kept.unflatten(0, (len(question["sample"]), -1)).mean(1) for path, one in processors.items()}
+    return {path: one.kept.unflatten(0, (len(question["sample"]), -1)).mean(1)
+            for path, one in processors.items()}
 
 
 FIRST = [f"{stage}.attentions.0.transformer_blocks.0.attn1"
@@ -44,4 +46,5 @@ FIRST = [f"{stage}.attentions.0.transformer_blocks.0.attn1"
 
 
 if __name__ == "__main__":
-    save_file({path: map.contiguous() for path, map in maps(FIRST).items()}, ANSWERS.with_name("analysis.safetensors"))
+    save_file({path: map.contiguous() for path, map in maps(FIRST).items()},
+              ANSWERS.with_name("analysis.safetensors"))

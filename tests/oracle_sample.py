@@ -1,5 +1,5 @@
 """
-Makes answers/sample.safetensors, the pictures that StableDiffusionXLPipeline of diffusers draws of bundles.py's cases.
+Makes answers/sample.safetensors: bundles.py's cases as StableDiffusionXLPipeline of diffusers draws them.
 
     python tests/oracle_sample.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 """
@@ -26,7 +26,8 @@ def drawn(case: Case, folder: Path) -> Tensor:
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
-        list(case.PROMPTS), negative_prompt=None if case.negative is None else [case.negative] * len(case.PROMPTS),
+        list(case.PROMPTS),
+        negative_prompt=None if case.negative is None else [case.negative] * len(case.PROMPTS),
         num_inference_steps=case.steps, guidance_scale=case.guidance, height=case.height, width=case.width,
         generator=[torch.Generator().manual_seed(seed) for seed in case.SEEDS]).images
     return torch.from_numpy(np.stack(images))

@@ -36,7 +36,8 @@ def test_every_row_is_a_run_that_distill_knows():
 
 def test_a_verdict_is_by_the_spread():
     high, low, wide = [0.9, 0.8, 0.85], [0.5, 0.4, 0.48], [0.2, 1.5, 0.9]
-    assert ablation.verdict([high], [[low]], 1) == "agrees" and ablation.verdict([high], [[low]], -1) == "disagrees"
+    assert (ablation.verdict([high], [[low]], 1) == "agrees"
+            and ablation.verdict([high], [[low]], -1) == "disagrees")
     assert ablation.verdict([high], [[low], [wide]], 1) == "too close to tell"
     assert ablation.verdict([high, low], [[[0.1, 0.1, 0.1]]], 1) == "agrees"
     assert "one seed" in ablation.verdict([[1.0]], [[[0.0]]], 1)
@@ -50,7 +51,8 @@ def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
         return subprocess.CompletedProcess(command, distill.main(distill.command_line(command[2:])) or 0)
 
     # Runs are in this thread, where signals can be heard.
-    monkeypatch.setattr(ablation, "in_parallel", lambda jobs, work, items: {item: work(item) for item in items})
+    monkeypatch.setattr(ablation, "in_parallel",
+                        lambda jobs, work, items: {item: work(item) for item in items})
     monkeypatch.setattr(ablation.subprocess, "run", run_here)
     command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2,
                "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
@@ -58,7 +60,7 @@ def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
     rows = read(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
-    folder = tmp_path / "runs" / "SA-up-0"                       # which is a bundle, sampled as its teacher is
+    folder = tmp_path / "runs" / "SA-up-0"                       # a bundle, sampled as its teacher is
     assert preset(str(folder)) == preset("toy")._replace(source=str(folder)) and preset("toy").guidance != 7.5
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
@@ -74,7 +76,8 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(ablation.subprocess, "run", fails)
     with pytest.raises(ValueError, match="none-bottom-0: the disk is full"):
         run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
-    monkeypatch.setattr(ablation.subprocess, "run", lambda command, **rest: subprocess.CompletedProcess(command, -9))
+    monkeypatch.setattr(ablation.subprocess, "run",
+                        lambda command, **rest: subprocess.CompletedProcess(command, -9))
     with pytest.raises(ValueError, match="none-bottom-0: it ended with -9"):
         run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png")
 
@@ -96,5 +99,6 @@ def test_once_a_run_has_failed_no_other_is_begun():
 
 
 def test_the_teacher_is_read_as_distill_reads_it():
-    for words, teacher in (([], "toy"), (["--", "--teacher", "sdxl"], "sdxl"), (["--", "--teacher=a/b"], "a/b")):
+    for words, teacher in (([], "toy"), (["--", "--teacher", "sdxl"], "sdxl"),
+                           (["--", "--teacher=a/b"], "a/b")):
         assert ablation.teacher_of(analysis.command_line(["ablation", *words])) == teacher

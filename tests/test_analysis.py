@@ -66,7 +66,8 @@ def test_all_attention_maps_are_those_of_the_diffusers_that_is_installed():
 
 
 def test_principal_components_are_numpys():
-    rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.1, 3, 30))
+    rows = (torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
+            @ torch.diag(torch.linspace(0.1, 3, 30)))
     scores, explained = principal_components(rows)
     centred = rows.double().numpy() - rows.double().numpy().mean(0)
     left, values, right = np.linalg.svd(centred, full_matrices=False)
@@ -74,7 +75,8 @@ def test_principal_components_are_numpys():
     np.testing.assert_allclose(scores.numpy(), (left * values)[:, :3] * signs, atol=1e-9)
     np.testing.assert_allclose(explained.numpy(), (values**2 / (values**2).sum())[:3], atol=1e-12)
     assert torch.equal(scores, principal_components(rows)[0])
-    torch.testing.assert_close(principal_components(-rows)[0], -scores)  # the sign is the direction's, not the data's
+    # The sign is the direction's, not the data's.
+    torch.testing.assert_close(principal_components(-rows)[0], -scores)
 
 
 def test_the_toys_query_lies_on_what_the_caption_names_first():
@@ -103,7 +105,8 @@ def prompts(tmp_path):
     return path
 
 
-def test_attention_draws_models_below_each_other_and_gaps_for_what_is_not_there(folder, prompts, tmp_path, capsys):
+def test_attention_draws_models_below_each_other_and_gaps_for_what_is_not_there(
+        folder, prompts, tmp_path, capsys):
     small = bundle(tmp_path / "700m", "700m")
     command = ("attention", "--model", folder, small, "--prompts", prompts, "--steps", 2, "--out")
     run(*command, tmp_path / "a.png")
@@ -153,13 +156,15 @@ def test_similarity_of_blocks_that_add_nothing_is_one(folder):
 
 
 def test_similarity_averages_prompts(folder, prompts, tmp_path):
-    run("similarity", "--model", folder, "--prompts", prompts, "--steps", 2, "--seed", 5, "--out", tmp_path / "s.png")
+    run("similarity", "--model", folder, "--prompts", prompts, "--steps", 2, "--seed", 5,
+        "--out", tmp_path / "s.png")
     rows = [row for row in read(tmp_path / "s.csv") if row["stage"] == "UP-1"]
     pipeline = load_pipeline(str(folder))
     one, two = (analysis.stage_similarity(pipeline, prompt, seed, 2)["UP-1"].tolist()
                 for prompt, seed in (("a red box", 5), ("blue sky on my box", 6)))
     for row, a, b in zip(rows, one, two, strict=True):
-        assert float(row["cosine"]) == pytest.approx((a + b) / 2) and float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5)
+        assert (float(row["cosine"]) == pytest.approx((a + b) / 2)
+                and float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5))
     assert [float(row["normalised index"]) for row in rows] == [0.5, 1.0]
 
 
@@ -171,14 +176,17 @@ def test_budget_is_the_papers(tmp_path, capsys):
     rows = [row for row in read(tmp_path / "budget.csv") if row["network"] == "U-Net"]
     total = lambda name, key: sum(int(row[key]) for row in rows if row["model"] == name)
     assert [total(name, "parameters") // 10**6 for name in ("sdxl", "1b", "700m")] == [2567, 1161, 782]
-    assert [total(name, "parameters") for name in ("sdxl", "1b", "700m")] == [2_567_463_684, 1_161_184_324, 782_822_724]
+    assert [total(name, "parameters") for name in ("sdxl", "1b", "700m")] == [
+        2_567_463_684, 1_161_184_324, 782_822_724]
     # A count that was made in another way: 6.761, 3.432 and 2.702 TFLOP for a pass at 1024 x 1024.
     work = [2 * total(name, "multiply-adds") / 1e12 for name in ("sdxl", "1b", "700m")]
     assert work == pytest.approx([6.761, 3.432, 2.702], rel=2e-3)
-    transformers = sum(int(row["parameters"]) for row in rows if (row["model"], row["kind"]) == ("sdxl", "transformer"))
+    transformers = sum(int(row["parameters"]) for row in rows
+                       if (row["model"], row["kind"]) == ("sdxl", "transformer"))
     assert transformers > 0.8 * total("sdxl", "parameters")      # the bottleneck of section 3
     assert not any(row["stage"] == "Mid" for row in rows if row["model"] == "700m")
-    texts, vae = ([row for row in read(tmp_path / "budget.csv") if row["network"].startswith(part)] for part in ("text", "VAE"))
+    texts, vae = ([row for row in read(tmp_path / "budget.csv") if row["network"].startswith(part)]
+                  for part in ("text", "VAE"))
     assert int(texts[0]["parameters"]) // 10**6 == 817
     assert sum(int(row["parameters"]) for row in vae if row["model"] == "sdxl") == 83_653_863
     assert "2,567" in capsys.readouterr().out
@@ -192,7 +200,8 @@ def test_parts_of_the_work_are_all_of_it(folder):
 
 
 def test_latency_on_any_machine(folder, tmp_path, capsys):
-    run("latency", "--model", folder, "--steps", 2, "--repeat", 2, "--size", 64, "--device", "cpu", "--out", tmp_path / "l.png")
+    run("latency", "--model", folder, "--steps", 2, "--repeat", 2, "--size", 64, "--device", "cpu",
+        "--out", tmp_path / "l.png")
     rows = read(tmp_path / "l.csv")
     assert [row["network"] for row in rows] == ["text encoders", "U-Net", "VAE decoder"]
     config = model.replace(model.read_config(UNet, folder)[0], sample_size=8)
@@ -221,7 +230,8 @@ def test_ticks_are_round_and_enclose():
 
 def test_bars_are_as_long_as_their_numbers():
     picture = np.asarray(chart.bars("t", {"a": [[1.0, 2.0]], "b": [[4.0]]}, ["first", "second"]))
-    colour = lambda i: (picture == [int(chart.COLOURS[i][j:j + 2], 16) for j in (1, 3, 5)]).all(2)[80:]  # without legend
+    # Without the legend.
+    colour = lambda i: (picture == [int(chart.COLOURS[i][j:j + 2], 16) for j in (1, 3, 5)]).all(2)[80:]
     longest = lambda i: np.sort(colour(i).sum(1))
     first, second = longest(0), longest(1)
     assert first[-1] / second[-1] == pytest.approx(2, rel=0.02)
@@ -245,8 +255,8 @@ def test_a_curve_goes_up_where_its_numbers_do():
     (["ablation", "--table", "3e"], "invalid choice"),
     ([], "required: COMMAND"), (["figures"], "invalid choice")])
 def test_mistakes_are_told_in_a_line_before_torch_is_imported(words, told):
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "analysis.py", *words], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": ""})
+    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "analysis.py", *words],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
     assert done.returncode in (1, 2) and not imported & {"torch", "numpy", "PIL"}
     assert told in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")

@@ -1,4 +1,4 @@
-"""Every command of the README is one that its program takes, and CI runs those that need no official weights."""
+"""Every command of the README is one its program takes, and CI runs those that need no official weights."""
 
 import shlex
 import sys
@@ -33,7 +33,8 @@ def test_its_program_takes_it(command, monkeypatch):
     elif program == "analysis.py":
         analysis.command_line(words)
     else:
-        assert command in ("pip install -r requirements.txt", "python -m pytest"), "nothing checks this command"
+        assert command in ("pip install -r requirements.txt",
+                           "python -m pytest"), "nothing checks this command"
 
 
 def test_ci_runs_what_needs_no_official_weights():

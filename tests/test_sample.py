@@ -1,4 +1,4 @@
-"""sample.py against numbers worked out by hand, against diffusers, and against what a command line promises."""
+"""sample.py against numbers worked out by hand, diffusers, and what a command line promises."""
 
 import argparse
 import json
@@ -126,10 +126,12 @@ def test_the_schedule_is_that_of_diffusers(spacing, steps):
 
 def test_a_schedule_that_is_not_ours_is_refused():
     for entry in ({"beta_schedule": "linear"}, {"prediction_type": "sample"}, {"timestep_spacing": "other"},
-                  {"use_karras_sigmas": True}, {"rescale_betas_zero_snr": True}, {"final_sigmas_type": "sigma_min"}):
+                  {"use_karras_sigmas": True}, {"rescale_betas_zero_snr": True},
+                  {"final_sigmas_type": "sigma_min"}):
         with pytest.raises(ValueError, match=f"{[*entry][0]}={[*entry.values()][0]!r}"):
             Schedule(SCHEDULER | entry)
-    with pytest.raises(ValueError, match="beta_schedule='linear'"):  # which is what a file without an entry means
+    # A file without this entry means linear.
+    with pytest.raises(ValueError, match="beta_schedule='linear'"):
         Schedule({})
     assert Schedule({"beta_schedule": "scaled_linear"}).spacing == "linspace"
 
@@ -157,7 +159,8 @@ def test_added_noise_and_targets_are_the_sampler_s():
         ours = schedule("leading", prediction_type=prediction)
         sigmas = ours.all_sigmas[timesteps][:, None, None, None]
         scale = (sigmas**2 + 1).sqrt()
-        torch.testing.assert_close(ours.add_noise(image, noise, timesteps), ((image + sigmas * noise) / scale).float())
+        torch.testing.assert_close(ours.add_noise(image, noise, timesteps),
+                                   ((image + sigmas * noise) / scale).float())
         target = noise if prediction == "epsilon" else ((noise - sigmas * image) / scale).float()
         torch.testing.assert_close(ours.target(image, noise, timesteps), target)
 
@@ -169,7 +172,8 @@ def test_added_noise_and_targets_are_the_sampler_s():
 def test_pictures_are_those_of_diffusers(name, tmp_path):
     case = CASES[name]
     ours = load_pipeline(case.bundle(tmp_path))(
-        list(case.PROMPTS), case.negative, case.steps, case.guidance, list(case.SEEDS), case.height, case.width)
+        list(case.PROMPTS), case.negative, case.steps, case.guidance, list(case.SEEDS),
+        case.height, case.width)
     stored = load_file(ROOT / "tests" / "answers" / "sample.safetensors")[name].numpy()
     assert pixels(ours).shape == stored.shape and stored.std() > 40
     assert np.abs(pixels(ours) - stored).max() <= 2
@@ -198,7 +202,8 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
 
 
 def test_one_seed_is_every_prompt_s(pipeline):
-    assert same(pipeline(["a box", "a box"], seed=5, **SMALL), pipeline(["a box", "a box"], seed=[5, 5], **SMALL))
+    assert same(pipeline(["a box", "a box"], seed=5, **SMALL),
+                pipeline(["a box", "a box"], seed=[5, 5], **SMALL))
     for prompts, seeds in ((["a box"], [1, 2]), ([], 0), ([], [])):
         with pytest.raises(ValueError, match="give one, or one for each prompt"):
             pipeline(prompts, seed=seeds)
@@ -215,7 +220,8 @@ def test_an_absent_negative_prompt_is_zeros_if_the_bundle_says_so(pipeline, fold
     assert not absent[2].any() and not absent[3].any() and absent[2].shape == absent[0].shape
     assert torch.equal(absent[0], empty[0]) and torch.equal(absent[1], empty[1])
     expected = pipeline.text([""])
-    assert torch.equal(empty[2], expected[0].repeat(2, 1, 1)) and torch.equal(empty[3], expected[1].repeat(2, 1))
+    assert (torch.equal(empty[2], expected[0].repeat(2, 1, 1))
+            and torch.equal(empty[3], expected[1].repeat(2, 1)))
     other = load_pipeline(bundle(tmp_path, index={"force_zeros_for_empty_prompt": False}))
     assert all(torch.equal(a, b) for a, b in zip(other.encode(["a box", "sky"], None), empty))
 
@@ -248,7 +254,8 @@ def test_a_long_prompt_is_cut_with_one_warning(pipeline, capsys):
 
 
 def test_words_that_a_small_vocabulary_lacks_are_named(pipeline):
-    with pytest.raises(ValueError, match=rf"does not know koala, pink; it knows {', '.join(WORDS)}\. .*such as 700m"):
+    with pytest.raises(ValueError, match=rf"does not know koala, pink; it knows {', '.join(WORDS)}\. "
+                                         r".*such as 700m"):
         pipeline(["a Pink box", "my koala"])
     with pytest.raises(ValueError, match="does not know ugly"):
         pipeline(["a box"], negative="ugly")
@@ -307,7 +314,8 @@ def stretched(latent):
 def test_tiles_are_put_together_again(size):
     vae = Namespace(config=Namespace(downscale=8), decode=stretched)
     latent = torch.randn(1, 4, *size, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(decode_tiled(vae, latent, tile=8, overlap=4), stretched(latent), rtol=0, atol=1e-6)
+    torch.testing.assert_close(decode_tiled(vae, latent, tile=8, overlap=4), stretched(latent),
+                               rtol=0, atol=1e-6)
     ones = decode_tiled(vae, torch.ones(1, 4, *size), tile=8, overlap=4)
     assert (ones == 1).all() and ones.shape == (1, 3, 8 * size[0], 8 * size[1])
 
@@ -316,7 +324,8 @@ def test_tiles_are_put_together_again(size):
 def test_tiles_are_close_to_the_whole(pipeline):
     latent = torch.randn(1, 4, 40, 56, generator=torch.Generator().manual_seed(0))
     whole, sizes = pipeline.vae.decode(latent), []
-    hook = pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2:]))
+    hook = pipeline.vae.decoder.register_forward_pre_hook(
+        lambda module, args: sizes.append(args[0].shape[2:]))
     tiled = decode_tiled(pipeline.vae, latent, tile=32, overlap=8)
     hook.remove()
     assert sizes == [(32, 32)] * 4
@@ -333,14 +342,17 @@ def test_the_same_command_gives_the_same_bytes_and_a_picture_can_be_made_again(p
     for name in ("a.png", "b.png"):
         code, told, files = program(*command, tmp_path / name)
         assert code == 0 and files == {tmp_path / name}, told.err
-        assert told.out.count("\n") == 2 and "48 x 32, 3 steps, guidance 7.5, leading, seed 0, fp32: " in told.out
+        assert (told.out.count("\n") == 2
+                and "48 x 32, 3 steps, guidance 7.5, leading, seed 0, fp32: " in told.out)
         assert "%" in told.err                                   # the progress bar
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     [settings] = json.loads(Image.open("a.png").text["settings"])
-    assert settings["prompt"] == ["a red box"] and settings["guidance"] == 7.5 and settings["precision"] == "fp32"
+    assert (settings["prompt"] == ["a red box"] and settings["guidance"] == 7.5
+            and settings["precision"] == "fp32")
     sample.main(Namespace(**settings, out=tmp_path / "c.png"))
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()
-    program("--prompt", "a red box", "--model", folder, "--seed", "1", "--negative", "", *FLAGS, "--out", "d.png")
+    program("--prompt", "a red box", "--model", folder, "--seed", "1", "--negative", "", *FLAGS,
+            "--out", "d.png")
     second = Image.open("a.png").crop((48, 0, 96, 32))
     assert np.abs(pixels([second]) - pixels([Image.open("d.png")])).max() <= 1
 
@@ -413,10 +425,12 @@ def failed(result, told):
     return printed
 
 
-def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(program, folder, tmp_path, monkeypatch):
+def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(
+        program, folder, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for place in ("missing", "file", "/proc"):
-        failed(program(*PROMPT, "--model", folder, "--out", Path(place) / "x.png"), f"written in the folder {place} (")
+        failed(program(*PROMPT, "--model", folder, "--out", Path(place) / "x.png"),
+               f"written in the folder {place} (")
     (tmp_path / "folder.png").mkdir()
     code, printed, _ = program(*PROMPT, "--out", "folder.png")
     assert code == 2 and "folder.png is not the name" in printed.err
@@ -426,8 +440,8 @@ def test_a_place_that_cannot_be_written_is_told_before_anything_is_read(program,
 
 @pytest.mark.parametrize("path", [
     "model_index.json", "scheduler/scheduler_config.json", "vae/config.json", "unet/config.json",
-    "text_encoder/config.json", "text_encoder_2/model.safetensors", "tokenizer/merges.txt", "tokenizer_2/vocab.json",
-    "vae/diffusion_pytorch_model.safetensors"])
+    "text_encoder/config.json", "text_encoder_2/model.safetensors", "tokenizer/merges.txt",
+    "tokenizer_2/vocab.json", "vae/diffusion_pytorch_model.safetensors"])
 def test_a_missing_component_is_named(program, folder, tmp_path, path):
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / path).unlink()
@@ -440,12 +454,14 @@ def test_broken_components_are_named(program, folder, tmp_path):
     tensors = load_file(weights)
     del tensors["text_projection.weight"]
     save_file(tensors, weights)
-    failed(program(*PROMPT, "--model", broken), "text_encoder_2 do not fit their config.json: 1 missing (text_projection.weight)")
+    failed(program(*PROMPT, "--model", broken),
+           "text_encoder_2 do not fit their config.json: 1 missing (text_projection.weight)")
     weights.write_bytes((folder / "text_encoder_2" / "model.safetensors").read_bytes()[:-8])
     failed(program(*PROMPT, "--model", broken), "text_encoder_2/model.safetensors is cut or damaged")
     weights.write_text("version https://git-lfs.github.com/spec/v1")
     failed(program(*PROMPT, "--model", broken), "is a git-lfs pointer")
-    (broken / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER | {"use_karras_sigmas": True}))
+    (broken / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps(SCHEDULER | {"use_karras_sigmas": True}))
     failed(program(*PROMPT, "--model", broken), "use_karras_sigmas=True")
 
 
@@ -475,7 +491,8 @@ def test_out_of_memory_says_what_to_lower(program, folder, monkeypatch, error):
     def load_unet(*args):
         raise error
     monkeypatch.setattr(model, "load_unet", load_unet)
-    failed(program(*PROMPT, "--model", folder), "out of memory; lower --height and --width, or use --low-memory")
+    failed(program(*PROMPT, "--model", folder),
+           "out of memory; lower --height and --width, or use --low-memory")
 
 
 def test_a_mistake_of_ours_is_not_taken_for_the_world_s(program, folder, monkeypatch):
@@ -493,28 +510,33 @@ def test_an_interrupt_leaves_nothing(program, folder, monkeypatch):
 
 
 def test_mistakes_are_told_before_torch_is_imported(tmp_path):
-    for args, code in (([*PROMPT, "--steps", "0"], 2), ([*PROMPT, "--out", tmp_path / "missing" / "x.png"], 1)):
+    for args, code in (([*PROMPT, "--steps", "0"], 2),
+                       ([*PROMPT, "--out", tmp_path / "missing" / "x.png"], 1)):
         result = subprocess.run([sys.executable, "-X", "importtime", ROOT / "sample.py", *args],
                                 capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-        imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines() if "import time:" in line}
+        imported = {line.split("|")[-1].strip() for line in result.stderr.splitlines()
+                    if "import time:" in line}
         assert result.returncode == code and result.stderr.splitlines()[-1].startswith("error: ")
-        assert "argparse" in imported and not imported & {"torch", "numpy", "PIL", "transformers", "safetensors"}
+        assert ("argparse" in imported
+                and not imported & {"torch", "numpy", "PIL", "transformers", "safetensors"})
 
 
 def test_a_picture_needs_neither_transformers_nor_the_compiler(tmp_path):
     code = (f"import runpy, sys; sys.path.insert(0, {str(ROOT)!r})\n"
-            f"sys.argv = ['sample.py', '--prompt', 'a red circle', '--steps', '1', '--out', {str(tmp_path / 'x.png')!r}]\n"
+            f"sys.argv = ['sample.py', '--prompt', 'a red circle', '--steps', '1', "
+            f"'--out', {str(tmp_path / 'x.png')!r}]\n"
             f"runpy.run_path({str(ROOT / 'sample.py')!r}, run_name='__main__')\n"
             f"print({{'transformers', 'torch._dynamo', 'diffusers'}} & set(sys.modules))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", "they take most of the time of a start"
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "set()", (
+        "they take most of the time of a start")
 
 
 def test_numbers_are_read():
     whole, real = number(int, 8, 64, multiple=8), number(float, 1)
     assert whole("16") == 16 and real("7.5") == 7.5
-    for kind, text, told in ((whole, "20", "nearest: 16 or 24"), (whole, "72", "between 8 and 64"), (real, "inf", "finite"),
-                             (real, "nan", "finite"), (real, "0.5", "at least 1")):
+    for kind, text, told in ((whole, "20", "nearest: 16 or 24"), (whole, "72", "between 8 and 64"),
+                             (real, "inf", "finite"), (real, "nan", "finite"), (real, "0.5", "at least 1")):
         with pytest.raises(argparse.ArgumentTypeError, match=told):
             kind(text)
 
@@ -522,5 +544,6 @@ def test_numbers_are_read():
 def test_help_fits_a_screen(program, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     code, printed, _ = program("--help")
-    assert code == 0 and len(printed.out.splitlines()) <= 40 and max(map(len, printed.out.splitlines())) <= 110
+    lines = printed.out.splitlines()
+    assert code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 110
     assert "None" not in printed.out and printed.out.count("[toy]") == 1

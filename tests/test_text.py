@@ -15,9 +15,11 @@ import text
 from text import CLIPTokenizer, load_clip, load_text, save_clip
 
 PROMPTS = [
-    "a portrait of a koala", "", "   ", "Don't  stop\n\tTHE koala's!!! -- it's 3.14 o'clock, we'll", "l'été à Zürich, İstanbul, ǅ",
-    "コアラ 考拉 👩‍🚀🐨 x²½ ٣", "a koala! ! a!b", "é vs e\u0301", "_snake_case__ a-b a_b ''s", "koala<|endoftext|>koala",
-    "<|STARTOFTEXT|> koala <|startoftext|>", "\u200b\x00\ufffd\xa0koala\u3000x", "the koala and the koala " * 30]
+    "a portrait of a koala", "", "   ", "Don't  stop\n\tTHE koala's!!! -- it's 3.14 o'clock, we'll",
+    "l'été à Zürich, İstanbul, ǅ", "コアラ 考拉 👩‍🚀🐨 x²½ ٣", "a koala! ! a!b",
+    "é vs e\u0301", "_snake_case__ a-b a_b ''s", "koala<|endoftext|>koala",
+    "<|STARTOFTEXT|> koala <|startoftext|>", "\u200b\x00\ufffd\xa0koala\u3000x",
+    "the koala and the koala " * 30]
 WORDS = "the koala portrait painting with don't !!! ... 1999 Zürich été".lower().split()
 
 
@@ -52,16 +54,20 @@ def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
                           "rstrip": False, "single_word": False} for name, token in special.items()}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, **special}
     (vocabulary / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = CLIPTokenizer(*(vocabulary / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    ours = CLIPTokenizer(*(vocabulary / name
+                           for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
     theirs = transformers.CLIPTokenizer.from_pretrained(vocabulary)
-    expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True,
+                      return_tensors="pt").input_ids
     assert torch.equal(ours(PROMPTS), expected)
-    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1, "the texts differ in their tokens"
+    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1, (
+        "the texts differ in their tokens")
 
 
 def test_the_cut_is_what_follows_the_last_token(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
-    tokenizer = CLIPTokenizer(*(vocabulary / name for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    tokenizer = CLIPTokenizer(*(vocabulary / name
+                                for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
     assert tokenizer.cut_off("the koala the koala the") == ""
     assert tokenizer.cut_off("the  koala The koala the  KOALA painting") == "KOALA painting"
 
@@ -72,16 +78,20 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("eos", [2, 11], ids=["the largest id", "a token's id"])
-@pytest.mark.parametrize("name, kind", [("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)])
+@pytest.mark.parametrize("name, kind", [
+    ("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)])
 def test_numbers_are_those_of_transformers(folder, tmp_path, name, kind, eos):
-    config = json.loads((folder / name / "config.json").read_text()) | {"eos_token_id": eos, "num_hidden_layers": 2}
+    config = json.loads((folder / name / "config.json").read_text()) | {
+        "eos_token_id": eos, "num_hidden_layers": 2}
     (tmp_path / name).mkdir()
     (tmp_path / name / "config.json").write_text(json.dumps(config))
-    save_file(load_file(folder / name / "model.safetensors"), tmp_path / name / "model.safetensors", {"format": "pt"})
+    save_file(load_file(folder / name / "model.safetensors"), tmp_path / name / "model.safetensors",
+              {"format": "pt"})
     ids = torch.randint(3, config["vocab_size"] - 1, (3, 77), generator=torch.Generator().manual_seed(0))
     ids[torch.arange(3), torch.tensor([0, 40, 76])] = config["vocab_size"] - 1 if eos == 2 else eos
     sequence, pooled = load_clip(tmp_path, name, torch.float32)(ids)
-    expected = kind.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(ids, output_hidden_states=True)
+    expected = kind.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(
+        ids, output_hidden_states=True)
     torch.testing.assert_close(sequence, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
     if name == "text_encoder":
         assert pooled is None
@@ -100,7 +110,8 @@ def test_older_files_have_position_ids_and_newer_ones_no_prefix(folder, tmp_path
         (tmp_path / case / "text_encoder" / "config.json").write_text(config)
         save_file(stored, tmp_path / case / "text_encoder" / "model.safetensors")
         found = load_clip(tmp_path / case, "text_encoder", torch.float32).state_dict()
-        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+        assert (found.keys() == expected.keys()
+                and all(torch.equal(found[name], expected[name]) for name in found))
 
 
 def test_what_is_saved_transformers_loads(folder, tmp_path):
