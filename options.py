@@ -26,7 +26,7 @@ class Preset(NamedTuple):
 
 
 PRESETS = {
-    "toy": Preset(str(Path(__file__).parent / "toy" / "checkpoint"), guidance=1.75),
+    "toy": Preset(str(Path(__file__).parent / "toy" / "checkpoint"), guidance=1.5),
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
     "1b": Preset("etri-vilab/koala-1b"),
     "700m": Preset("etri-vilab/koala-700m"),

@@ -167,7 +167,7 @@ class MeanPictures:
 
     There only the caption says what lies where, and one picture says little about the mean. From single
     pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means it
-    learns both in a hundred.
+    learned the side in a hundred and fifty.
     """
 
     def __init__(self, vae: model.VAE, count: int = 600):
