@@ -120,7 +120,8 @@ def one_line(error: Exception) -> str:
 def program(main: Callable[[], int | None], memory: str):
     """Runs a program, and ends it in one line if the world is at fault; `memory` is advice if it is full."""
     try:
-        sys.exit(main())
+        if status := main():
+            sys.exit(status)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:  # PyTorch says "out of memory", or what it cannot allocate

@@ -214,7 +214,7 @@ def test_latency_on_any_machine(folder, tmp_path, capsys):
 
 def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
     ends, calls = iter([0, 100, 0, 3, 0, 1, 0, 2]), []
-    monkeypatch.setattr(analysis.time, "perf_counter", lambda: next(ends))
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ends))
     assert costs.seconds(lambda: calls.append(1), "cpu", 3) == 2 and len(calls) == 4
 
 
