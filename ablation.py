@@ -204,13 +204,13 @@ def ablation(args: argparse.Namespace):
                for place in rows]
     names = ["table", "row", "paper's HPSv2", *(key + part for key in SIGNS for part in ("", " spread"))]
     files.write_csv(args.out.with_suffix(".csv"), names, numbers)
-    cell = lambda mean, spread: chart.shown(mean) + ("" if math.isnan(spread) else f" ± {spread:.2g}")
+    cell = lambda *numbers: " ± ".join(f"{number:.3f}" for number in numbers if not math.isnan(number))
     header = [*names[:3], *names[3::2]]
     cells = chart.show(header, [row[:3] + [cell(*pair) for pair in zip(row[3::2], row[4::2])]
                                 for row in numbers])
     told = findings(scores)
     print("\n".join(told))
-    title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seed(s), "
+    title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seeds, "
              f"{len(prompts)} captions")
     files.write(args.out, lambda path: chart.stack(
         chart.table(title, header, cells), chart.paragraph(told)).save(path))
