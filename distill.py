@@ -142,7 +142,7 @@ from costs import work
 from data import PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
 from run import (
     Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
-from sample import BUNDLE, dtype_of, load_pipeline
+from sample import BUNDLE, dtype_of, load_pipeline, usable
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -623,7 +623,7 @@ def main(args: argparse.Namespace) -> int:
         dry_run(args)
         return 0
     rank, world, local = process()
-    device = args.device or (f"cuda:{local}" if torch.cuda.is_available() else "cpu")
+    device = usable(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     if world > 1:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)

@@ -51,7 +51,8 @@ def preset(name: str) -> Preset:
     own = Path(name, "preset.json")
     if own.is_file():
         try:
-            return Preset(str(name), **json.loads(own.read_text()))
+            found = Preset(str(name), **json.loads(own.read_text()))
+            return found._replace(steps=int(found.steps), guidance=float(found.guidance))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{own} is not a preset, remove it or make it anew ({error})") from None
     same = lambda source: source == str(name) or Path(source).resolve() == Path(name).resolve()
@@ -99,7 +100,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace):
     for name in getattr(args, "model", []):
         if not may_be_model(name):
             parser.error(f"--model {name} is neither {', '.join(PRESETS)}, nor a folder, nor a hub id")
-    if args.out.suffix != ".png" or args.out.is_dir():
+    if args.out.suffix != ".png" or os.path.isdir(args.out):
         parser.error(f"--out {args.out} is not the name of a .png file")
     try:
         tempfile.TemporaryFile(dir=args.out.parent).close()

@@ -790,6 +790,11 @@ def test_a_slip_in_the_command_line_is_told_in_one_line(line, capsys):
     assert line.split()[0].lstrip("-") in told
 
 
+def test_a_device_that_cannot_be_used_is_told(program, tmp_path):
+    code, _, told = program("--device", "meta:x", "--out", tmp_path / "run")
+    assert code == 1 and told.startswith("error: the device meta:x cannot be used")
+
+
 def test_slips_and_help_are_told_before_anything_heavy_is_imported(tmp_path):
     code = f"""
 import runpy, sys

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 import model
 import sample
 from chart import sheet
-from options import number
+from options import number, preset
 from sample import Schedule, decode_tiled, load_pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -549,3 +549,10 @@ def test_help_fits_a_screen(program, monkeypatch):
     lines = printed.out.splitlines()
     assert code == 0 and len(lines) <= 40 and max(map(len, lines)) <= 110
     assert "None" not in printed.out and printed.out.count("[toy]") == 1
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"step": 3}', '{"steps": "x"}', '{"guidance": null}'])
+def test_a_broken_preset_is_told(text, tmp_path):
+    (tmp_path / "preset.json").write_text(text)
+    with pytest.raises(ValueError, match="preset.json is not a preset"):
+        preset(str(tmp_path))
