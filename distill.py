@@ -102,6 +102,9 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--teacher {args.teacher} is neither {', '.join(PRESETS)}, none, a folder nor a hub id")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
+    taught = args.teacher != "none" and (args.out_kd or args.feat_kd and args.features != "none")
+    if not (args.task or taught):
+        parser.error("nothing to learn: --task, --out-kd and --feat-kd are 0, or have nothing to weigh")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
     made = f"{Path(args.teacher).name}-{args.student}"
@@ -646,6 +649,8 @@ def main(args: argparse.Namespace) -> int:
     if stop:
         print("stopped; the same command goes on from here")
         return 128 + stop
+    if not (args.out / "unet" / "config.json").exists():
+        model.save_unet(distillation.student, args.out / "unet")  # `resume` has it from the checkpoint
     complete(distillation.pipeline.preset.source, args.out)
     if args.data == "shapes" and args.judge and not (args.out / "scores.csv").exists():
         judge(distillation)

@@ -27,7 +27,10 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
 def claim(folder: Path):
-    """Makes the folder of a run and holds its lock. Raises OSError if another process has it, too."""
+    """Makes the folder of a run and holds its lock. Raises OSError if another has it, or it is a model's."""
+    model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
+    if model and not (Path(folder, "log.csv").exists() or any(folder.glob("state-*.safetensors"))):
+        raise FileExistsError(f"{folder} has a model and no run; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "w")
     try:

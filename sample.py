@@ -345,7 +345,7 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     # Weights are looked for when they are loaded.
     found = {file: files.find(chosen.source, file) for file, *half in BUNDLE if not half}
     if missing := [file for file, path in found.items() if path is None]:
-        made = "; git checkout toy restores it, and toy/README.md says how it is made" if name == "toy" else ""
+        made = "; git checkout toy restores it; toy/README.md says how it is made" if name == "toy" else ""
         raise FileNotFoundError(f"no {', '.join(missing)} in {files.described(chosen.source)}{made}")
 
     def load_unet() -> model.UNet:

@@ -790,6 +790,22 @@ def test_a_slip_in_the_command_line_is_told_in_one_line(line, capsys):
     assert line.split()[0].lstrip("-") in told
 
 
+def test_a_folder_that_is_a_model_and_no_run_is_left_alone(program, tmp_path):
+    config = model.replace(model.PRESETS["700m"], channels=(32, 32, 32), heads=(1, 1, 1))
+    model.save_unet(model.UNet(config), tmp_path / "unet")
+    before = (tmp_path / "unet" / "config.json").read_bytes()
+    code, _, told = program("--out", tmp_path, "--steps", 1)
+    assert code == 1 and "has a model and no run" in told
+    assert (tmp_path / "unet" / "config.json").read_bytes() == before
+
+
+def test_a_run_that_learns_nothing_is_refused(program):
+    for flags in (["--task", 0, "--out-kd", 0, "--feat-kd", 0],
+                  ["--task", 0, "--out-kd", 0, "--features", "none"]):
+        code, _, told = program(*flags)
+        assert code == 2 and "nothing to learn" in told
+
+
 def test_a_device_that_cannot_be_used_is_told(program, tmp_path):
     code, _, told = program("--device", "meta:x", "--out", tmp_path / "run")
     assert code == 1 and told.startswith("error: the device meta:x cannot be used")
