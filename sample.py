@@ -87,7 +87,7 @@ class Schedule:
     Made from a scheduler_config.json; ValueError names what it asks for that is not here.
     """
 
-    CHOICES = {  # the first of each is meant where a file says nothing
+    CHOICES = {
         "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
         "timestep_spacing": ["linspace", "leading", "trailing"], "interpolation_type": ["linear"],
         "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
