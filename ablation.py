@@ -75,9 +75,21 @@ FINDINGS = {
 SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
 
 
+def flags(args: argparse.Namespace, seed: int, row: Row) -> dict:
+    """What distill.py is told of a run: KOALA-1B on task and featKD, no outKD (section 4.2)."""
+    return {"--student": "1b", "--out-kd": 0, "--features": row.features, "--sa-blocks": row.blocks,
+            "--steps": args.steps, "--batch": args.batch, "--seed": seed, "--judge": 0, "--preview-every": 0}
+
+
 def teacher_of(args: argparse.Namespace) -> str:
-    """The teacher that the flags for distill.py name."""
-    return distill.command_line(args.distill).teacher
+    """The teacher that the flags for distill.py name. Raises ValueError if they are not for this command."""
+    own = [*flags(args, 0, TABLE["3a"]["SA"]), "--feat-kd", "--out", "--dry-run"]
+    if taken := [flag for flag in args.distill if flag.split("=")[0] in own]:
+        raise ValueError(f"{taken[0]} is not for distill.py here: each run of the table has its own")
+    teacher = distill.command_line(args.distill).teacher
+    if teacher == "none":
+        raise ValueError("--teacher none: Table 3 is about what a teacher's features teach")
+    return teacher
 
 
 def prompts_of(teacher: str, count: int) -> tuple[str, ...]:
@@ -93,13 +105,11 @@ def threads_of(args: argparse.Namespace) -> int:
 
 
 def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
-    """The folder of a finished run of distill.py: KOALA-1B on task and featKD, no outKD (section 4.2)."""
+    """The folder of a finished run of distill.py, made or made longer if there is none."""
     folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', row.features)}-{row.blocks}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, Path(__file__).with_name("distill.py"), "--student", "1b", "--out-kd", "0",
-               "--features", row.features, "--sa-blocks", row.blocks, "--steps", args.steps,
-               "--batch", args.batch, "--seed", seed, "--judge", "0", "--preview-every", "0",
-               "--out", folder, *args.distill]
+    own = [part for flag in flags(args, seed, row).items() for part in flag]
+    command = [sys.executable, Path(__file__).with_name("distill.py"), *own, "--out", folder, *args.distill]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads_of(args))} if args.jobs > 1 else {})
     with open(folder / "distill.log", "w") as log:
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)

@@ -14,7 +14,7 @@ A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a fini
 import argparse
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, check, number, parser_of, preset, program
+from options import PRECISIONS, PRESETS, begin, check, filled, number, parser_of, preset, program
 
 
 def command_line(argv: list[str] | None = None) -> argparse.Namespace:
@@ -26,19 +26,20 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         one = commands.add_parser(name, help=meaning, description=meaning, usage="%(prog)s [options]",
                                   allow_abbrev=False, formatter_class=parser.formatter_class)
         one.error = parser.error
-        if models:
-            one.add_argument("--model", nargs="+", default=models.split(), metavar="NAME",
-                             help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
-        if models and name != "budget":
-            one.add_argument("--device", help="[a GPU if there is one]")
         add = one.add_argument
-        add("--out", type=Path, default=Path(f"{name}.png"), metavar="PNG", help="and a .csv beside it")
+        if models:
+            add("--model", nargs="+", default=models.split(), metavar="NAME",
+                help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+        if models and name != "budget":
+            add("--device", type=filled(str), help="[a GPU if there is one]")
+        add("--out", type=filled(Path), default=Path(f"{name}.png"), metavar="PNG",
+            help="and a .csv beside it")
         return add
 
     for name, meaning in (("attention", "self-attention maps of each stage: components, and one query"),
                           ("similarity", "cosine of each transformer block's output to the one before")):
         add = command(name, meaning, "toy")
-        add("--prompts", type=Path, metavar="FILE", help="one per line, instead of the built-in ones")
+        add("--prompts", type=filled(Path), metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
         if name == "attention":
@@ -62,7 +63,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
     add("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
-    add("--runs", type=Path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    add("--runs", type=filled(Path), default=Path("runs/ablation"), metavar="FOLDER",
+        help="where the runs are kept")
     add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     args = parser.parse_args(argv)
     check(parser, args)
@@ -70,7 +72,7 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    ARGS = command_line()
+    ARGS = begin(command_line)
 
 import contextlib
 import math
@@ -98,7 +100,10 @@ from toy import shapes
 def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
     """The file's prompts; else captions of two objects if all models are toys; else prompts of ours."""
     if args.prompts:
-        prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        try:
+            prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+        except UnicodeDecodeError:
+            raise ValueError(f"--prompts {args.prompts} is not a text in UTF-8") from None
         if not prompts:
             raise ValueError(f"--prompts {args.prompts} has no prompts")
         return prompts

@@ -127,7 +127,7 @@ class Pairs:
                 try:
                     name = json.loads(line)["file_name"]
                     items.append({"image": Span(str(root / name)), "line": Span(file.name, start, len(line))})
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     self.skipped["bad_line"] += bool(line.strip())
                 start += len(line)
         return items
@@ -171,7 +171,7 @@ class Pairs:
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 info = json.loads(item["json"].read())
                 height, width = int(info["original_height"]), int(info["original_width"])
         return image, caption, (height, width)
@@ -189,7 +189,7 @@ def read_caption(item: dict[str, Span]) -> str:
         raise Skip("bad_encoding") from None
     except OSError:
         raise Skip("unreadable") from None
-    except (ValueError, KeyError, AttributeError):
+    except (ValueError, KeyError, AttributeError, RecursionError):
         raise Skip("no_caption") from None
     # Letters, digits and signs: `strip` alone would keep invisible ones, such as a zero-width space.
     if not any(character.isprintable() and not character.isspace() for character in text):
@@ -283,8 +283,14 @@ class Samples(Dataset):
     def cached(self, index: int) -> dict | None:
         """What a cache has of a sample; a damaged file is as good as none."""
         path = self.cache and in_cache(self.cache, index)
+        if not path or not path.exists():
+            return None
         with contextlib.suppress(ValueError):
-            return files.read_tensors(path) if path and path.exists() else None
+            tensors = files.read_tensors(path)
+            return tensors if set(tensors) == set(CACHED) else None
+
+
+CACHED = ("mean", "std", "context", "pooled", "time_ids")  # what a sample need not be encoded for again
 
 
 def in_cache(folder: Path, index: int) -> Path:
@@ -292,10 +298,9 @@ def in_cache(folder: Path, index: int) -> Path:
 
 
 def write_cached(sample: dict, folder: Path):
-    """Writes into a cache what a sample need not be encoded for again."""
+    """Writes into a cache what it keeps of a sample."""
     path = in_cache(folder, sample["index"])
-    names = ("mean", "std", "context", "pooled", "time_ids")
-    tensors = {name: sample[name].cpu().contiguous() for name in names}
+    tensors = {name: sample[name].cpu().contiguous() for name in CACHED}
     try:  # not `files.write`, which waits for the disk: a file that a crash cut is made again
         save_file(tensors, f"{path}.{os.getpid()}")
     except SafetensorError as error:

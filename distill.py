@@ -13,7 +13,8 @@ sample p comes from (seed, p), so a run is the same on one process or many, stop
 import argparse
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, may_be_model, number, parser_of, preset, process, program
+from options import (
+    PRECISIONS, PRESETS, begin, filled, may_be_model, number, parser_of, preset, process, program)
 
 RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
@@ -61,15 +62,18 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     add("--student", choices=["700m", "1b"], default="700m", help="what the surgery makes of the teacher")
     add("--teacher", default="toy", metavar="T",
         help="toy, sdxl, hub id, folder; none: task loss alone")
-    add("--init", default="teacher", metavar="I", help="first weights: teacher, random or a folder")
+    add("--init", default="teacher", metavar="I",
+        help="first weights: teacher, random; or a model, as --teacher")
     add("--features", default="SA,LF@DW-1,LF@UP-3", metavar="F",
         help="of SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none")
     add("--sa-blocks", choices=["bottom", "interleave", "up"], default="bottom", metavar="B",
         help="bottom, interleave or up: which of a deeper teacher's transformer blocks (Table 3c)")
-    add("--data", default="shapes", metavar="D",
+    add("--data", type=filled(str), default="shapes", metavar="D",
         help="shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards")
-    add("--caption", metavar="TEXT", help="one caption for all images, as DreamBooth has it")
-    add("--cache", metavar="FOLDER", type=Path, help="keep latents and text there; fixes each image's crop")
+    add("--caption", type=filled(str), metavar="TEXT",
+        help="one caption for all images, as DreamBooth has it")
+    add("--cache", type=filled(Path), metavar="FOLDER",
+        help="keep latents and text there; fixes each image's crop")
     add("--flip", action="store_true", help="mirror half of the images")
     for flag, low, high, default, text in NUMBERS:
         if default is None:
@@ -82,8 +86,8 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing", choices=["none", "selective", "full"], default="none", metavar="C",
         help="what is recomputed: none, selective or full")
     add("--compile", action="store_true", help="torch.compile teacher and student")
-    add("--device", help="[a GPU if there is one]")
-    add("--out", type=Path, metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
+    add("--device", type=filled(str), help="[a GPU if there is one]")
+    add("--out", type=filled(Path), metavar="FOLDER", help="[runs/TEACHER-STUDENT]")
     add("--dry-run", action="store_true", help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
 
@@ -98,8 +102,11 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
         parse_features(args.features)
     except ValueError as error:
         parser.error(str(error))
-    if args.teacher != "none" and not may_be_model(args.teacher):
-        parser.error(f"--teacher {args.teacher} is neither {', '.join(PRESETS)}, none, a folder nor a hub id")
+    for flag, own in (("teacher", ["none"]), ("init", ["teacher", "random"])):
+        name = getattr(args, flag)
+        if name not in own and not may_be_model(name):
+            known = ", ".join([*own, *PRESETS])
+            parser.error(f"--{flag} {name} is neither {known}, nor a folder, nor a hub id")
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     taught = args.teacher != "none" and (args.out_kd or args.feat_kd and args.features != "none")
@@ -115,11 +122,10 @@ def command_line(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    ARGS = command_line()
+    ARGS = begin(command_line)
 
 import contextlib
 import copy
-import csv
 import re
 import shutil
 import time
@@ -260,7 +266,7 @@ class Distillation:
         elif args.init == "random":
             expected = model.student_config(self.pipeline.unet.config, args.student)
         if args.init not in ("teacher", "random"):
-            student = model.load_unet(args.init, torch.float32, self.device)
+            student = model.load_unet(preset(args.init).source, torch.float32, self.device)
             if expected and student.config != expected:
                 raise ValueError(f"--init: {args.init} is not a {args.student} student of {args.teacher}")
             return student
@@ -348,14 +354,12 @@ def settings(args: argparse.Namespace) -> dict:
     return fixed
 
 
-def check_settings(old: dict, args: argparse.Namespace):
-    """Raises ValueError if a run was begun with other settings."""
-    new = settings(args)
+def check_same(old: dict, new: dict, made: str | Path, flag: str):
+    """Raises ValueError, about what was `made` with these old settings, if the new ones are others."""
     changed = [f"{name} was {old[name]!r} and is {new.get(name)!r}"
                for name in old if old[name] != new.get(name)]
     if changed:
-        raise ValueError(
-            f"{args.out} was begun with other settings: {'; '.join(changed)}; give another --out")
+        raise ValueError(f"{made} was begun with other settings: {'; '.join(changed)}; give another {flag}")
 
 
 @dataclass
@@ -370,12 +374,12 @@ class Progress:
 
 def resume(args: argparse.Namespace, student: model.UNet, optimizer: torch.optim.Optimizer,
            scaler: torch.amp.GradScaler) -> Progress:
-    """Puts all back as the last checkpoint has it, if there is one. Raises ValueError as `check_settings`."""
+    """Puts all back as the last checkpoint has it, if there is one. Raises ValueError as `check_same`."""
     found = load_checkpoint(args.out)
     if not found:
         return Progress()
     past, tensors = found
-    check_settings(past["settings"], args)
+    check_same(past["settings"], settings(args), args.out, "--out")
     restore(tensors, past["updates"], student, optimizer)
     if past["scaler"]:
         scaler.load_state_dict(past["scaler"])
@@ -499,8 +503,8 @@ def training_data(args: argparse.Namespace, distillation: Distillation, source: 
         made = {"data": args.data, "source": distillation.source, "size": size, "flip": args.flip,
                 "caption": args.caption, "seed": args.seed, "precision": str(distillation.dtype)}
         note = args.cache / "settings.json"
-        if note.exists() and (old := files.read_json(note)) != made:
-            raise ValueError(f"--cache: {args.cache} was made with {old}, not {made}; choose another")
+        if note.exists():
+            check_same(files.read_json(note), made, f"--cache {args.cache}", "--cache")
         files.write_json(note, made)
     side = size // vae.downscale
     latent = (config.in_channels, side, side)
@@ -550,9 +554,10 @@ def judge(distillation: Distillation):
 
 def show_scores(path: Path):
     """Prints the table that `judge` wrote."""
-    with open(path, newline="") as file:
-        for row in csv.reader(file):
-            print(f"{row[0]:16}" + "".join(f"{cell:>9}" for cell in row[1:]))
+    rows = files.read_csv(path)
+    for row in [list(rows[0]), *(row.values() for row in rows)] if rows else []:
+        name, *cells = row
+        print(f"{name:16}" + "".join(f"{cell:>9}" for cell in cells))
 
 
 def complete(source: str, folder: Path):

@@ -79,7 +79,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; raises ValueError for anything else."""
     try:
         value = json.loads(path.read_text())
-    except (UnicodeDecodeError, json.JSONDecodeError):
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError):
         raise ValueError(f"{path} is not JSON; fetch it anew") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object; fetch it anew")
@@ -135,6 +135,12 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, by the names in its header."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    """The rows of a CSV file, by the names in its header; raises ValueError for a file that is damaged."""
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is not CSV; remove it") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has a row that is not as long as its header; remove it")
+    return rows

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import files
-from weights import WEIGHTS, weight_files, with_weights, write_weights
+from weights import WEIGHTS, check_numbers, weight_files, with_weights, write_weights
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -57,6 +57,14 @@ class UNetConfig:
     in_channels: int = 4
     out_channels: int = 4
     sample_size: int = 128                        # latent height and width that it was trained for
+
+    def __post_init__(self):
+        check_numbers(self)
+        attend = [level for level, depth in enumerate(self.depths) if depth or self.mid_depth]
+        if any(width % self.groups for width in self.channels) or any(
+                self.channels[level] % self.heads[level] for level in attend):
+            raise ValueError(f"channels {self.channels} cannot be parted into {self.groups} groups "
+                             f"and {self.heads} heads")
 
     @property
     def emb_dim(self) -> int:
@@ -145,6 +153,11 @@ class VAEConfig:
     scaling_factor: float = 0.13025                   # the U-Net sees latents times this
     force_upcast: bool = True                         # its activations overflow float16: run it in float32
     sample_size: int = 1024                           # image height and width that it was trained for
+
+    def __post_init__(self):
+        check_numbers(self)
+        if any(width % self.groups for width in self.channels):
+            raise ValueError(f"channels {self.channels} cannot be parted into {self.groups} groups")
 
     @property
     def downscale(self) -> int:
@@ -797,7 +810,7 @@ def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig,
     config = files.read_json(path)
     try:
         return kind.CONFIG.from_diffusers(config), path
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError) as error:
         what = f"the config.json of a {kind.__name__}"
         raise ValueError(f"{path} is not {what} ({files.one_line(error)})") from None
     except ValueError as error:

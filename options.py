@@ -10,6 +10,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -38,6 +39,7 @@ PRESETS = {
 }
 
 
+SPACINGS = ("linspace", "leading", "trailing")
 PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # and their names in torch
 
 
@@ -52,6 +54,9 @@ def preset(name: str) -> Preset:
     if own.is_file():
         try:
             found = Preset(str(name), **json.loads(own.read_text()))
+            known = found.spacing in (None, *SPACINGS)
+            if not (known and found.steps in range(1, 1001) and found.guidance >= 1):
+                raise ValueError("steps, guidance or spacing out of range")
             return found._replace(steps=int(found.steps), guidance=float(found.guidance))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{own} is not a preset, remove it or make it anew ({error})") from None
@@ -61,7 +66,7 @@ def preset(name: str) -> Preset:
 
 def may_be_model(name: str) -> bool:
     """Whether it is a preset's name, a folder, or looks like a hub id."""
-    return name in PRESETS or "/" in name or bool(name) and Path(name).is_dir()
+    return name in PRESETS or "/" in name or os.path.isdir(name)
 
 
 def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
@@ -77,6 +82,15 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
             raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
         return value
     parse.__name__ = "number"  # argparse says: invalid number value
+    return parse
+
+
+def filled(kind: type):
+    """A type for argparse: any text but a blank one, which as a path would be the current folder."""
+    def parse(text: str):
+        if not text.strip():
+            raise argparse.ArgumentTypeError("is blank")
+        return kind(text)
     return parse
 
 
@@ -110,21 +124,42 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace):
 
 def process() -> tuple[int, int, int]:
     """This process's number, how many there are, and its number on this machine, as torchrun says."""
-    return tuple(int(os.environ.get(*of)) for of in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    try:
+        return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+    except ValueError:
+        raise ValueError(f"{', '.join(names)} are numbers that torchrun sets: unset them") from None
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says."""
+    """The first line of what an error says, with the file at fault first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
     return str(error).strip().split("\n")[0]
+
+
+def begin(command_line: Callable[[], argparse.Namespace]) -> argparse.Namespace:
+    """The arguments of a program. Up to `program` it only imports, and an interrupt ends it in silence."""
+    try:
+        args = command_line()
+    except ValueError as error:
+        sys.exit(f"error: {one_line(error)}")
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a job in the background ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    return args
 
 
 def program(main: Callable[[], int | None], memory: str):
     """Runs a program, and ends it in one line if the world is at fault; `memory` is advice if it is full."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if status := main():
             sys.exit(status)
     except (OSError, ValueError, FloatingPointError) as error:
-        sys.exit(f"error: {one_line(error)}")
+        toy = isinstance(error, (FileNotFoundError, ValueError)) and PRESETS["toy"].source in str(error)
+        made = "; git checkout toy restores it, and toy/README.md says how it is made" if toy else ""
+        sys.exit(f"error: {one_line(error)}{made}")
     except (MemoryError, RuntimeError) as error:  # PyTorch says "out of memory", or what it cannot allocate
         if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
             raise

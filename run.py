@@ -100,7 +100,8 @@ def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
                     raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
             return metadata, tensors
         except (ValueError, KeyError, TypeError) as error:
-            print(f"warning: {error}; trying the checkpoint before", file=sys.stderr)
+            wrong = error if isinstance(error, ValueError) else f"{path} is not a checkpoint of a run"
+            print(f"warning: {wrong}; trying the checkpoint before", file=sys.stderr)
     if paths:
         raise ValueError(f"no checkpoint in {folder} is good; move the folder away to start anew")
     return None

@@ -12,7 +12,9 @@ Several models give one picture: a column per model, a row per prompt and seed, 
 import argparse
 from pathlib import Path
 
-from options import PRECISIONS, PRESETS, Preset, check, may_be_model, number, parser_of, preset, program
+from options import (
+    PRECISIONS, PRESETS, SPACINGS, Preset, begin, check, filled, may_be_model, number, parser_of, preset,
+    program)
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line comes before the heavy imports, so that a mistake in it is reported at once
@@ -36,10 +38,10 @@ def command_line() -> argparse.Namespace:
     add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
     add("--precision", choices=PRECISIONS, metavar="P",
         help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
-    add("--device", help="[a GPU if there is one]")
+    add("--device", type=filled(str), help="[a GPU if there is one]")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     add("--compile", action="store_true", help="torch.compile the U-Net")
-    add("--out", type=Path, default=Path("sample.png"), metavar="PNG", help="the picture to write")
+    add("--out", type=filled(Path), default=Path("sample.png"), metavar="PNG", help="the picture to write")
     args = parser.parse_args()
     if not all(prompt.strip() for prompt in args.prompt):
         parser.error("--prompt is empty; say what to draw")
@@ -50,7 +52,7 @@ def command_line() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    ARGS = command_line()
+    ARGS = begin(command_line)
 
 import contextlib
 import json
@@ -89,7 +91,7 @@ class Schedule:
 
     CHOICES = {
         "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
-        "timestep_spacing": ["linspace", "leading", "trailing"], "interpolation_type": ["linear"],
+        "timestep_spacing": SPACINGS, "interpolation_type": ["linear"],
         "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
         "num_train_timesteps": [1000],
         "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
@@ -103,11 +105,14 @@ class Schedule:
             if config[key] not in choices:
                 raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported")
         start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+        self.offset = config["steps_offset"]
+        if {type(start), type(end)} != {float} or not 0 < start < end < 1 or self.offset not in (0, 1):
+            raise ValueError(f"scheduler_config.json has beta_start={start!r}, beta_end={end!r} and "
+                             f"steps_offset={self.offset!r}, not two rising numbers in 0..1 and 0 or 1")
         betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
         self.alphas = (1 - betas).cumprod(0)                     # a_t, (1000,)
         self.all_sigmas = (1 / self.alphas - 1).sqrt()           # sigma_t, (1000,)
         self.spacing = spacing or config["timestep_spacing"]
-        self.offset = config["steps_offset"]
         self.prediction = config["prediction_type"]
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -320,6 +325,8 @@ def usable(device: str | None) -> str:
     """The device, or if none is given a GPU if there is one. Raises ValueError if it cannot be used."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("use cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:              # one of them, as torch was built
         raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
@@ -345,11 +352,12 @@ def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype 
     # Weights are looked for when they are loaded.
     found = {file: files.find(chosen.source, file) for file, *half in BUNDLE if not half}
     if missing := [file for file, path in found.items() if path is None]:
-        made = "; git checkout toy restores it; toy/README.md says how it is made" if name == "toy" else ""
-        raise FileNotFoundError(f"no {', '.join(missing)} in {files.described(chosen.source)}{made}")
+        more = ", ..." if len(missing) > 3 else ""
+        raise FileNotFoundError(f"no {', '.join(missing[:3])}{more} in {files.described(chosen.source)}")
 
     def load_unet() -> model.UNet:
-        network = model.load_unet(unet or chosen.source, dtype, device).to(memory_format=torch.channels_last)
+        source = preset(str(unet)).source if unet else chosen.source
+        network = model.load_unet(source, dtype, device).to(memory_format=torch.channels_last)
         if compile:
             network.compile()
         return network

@@ -17,7 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 import files
-from weights import HALF, with_weights, write_weights
+from weights import HALF, check_numbers, with_weights, write_weights
 
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # their folders
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -37,6 +37,14 @@ class CLIPConfig:
     projection_dim: int = 768                     # P
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
+
+    def __post_init__(self):
+        check_numbers(self)
+        if self.hidden_act not in ACTIVATIONS:
+            raise ValueError(f"hidden_act cannot be {self.hidden_act!r}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} cannot be parted into "
+                             f"{self.num_attention_heads} heads")
 
 
 OPENCLIP = CLIPConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
@@ -127,6 +135,8 @@ class CLIPTokenizer:
         options = files.read_json(config_path)
         try:
             self.length = options["model_max_length"]
+            if type(self.length) is not int or self.length < 3:
+                raise TypeError(f"model_max_length is {self.length!r}")
             start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is not a tokenizer's, fetch it anew ({error})") from None
@@ -136,6 +146,8 @@ class CLIPTokenizer:
         except Exception as error:                               # the library has no narrower kind
             raise ValueError(f"{vocab_path} or {merges_path.name} is damaged, fetch it anew "
                              f"({files.one_line(error)})") from None
+        if not merges_path.read_text().strip():
+            raise ValueError(f"{merges_path} is empty, fetch it anew")
         self.bpe = Tokenizer(pairs)
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
@@ -150,6 +162,8 @@ class CLIPTokenizer:
         """The official files have a token as a string or, with how it is found in a text, as a dictionary."""
         token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
         found = token if isinstance(token, dict) else {"content": token}
+        if not isinstance(found["content"], str):
+            raise TypeError(f"{name} is {token!r}")
         return AddedToken(found["content"], normalized=found.get("normalized", False))
 
     def __call__(self, texts: list[str]) -> Tensor:
@@ -224,10 +238,10 @@ def read_config(source: str | Path, name: str) -> CLIPConfig:
     """The configuration of a bundle's text encoder, by its folder's name."""
     path = files.needed(source, f"{name}/config.json")
     known = {field.name for field in fields(CLIPConfig)}
-    config = CLIPConfig(**{key: value for key, value in files.read_json(path).items() if key in known})
-    if config.hidden_act not in ACTIVATIONS:
-        raise ValueError(f"{path} has hidden_act={config.hidden_act!r}, which is not supported")
-    return config
+    try:
+        return CLIPConfig(**{key: value for key, value in files.read_json(path).items() if key in known})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:

@@ -3,6 +3,7 @@ Weights of networks: safetensors files that fit, or one line that says why they 
 """
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable
 
@@ -39,6 +40,27 @@ def weight_files(source: str | Path, prefix: str, dtype: torch.dtype | None) -> 
         lost = prefix + shards[paths.index(None)]
         raise FileNotFoundError(f"no {lost}, named in {path.name}, in {files.described(source)}")
     return paths
+
+
+MAY_BE_0 = ("depths", "mid_depth", "pooled_dim", "size_dim", "eos_token_id")  # numbers of a configuration
+
+
+def check_numbers(config):
+    """
+    Raises ValueError unless the entries of a configuration, a dataclass of numbers, tuples of them and flags,
+    are of the type of their defaults, and above 0 where these are.
+    """
+    for field in fields(config):
+        value, default = getattr(config, field.name), field.default
+        least = 0 if field.name in MAY_BE_0 else 1
+        if isinstance(default, tuple):
+            good = bool(value) and all(type(entry) is int and entry >= least for entry in value)
+        elif isinstance(default, float):
+            good = type(value) in (int, float) and value > 0
+        else:
+            good = type(value) is type(default) and (type(value) is not int or value >= least)
+        if not good:
+            raise ValueError(f"{field.name} cannot be {value!r}")
 
 
 Advice = Callable[[dict[str, tuple[int, ...]]], str]  # on weights that do not fit, by their names and shapes

@@ -102,3 +102,19 @@ def test_the_teacher_is_read_as_distill_reads_it():
     for words, teacher in (([], "toy"), (["--", "--teacher", "sdxl"], "sdxl"),
                            (["--", "--teacher=a/b"], "a/b")):
         assert ablation.teacher_of(analysis.command_line(["ablation", *words])) == teacher
+
+
+@pytest.mark.parametrize("words", ["--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--dry-run"])
+def test_what_is_the_tables_own_is_not_taken_from_the_flags_for_distill(tmp_path, words):
+    with pytest.raises(ValueError, match=f"^{words.split('=')[0].split()[0]}.* is not for distill.py"):
+        run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png", "--", *words.split())
+    with pytest.raises(ValueError, match="teacher none"):
+        run("ablation", "--out", tmp_path / "t.png", "--", "--teacher", "none", "--init", "random")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("damage", [b"colour,shape\n1\n", b"\xff\xfe\x00"])
+def test_a_damaged_table_is_named(tmp_path, damage):
+    (tmp_path / "score-1-1.csv").write_bytes(damage)
+    with pytest.raises(ValueError, match="score-1-1.csv .*; remove it"):
+        ablation.score(tmp_path, 1, "toy", ("a red circle",))

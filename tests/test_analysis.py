@@ -262,10 +262,12 @@ def test_mistakes_are_told_in_a_line_before_torch_is_imported(words, told):
     assert told in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_an_empty_file_of_prompts_is_told(folder, tmp_path):
-    (tmp_path / "none.txt").write_text("\n\n")
-    with pytest.raises(ValueError, match="has no prompts"):
-        run("similarity", "--model", folder, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "s.png")
+def test_a_file_of_prompts_without_any_is_told(folder, tmp_path):
+    for content, told in ((b"\n\n", "has no prompts"), (b"\xff\xfe\x80", "is not a text in UTF-8")):
+        (tmp_path / "none.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=f"none.txt {told}"):
+            run("similarity", "--model", folder, "--prompts", tmp_path / "none.txt",
+                "--out", tmp_path / "s.png")
 
 
 @pytest.mark.parametrize("command", ["", "attention", "similarity", "budget", "latency", "ablation"])

@@ -167,10 +167,11 @@ def test_metadata(tmp_path):
     write(tmp_path, {"a.png": GOOD, "b.png": GOOD, "good.txt": TEXT})
     lines = ['{"file_name": "a.png", "text": "one"}', "", "{broken", "[1]", '{"text": "no name"}',
              '{"file_name": "b.png"}',
-             '{"file_name": "absent.png", "text": "two"}', '{"file_name": "b.png", "text": "three"}']
+             '{"file_name": "absent.png", "text": "two"}', '{"file_name": "b.png", "text": "three"}',
+             '{"a":' * 100_000]
     (tmp_path / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
     good, skipped = one_pass(Pairs(str(tmp_path)))
-    assert (good, skipped) == (2, {"bad_line": 3, "no_caption": 1, "unreadable": 1})
+    assert (good, skipped) == (2, {"bad_line": 4, "no_caption": 1, "unreadable": 1})
     assert good + skipped.total() == len([line for line in lines if line])
 
 

@@ -407,6 +407,8 @@ PROMPT = ("--prompt", "a box")
     ([*PROMPT, "--precision", "int8"], "--precision: invalid choice: 'int8'"),
     ([*PROMPT, "--model", "700M"], "--model 700M is neither toy, sdxl, 1b, 700m,"),
     ([*PROMPT, "--out", "picture.jpg"], "--out picture.jpg is not the name of a .png file"),
+    ([*PROMPT, "--out", ""], "--out: is blank"), ([*PROMPT, "--device", " "], "--device: is blank"),
+    ([*PROMPT, "--model", "m" * 300], "is neither toy"),
     (["--prompt"], "--prompt: expected at least one argument"),
     (["--prompt", "a box", " "], "--prompt is empty"),
     ([], "the following arguments are required: --prompt"),
@@ -460,9 +462,41 @@ def test_broken_components_are_named(program, folder, tmp_path):
     failed(program(*PROMPT, "--model", broken), "text_encoder_2/model.safetensors is cut or damaged")
     weights.write_text("version https://git-lfs.github.com/spec/v1")
     failed(program(*PROMPT, "--model", broken), "is a git-lfs pointer")
-    (broken / "scheduler" / "scheduler_config.json").write_text(
-        json.dumps(SCHEDULER | {"use_karras_sigmas": True}))
-    failed(program(*PROMPT, "--model", broken), "use_karras_sigmas=True")
+
+
+@pytest.mark.parametrize("path, changed, told", [
+    ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "use_karras_sigmas=True"),
+    ("scheduler/scheduler_config.json", {"beta_start": "x"}, "beta_start='x'"),
+    ("scheduler/scheduler_config.json", {"beta_start": -1.0}, "beta_start=-1.0"),
+    ("scheduler/scheduler_config.json", {"steps_offset": None}, "steps_offset=None"),
+    ("unet/config.json", {"norm_num_groups": 0}, "groups cannot be 0"),
+    ("unet/config.json", {"norm_num_groups": 7}, "cannot be parted into 7 groups"),
+    ("unet/config.json", {"attention_head_dim": [3, 3, 5]}, "(3, 3, 5) heads"),
+    ("unet/config.json", {"sample_size": None}, "sample_size cannot be None"),
+    ("unet/config.json", {"layers_per_block": 0}, "pairs cannot be 0"),
+    ("unet/config.json", {"block_out_channels": ["32", "64", "96"]}, "channels cannot be ('32', '64', '96')"),
+    ("unet/config.json", {"block_out_channels": []}, "unet/config.json"),
+    ("vae/config.json", {"norm_num_groups": 0}, "groups cannot be 0"),
+    ("vae/config.json", {"scaling_factor": None}, "scaling_factor cannot be None"),
+    ("text_encoder/config.json", {"num_attention_heads": 3}, "cannot be parted into 3 heads"),
+    ("text_encoder/config.json", {"hidden_act": []}, "hidden_act cannot be []"),
+    ("text_encoder_2/config.json", {"eos_token_id": None}, "eos_token_id cannot be None"),
+    ("tokenizer/tokenizer_config.json", {"model_max_length": None}, "model_max_length is None"),
+    ("tokenizer_2/tokenizer_config.json", {"model_max_length": 0}, "model_max_length is 0"),
+    ("tokenizer/tokenizer_config.json", {"bos_token": None}, "tokenizer_config.json is not a tokenizer's"),
+    ("preset.json", {"steps": 0, "guidance": 2.0}, "preset.json is not a preset"),
+    ("preset.json", {"guidance": 0.5}, "preset.json is not a preset"),
+    ("preset.json", {"spacing": "foo"}, "preset.json is not a preset")])
+def test_numbers_that_cannot_be_are_told(program, folder, tmp_path, path, changed, told):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    old = json.loads((broken / path).read_text()) if (broken / path).exists() else {}
+    (broken / path).write_text(json.dumps(old | changed))
+    error = failed(program(*PROMPT, "--model", broken, *FLAGS), told).err.splitlines()[-1]
+    assert path.rsplit("/")[-1] in error
+
+
+def test_a_unet_has_the_names_of_models(program, folder):
+    failed(program(*PROMPT, "--model", folder, "--unet", "toy", *FLAGS), "it belongs to another --model")
 
 
 def test_no_weights_and_no_network(program, tmp_path, monkeypatch):
@@ -475,6 +509,7 @@ def test_no_weights_and_no_network(program, tmp_path, monkeypatch):
 def test_words_the_model_lacks_and_devices_the_machine_lacks(program, folder):
     failed(program("--prompt", "a pink box", "--model", folder), "does not know pink; it knows a, blue, box")
     failed(program(*PROMPT, "--model", folder, "--device", "meta:x"), "the device meta:x cannot be used: ")
+    failed(program(*PROMPT, "--model", folder, "--device", "meta"), "use cpu, cuda or mps")
     if not torch.cuda.is_available():
         failed(program(*PROMPT, "--model", folder, "--device", "cuda"), "the device cuda cannot be used: ")
 
@@ -509,6 +544,14 @@ def test_an_interrupt_leaves_nothing(program, folder, monkeypatch):
     code, printed, files = program(*PROMPT, "--model", folder, *FLAGS)
     signal.signal(signal.SIGINT, before)
     assert code == 130 and not files and "Traceback" not in printed.err
+
+
+def test_an_interrupt_of_the_imports_is_silent(tmp_path):
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, ROOT / "sample.py", *PROMPT, "--out", tmp_path / "x.png"],
+                          capture_output=True, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+    assert done.returncode == -signal.SIGINT and done.stderr == b""
 
 
 def test_mistakes_are_told_before_torch_is_imported(tmp_path):

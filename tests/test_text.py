@@ -130,8 +130,12 @@ def test_a_strange_activation_or_a_damaged_vocabulary_is_told(tmp_path):
     (folder / "tokenizer" / "merges.txt").write_text("x y\n")
     with pytest.raises(ValueError, match="merges.txt is damaged"):
         load_text(folder, torch.float32)
+    (folder / "tokenizer" / "merges.txt").write_text("")
+    with pytest.raises(ValueError, match="merges.txt is empty"):
+        load_text(folder, torch.float32)
+    bundle(tmp_path)
     path = folder / "text_encoder" / "config.json"
     path.write_text(path.read_text().replace("quick_gelu", "relu"))
-    with pytest.raises(ValueError, match="hidden_act='relu'"):
+    with pytest.raises(ValueError, match="hidden_act cannot be .relu."):
         load_text(folder, torch.float32)
     assert "relu" not in text.ACTIVATIONS

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import model
-from sample import PRESETS, load_pipeline
+from options import PRESETS, program
+from sample import load_pipeline
 from toy import make, shapes
 
 CHECKPOINT = Path(PRESETS["toy"].source)
@@ -68,8 +69,29 @@ def test_unknown_words_are_named(toy):
 def test_a_damaged_bundle_says_what_is_missing_and_how_to_make_it(tmp_path, monkeypatch):
     shutil.copytree(CHECKPOINT, tmp_path / "toy", ignore=shutil.ignore_patterns("vae"))
     monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(source=str(tmp_path / "toy")))
-    with pytest.raises(FileNotFoundError, match=r"vae/config.json.*git checkout toy"):
-        load_pipeline("toy")
+    with pytest.raises(SystemExit, match=r"^error: no vae/config.json in .*; git checkout toy restores it"):
+        program(lambda: load_pipeline("toy"), "")
+    shutil.copytree(CHECKPOINT / "vae", tmp_path / "toy" / "vae")
+    (tmp_path / "toy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    with pytest.raises(SystemExit, match=r"safetensors is cut or damaged.*; git checkout toy restores it"):
+        program(lambda: load_pipeline("toy"), "")
+    with pytest.raises(SystemExit) as found:
+        program(lambda: load_pipeline("./nowhere"), "")
+    assert "no folder ./nowhere" in found.value.code and "checkout" not in found.value.code
+
+
+@pytest.mark.parametrize("words, told", [
+    ("judge --out runs/none", "runs/none has no bundle to judge: train it first"),
+    ("publish --out runs/none", "no bundle to publish"), ("--out README.md", "README.md is a file"),
+    ("--out ", "--out: is blank"), ("--steps 0", "--steps: 0 is not")])
+def test_slips_in_the_command_line_of_its_making(monkeypatch, capsys, words, told):
+    monkeypatch.setattr(sys, "argv", ["make", *words.split(" ")])
+    monkeypatch.chdir(Path(model.__file__).parent)
+    with pytest.raises(SystemExit) as found:
+        make.command_line()
+    printed = capsys.readouterr().err
+    assert found.value.code == 2 and printed.startswith("error: ") and told in printed
+    assert printed.count("\n") == 1
 
 
 def test_mean_pictures_are_means_of_pictures():
@@ -93,7 +115,7 @@ def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", [
             "make", "--steps", str(steps), "--vae-steps", "2", "--batch", "2", "--decay", "0.1",
             "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
-        make.main()
+        make.main(make.command_line())
 
     monkeypatch.setattr(make, "MeanPictures", partial(make.MeanPictures, count=80))
     run(tmp_path / "whole", 2)

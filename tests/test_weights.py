@@ -211,6 +211,7 @@ def test_two_writers_of_a_folder_do_not_meet(tmp_path):
 def test_what_a_killed_write_left_goes_when_the_run_is_taken_up(tmp_path):
     (tmp_path / "unet" / f"{files.WRITING}abc").mkdir(parents=True)
     (tmp_path / "unet" / f"{files.WRITING}abc" / "file").write_text("half of a file")
+    (tmp_path / "log.csv").write_text("step\n")
     with claim(tmp_path):
         assert os.listdir(tmp_path / "unet") == []
 

@@ -32,7 +32,7 @@ import files
 import model
 from chart import sheet
 from data import positions
-from options import PRESETS, number, parser_of, process, program
+from options import PRESETS, begin, filled, number, parser_of, process, program
 from run import load_checkpoint, restore, save_checkpoint, trained
 from sample import SDXL_SCHEDULER, Schedule, load_pipeline
 from text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
@@ -317,24 +317,38 @@ def publish(bundle: Path, target: Path):
         save_clip(load_clip(bundle, name, torch.float16), target / name)
 
 
-def main():
+def command_line() -> argparse.Namespace:
     parser = parser_of(__doc__, "[train | judge | publish] [options]")
-    add, count = parser.add_argument, number(int, 1)
-    add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
-    add("--steps", type=count, default=3800, help="of U-Net and text encoders")
-    add("--vae-steps", type=count, default=900, help="of the VAE, in batches of 16")
-    add("--mean-steps", type=number(int, 0), default=300, help="of these, the first ones, on mean pictures")
-    add("--batch", type=count, default=32, help="images in a step, over all processes")
-    add("--lr", type=number(float, 0), default=1e-3, help="learning rate of AdamW")
-    add("--decay", type=number(float, 1e-9, 1), default=0.5, help="share of the steps in which it falls to 0")
-    add("--init", type=Path, metavar="BUNDLE", help="first weights, such as toy/checkpoint [random]")
-    add("--judge-every", type=count, default=500, help="steps between judgements while training")
-    add("--captions", type=count, default=64, help="to judge on")
-    add("--guidance", type=number(float, 1), default=PRESETS["toy"].guidance, help="of what is judged")
-    add("--out", type=Path, default=Path("runs/toy"), help="folder of the run")
+    parser.prog = "python -m toy.make"
+    parser.add_argument("command", nargs="?", choices=["train", "judge", "publish"], default="train",
+                        help="what to do")
+
+    def add(flag: str, kind, default, meaning: str, metavar: str = "N"):
+        parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
+
+    count = number(int, 1)
+    add("--steps", count, 3800, "of U-Net and text encoders")
+    add("--mean-steps", number(int, 0), 300, "of these, the first ones, on mean pictures")
+    add("--vae-steps", count, 900, "of the VAE, in batches of 16")
+    add("--batch", count, 32, "images in a step, over all processes")
+    add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
+    add("--decay", number(float, 1e-9, 1), 0.5, "share of the steps, the last, in which it falls to 0")
+    add("--init", filled(Path), None, "first weights, such as toy/checkpoint [random]", "BUNDLE")
+    add("--judge-every", count, 500, "steps between judgements while training")
+    add("--captions", count, 64, "to judge on")
+    add("--guidance", number(float, 1), PRESETS["toy"].guidance, "of what is judged")
+    add("--out", filled(Path), Path("runs/toy"), "of the run", "FOLDER")
     args = parser.parse_args()
     if args.batch % process()[1]:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
+    if args.out.is_file():
+        parser.error(f"--out {args.out} is a file")
+    if args.command != "train" and not Path(args.out, "bundle", "model_index.json").is_file():
+        parser.error(f"{args.out} has no bundle to {args.command}: train it first")
+    return args
+
+
+def main(args: argparse.Namespace):
     if args.command == "train":
         train(args)
     elif args.command == "judge":
@@ -344,4 +358,5 @@ def main():
 
 
 if __name__ == "__main__":
-    program(main, "lower --batch")
+    ARGS = begin(command_line)
+    program(lambda: main(ARGS), "lower --batch")
