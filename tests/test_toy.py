@@ -1,6 +1,7 @@
 """The embedded toy: its bundle, what it draws, and the script that made it."""
 
 import json
+import runpy
 import shutil
 import sys
 from functools import partial
@@ -88,7 +89,7 @@ def test_slips_in_the_command_line_of_its_making(monkeypatch, capsys, words, tol
     monkeypatch.setattr(sys, "argv", ["make", *words.split(" ")])
     monkeypatch.chdir(Path(model.__file__).parent)
     with pytest.raises(SystemExit) as found:
-        make.command_line()
+        runpy.run_path(make.__file__, run_name="__main__")
     printed = capsys.readouterr().err
     assert found.value.code == 2 and printed.startswith("error: ") and told in printed
     assert printed.count("\n") == 1

@@ -213,8 +213,8 @@ def prepare(bundle: Path, init: Path | None, vae_steps: int):
     write_tokenizers(bundle)
 
 
-def begin(args: argparse.Namespace, toy: Toy,
-          optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
+def resume(args: argparse.Namespace, toy: Toy,
+           optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
     """First weights: of the last checkpoint, or --init, or as they are; the steps done, and the averages."""
     found = load_checkpoint(args.out)
     if found:
@@ -247,7 +247,7 @@ def train(args: argparse.Namespace):
     torch.manual_seed(0)
     toy, schedule = Toy(tokenizers[0]), Schedule(SCHEDULER)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    step, average = begin(args, toy, optimizer)
+    step, average = resume(args, toy, optimizer)
     means = MeanPictures(vae) if step < args.mean_steps else None
     # The last layer of a text encoder has no part in the second-to-last's output.
     predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
