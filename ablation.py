@@ -209,7 +209,7 @@ def ablation(args: argparse.Namespace):
                       for key in SIGNS} for place, row in rows.items()}
 
     spread = lambda values: statistics.stdev(values) if len(values) > 1 else math.nan
-    numbers = [[*place, rows[place].hpsv2, *(number for values in scores[place].values()
+    numbers = [[*place, f"{rows[place].hpsv2:.2f}", *(number for values in scores[place].values()
                                              for number in (statistics.fmean(values), spread(values)))]
                for place in rows]
     names = ["table", "row", "paper's HPSv2", *(key + part for key in SIGNS for part in ("", " spread"))]

@@ -58,14 +58,6 @@ class UNetConfig:
     out_channels: int = 4
     sample_size: int = 128                        # latent height and width that it was trained for
 
-    def __post_init__(self):
-        check_numbers(self)
-        attend = [level for level, depth in enumerate(self.depths) if depth or self.mid_depth]
-        if any(width % self.groups for width in self.channels) or any(
-                self.channels[level] % self.heads[level] for level in attend):
-            raise ValueError(f"channels {self.channels} cannot be parted into {self.groups} groups "
-                             f"and {self.heads} heads")
-
     @property
     def emb_dim(self) -> int:
         """Width of the embedding of time and other conditions."""
@@ -99,6 +91,12 @@ class UNetConfig:
         )
         spelled_out = {"transformer_layers_per_block": list(depths), "attention_head_dim": list(heads)}
         check_supported({**config, **spelled_out}, result.to_diffusers())
+        check_numbers(result)
+        attend = [level for level in range(levels) if attention[level]] + [-1]
+        if any(width % result.groups for width in result.channels) or any(
+                result.channels[level] % heads[level] for level in attend):
+            raise ValueError(f"widths {result.channels} cannot be parted into {result.groups} groups "
+                             f"and {heads} heads")
         return result
 
     def to_diffusers(self) -> dict:
@@ -154,11 +152,6 @@ class VAEConfig:
     force_upcast: bool = True                         # its activations overflow float16: run it in float32
     sample_size: int = 1024                           # image height and width that it was trained for
 
-    def __post_init__(self):
-        check_numbers(self)
-        if any(width % self.groups for width in self.channels):
-            raise ValueError(f"channels {self.channels} cannot be parted into {self.groups} groups")
-
     @property
     def downscale(self) -> int:
         """Image pixels to one latent pixel, in height and in width."""
@@ -177,6 +170,9 @@ class VAEConfig:
             sample_size=config.get("sample_size", 32),
         )
         check_supported(config, result.to_diffusers())
+        check_numbers(result)
+        if any(width % result.groups for width in result.channels):
+            raise ValueError(f"widths {result.channels} cannot be parted into {result.groups} groups")
         return result
 
     def to_diffusers(self) -> dict:

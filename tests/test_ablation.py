@@ -12,7 +12,7 @@ import distill
 from ablation import TABLE
 from files import read_csv as read
 from model import FEATURES, UNet, UNetConfig
-from options import preset
+from options import PRESETS, preset
 
 
 def run(*words):
@@ -54,6 +54,7 @@ def test_ablation_runs_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation, "in_parallel",
                         lambda jobs, work, items: {item: work(item) for item in items})
     monkeypatch.setattr(ablation.subprocess, "run", run_here)
+    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(steps=3))
     command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2,
                "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
     run(*command)

@@ -4,7 +4,6 @@ import json
 import runpy
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -95,22 +94,30 @@ def test_slips_in_the_command_line_of_its_making(monkeypatch, capsys, words, tol
     assert printed.count("\n") == 1
 
 
-def test_mean_pictures_are_means_of_pictures():
+@pytest.fixture(scope="module")
+def vae():
+    return model.load_vae(CHECKPOINT, torch.float32).requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def means(vae):
+    return make.MeanPictures(vae, count=40)
+
+
+def test_mean_pictures_are_means_of_pictures(vae, means):
     """Of the same places, told by colour and shape: nearly what the pictures themselves have in the mean."""
-    vae = model.load_vae(CHECKPOINT, torch.float32).requires_grad_(False)
     kinds = (("red", "circle"), ("blue", "square"))
     scenes = [shapes.scene(shapes.TRAIN_SEED, index) for index in range(40)]
     images = [shapes.render(shapes.Scene([o._replace(colour=colour, shape=shape)
                                           for o, (colour, shape) in zip(scene.objects, kinds)], None))
               for scene in scenes if scene.relation == "above"]
     true = vae.encode(make.pixels(images))[0].mean(0) * vae.config.scaling_factor
-    means = make.MeanPictures(vae, count=40)
     told, swapped = means(["a red circle above a blue square", "a blue square above a red circle"])
     error = lambda guess: ((guess - true).norm() / (true - means.empty).norm()).item()
     assert error(told) < 0.2 < 0.5 < error(swapped)
 
 
-def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
+def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
     """Two steps, stopped after the first or not, give the same weights."""
     def run(folder: Path, steps: int):
         monkeypatch.setattr(sys, "argv", [
@@ -118,8 +125,10 @@ def test_training_resumes_and_leaves_a_bundle(tmp_path, monkeypatch):
             "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
         make.main(make.command_line())
 
-    monkeypatch.setattr(make, "MeanPictures", partial(make.MeanPictures, count=80))
+    monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # which take a while
     run(tmp_path / "whole", 2)
+    shutil.copytree(tmp_path / "whole" / "bundle" / "vae", tmp_path / "parts" / "bundle" / "vae")
+    make.write_tokenizers(tmp_path / "parts" / "bundle")
     run(tmp_path / "parts", 1)
     run(tmp_path / "parts", 2)
     whole, parts = (make.load_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
