@@ -54,13 +54,14 @@ def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Puts the tensors of `trained` back, as they were after that many updates."""
+    """Puts the tensors of `trained` back, as they were after that many updates; takes them out of `tensors`."""
     for name, parameter in network.named_parameters():
-        parameter.data.copy_(tensors[f"parameter.{name}"])
+        parameter.data.copy_(tensors.pop(f"parameter.{name}"))
         if f"{MOMENTS[0]}.{name}" in tensors:
             step = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = {"step": step} | {
-                moment: torch.empty_like(parameter).copy_(tensors[f"{moment}.{name}"]) for moment in MOMENTS}
+                moment: torch.empty_like(parameter).copy_(tensors.pop(f"{moment}.{name}"))
+                for moment in MOMENTS}
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metadata):
