@@ -141,7 +141,7 @@ def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> d
     The distance is the root mean square difference of pictures from the same noise, in 0..1.
     """
     path = folder / f"score-{steps}-{len(prompts)}.csv"  # a run may be made longer
-    if not path.exists():
+    if not path.exists() or not files.read_csv(path):
         with DRAWING:
             taught = drawn_by(teacher, prompts)
         images = draw(teacher, prompts, folder / "unet")

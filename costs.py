@@ -8,6 +8,7 @@ import re
 import statistics
 import time
 from collections import defaultdict
+from dataclasses import replace
 from typing import Callable, NamedTuple
 
 import torch
@@ -73,13 +74,13 @@ PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, secon
 PAPER_PARTS = {"text encoders": (817, 0.008), "VAE": (83, 0.002)}  # Table 1; the seconds are its decoder's
 # What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
 PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12
-ORDER = [*model.stages(model.PRESETS["sdxl"]), "rest"]           # of stages, in figures
+ORDER = [*model.stages(model.CONFIGS["sdxl"]), "rest"]           # of stages, in figures
 
 
 def networks(name: str) -> Networks:
     """Of sdxl, 1b and 700m from what is written here, of all others from their config files."""
-    if name in model.PRESETS:
-        return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.PRESETS[name])
+    if name in model.CONFIGS:
+        return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.CONFIGS[name])
     source = preset(name).source
     return Networks([text.read_config(source, folder) for folder in text.ENCODERS],
                     *(model.read_config(kind, source)[0] for kind in (model.VAE, model.UNet)))
@@ -256,7 +257,7 @@ def timings(args: argparse.Namespace, dtype: torch.dtype, device: str) -> list[T
     for name in args.model:
         found = networks(name)
         size, said = args.size or found.size, {}
-        found = found._replace(unet=model.replace(found.unet, sample_size=size // found.vae.downscale))
+        found = found._replace(unet=replace(found.unet, sample_size=size // found.vae.downscale))
         if name in PAPER and (size, args.steps) == (1024, 25):   # as the paper has it
             said = {"text encoders": PAPER_PARTS["text encoders"][1], "U-Net": PAPER[name][2],
                     "VAE decoder": PAPER_PARTS["VAE"][1]}

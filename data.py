@@ -2,9 +2,9 @@
 Training data: pictures with captions from the toy, from a folder, or from img2dataset's shards, as samples at
 the positions 0, 1, 2, ... of an endless, shuffled order.
 
-What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: sample p is
-a function of (seed, p), or with a cache, which fixes a picture's crop, of these and the picture: the same for
-any batch, number of processes, or number of times a run was stopped.
+What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: all that is
+random about sample p comes from (seed, p), but with a cache its crop from (seed, picture). So it is the same
+for any batch, any number of processes, and however often a run was stopped.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
 import files
+from options import one_line
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -134,16 +135,16 @@ class Pairs:
 
     def members(self, shard: Path):
         """The files (name, Span) of a shard. A whole one ends in a block of zeros; tarfile does not look."""
-        end, size = 0, shard.stat().st_size
+        end, size, path = 0, shard.stat().st_size, str(shard)    # one string for all of a shard's spans
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // 512) * 512
                     if member.isreg() and member.size <= LARGEST_MEMBER and end <= size:
-                        yield member.name, Span(str(shard), member.offset_data, member.size)
+                        yield member.name, Span(path, member.offset_data, member.size)
         except tarfile.ReadError:
             pass
-        if end > size or Span(str(shard), end, 512).read() != bytes(512) or not end:
+        if end > size or Span(path, end, 512).read() != bytes(512) or not end:
             self.skipped["bad_shard"] += 1
             print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost",
                   file=sys.stderr)
@@ -304,7 +305,7 @@ def write_cached(sample: dict, folder: Path):
     try:  # not `files.write`, which waits for the disk: a file that a crash cut is made again
         save_file(tensors, f"{path}.{os.getpid()}")
     except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {files.one_line(error)}") from None
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
     os.replace(f"{path}.{os.getpid()}", path)
 
 

@@ -126,6 +126,7 @@ if __name__ == "__main__":
 
 import contextlib
 import copy
+import operator
 import re
 import shutil
 import time
@@ -147,7 +148,7 @@ from tqdm import tqdm
 import files
 import model
 from chart import sheet
-from costs import work
+from costs import unet_inputs, work
 from data import PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
 from run import (
     Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
@@ -239,7 +240,7 @@ class Distillation:
     def __init__(self, args: argparse.Namespace, device: str):
         self.args, self.device = args, device
         self.dtype = dtype_of(args.precision, device, on_gpu="bf16")
-        self.weights = torch.tensor([args.task, args.out_kd, args.feat_kd], device=device)  # of the terms
+        self.weights = args.task, args.out_kd, args.feat_kd      # of the terms
         self.source = source_of(args)
         self.pipeline = load_pipeline(self.source, dtype=self.dtype, device=device, compile=args.compile)
         self.pipeline.vae.requires_grad_(False)
@@ -259,7 +260,7 @@ class Distillation:
             self.student.compile()
 
     def new_student(self) -> model.UNet:
-        """The student before training, its weights in float32 whatever the file they come from."""
+        """The student before training, in float32; what it has of its teacher is as exact as the teacher."""
         args, expected = self.args, None
         if self.teacher:
             expected = model.student_config(self.teacher.config, args.student)
@@ -316,8 +317,10 @@ class Distillation:
         prediction = None
         if not self.args.out_kd and not self.matched:
             return prediction, {}
+        noisy, timesteps, context, pooled, time_ids = inputs     # the last: sizes, which a half would round
+        noisy, context, pooled = (x.to(self.dtype) for x in (noisy, context, pooled))
         with self.taught as features:
-            prediction = self.teacher(*(x.to(self.dtype) if x.is_floating_point() else x for x in inputs))
+            prediction = self.teacher(noisy, timesteps, context, pooled, time_ids)
         return prediction, features
 
     def terms(self, predict, samples: list[dict]) -> tuple[Tensor, Tensor, Tensor]:
@@ -404,22 +407,24 @@ def accumulate(distillation: Distillation, predict, batches: Iterator[list[dict]
             raise ValueError(error)
         last = micro == count - 1
         with predict.no_sync() if world > 1 and not last else contextlib.nullcontext():
-            terms = torch.stack(distillation.terms(predict, samples))
-            scaler.scale((terms * distillation.weights).sum() / count).backward()
-        total += terms.detach() / count
+            terms = distillation.terms(predict, samples)
+            # Terms of weight 0 too: so all layers have a gradient, as DistributedDataParallel wants it.
+            loss = sum(map(operator.mul, distillation.weights, terms))
+            scaler.scale(loss / count).backward()
+        total += torch.stack(terms).detach() / count
         for sample in samples:
             skipped |= sample["skipped"]
     if world > 1:
         dist.all_reduce(total)
         total /= world
-    return total, skipped
+    return total, union(skipped, world)
 
 
 def train(args: argparse.Namespace, distillation: Distillation, source: Shapes | Pairs, signals: Signals,
           rank: int, world: int) -> int:
     """Runs what is left of the run. Returns 0, or the number of the signal that ended it early."""
     student, device = distillation.student, distillation.device
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=distillation.dtype == torch.float16)
     progress = resume(args, student, optimizer, scaler)
     if progress.step >= args.steps:
@@ -429,9 +434,7 @@ def train(args: argparse.Namespace, distillation: Distillation, source: Shapes |
     batches = iter(DataLoader(
         training_data(args, distillation, source), batch_sampler=positions(*part), num_workers=args.workers,
         collate_fn=list, worker_init_fn=leave_signals_alone))
-    predict = student
-    if world > 1:  # with features alone, the last layers get no gradient
-        predict = DistributedDataParallel(student, find_unused_parameters=not (args.task or args.out_kd))
+    predict = DistributedDataParallel(student) if world > 1 else student
     log = Log(args.out / "log.csv", progress.step) if rank == 0 else None
     bar = tqdm(range(progress.step, args.steps), args.out.name, args.steps, initial=progress.step,
                unit="step", disable=rank)
@@ -459,7 +462,8 @@ def train(args: argparse.Namespace, distillation: Distillation, source: Shapes |
         stop = signals.agreed(device)
         if rank == 0:
             log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd,
-                      total=(total * distillation.weights).sum().item(), lr=rate, norm=norm.item(),
+                      total=sum(map(operator.mul, distillation.weights, (task, out_kd, feat_kd))),
+                      lr=rate, norm=norm.item(),
                       seconds=time.perf_counter() - start, images=done * args.batch,
                       skipped_samples=len(progress.skipped_samples), skipped_steps=progress.skipped_steps)
         if in_a_row == 20:
@@ -468,7 +472,6 @@ def train(args: argparse.Namespace, distillation: Distillation, source: Shapes |
                 f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, "
                 f"or a lower --lr")
         if done % args.save_every == 0 or done == args.steps or stop:
-            progress.skipped_samples = union(progress.skipped_samples, world)
             if rank == 0:
                 # The weights first: a run is finished when its checkpoint says so.
                 model.save_unet(student, args.out / "unet")
@@ -478,7 +481,6 @@ def train(args: argparse.Namespace, distillation: Distillation, source: Shapes |
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
         if step * args.batch < min(len(source), args.steps * args.batch) <= done * args.batch:
-            progress.skipped_samples = union(progress.skipped_samples, world)
             if rank == 0 and args.data != "shapes":
                 bar.write(first_pass(source, progress.skipped_samples, done * args.batch))
         if stop:
@@ -563,7 +565,8 @@ def show_scores(path: Path):
 def complete(source: str, folder: Path):
     """Makes a bundle of the run's folder: what a pipeline reads of the teacher's, and how it is sampled."""
     for name, *half in BUNDLE:
-        if path := files.find(source, *half, name):
+        names = [name, *half] if name.startswith("vae") else [*half, name]  # the VAE is read in float32
+        if path := files.find(source, *names):
             files.write(folder / name, lambda temporary: shutil.copyfile(path, temporary))
     own = preset(source)._asdict()
     files.write_json(folder / "preset.json", {name: own[name] for name in own if name != "source"})
@@ -572,8 +575,8 @@ def complete(source: str, folder: Path):
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without weights: settings, matched features, parameters, memory, work."""
     source = source_of(args)
-    if source in model.PRESETS:
-        base, vae_config = model.PRESETS[source], model.VAEConfig()
+    if source in model.CONFIGS:
+        base, vae_config = model.CONFIGS[source], model.VAEConfig()
     else:
         base, vae_config = (model.read_config(kind, preset(source).source)[0]
                             for kind in (model.UNet, model.VAE))
@@ -589,8 +592,7 @@ def dry_run(args: argparse.Namespace):
         student = model.UNet(student_config)
         teacher = model.UNet(base).requires_grad_(False) if args.teacher != "none" else None
         vae = model.VAE(vae_config).requires_grad_(False)
-        inputs = [torch.empty(shape) for shape in (
-            (1, base.in_channels, side, side), (1,), (1, 77, base.context_dim), (1, base.pooled_dim), (1, 6))]
+        inputs = unet_inputs(base, 77, side)
         learned, kept = work(student, *inputs)
         encoded, _ = work(vae.encoder, torch.empty(1, 3, size, size))
         matched = match_features(student, teacher, features_of(args), args.sa_blocks)

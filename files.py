@@ -135,10 +135,14 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a CSV file, by the names in its header; raises ValueError for a file that is damaged."""
+    """
+    The rows of a CSV file, by the names in its header, but for a last one that was cut while being written.
+
+    Raises ValueError for a file that is damaged.
+    """
     try:
         with open(path, newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
     except (UnicodeDecodeError, csv.Error):
         raise ValueError(f"{path} is not CSV; remove it") from None
     if any(None in row or None in row.values() for row in rows):

@@ -3,7 +3,7 @@ The networks of SDXL and KOALA: U-Net, VAE, the KOALA surgery, features for dist
 
 KOALA   Lee et al., arXiv 2312.04005          SDXL   Podell et al., arXiv 2307.01952
 
-One U-Net is written here; every variant is a row of numbers in PRESETS. Its stages have the paper's names:
+One U-Net is written here; every variant is a row of numbers in CONFIGS. Its stages have the paper's names:
 
     noisy latent                                                                  prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import files
+from options import one_line
 from weights import WEIGHTS, check_numbers, weight_files, with_weights, write_weights
 
 # ------------------------------------------------------------------------------------------------------------
@@ -220,7 +221,7 @@ def uneven(key: str, value) -> bool:
         key not in lists or any(isinstance(entry, (list, tuple)) for entry in value))
 
 
-PRESETS = {  #         transformer blocks   in Mid        pairs       parameters (Table 2)
+CONFIGS = {  #         transformer blocks   in Mid        pairs       parameters (Table 2)
     "sdxl": UNetConfig(depths=(0, 2, 10), mid_depth=10, pairs=2),  # 2,567,463,684
     "1b":   UNetConfig(depths=(0, 2, 6),  mid_depth=6,  pairs=1),  # 1,161,184,324
     "700m": UNetConfig(depths=(0, 2, 5),  mid_depth=0,  pairs=1),  #   782,822,724
@@ -233,7 +234,7 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
 
     Appendix B.2 swaps the depths of the two in one sentence; the paper's parameter totals settle it.
     """
-    koala = PRESETS[name]
+    koala = CONFIGS[name]
     if teacher.pairs != 2 or not teacher.mid_depth:
         raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in encoder stages, and Mid")
     lowest = min(koala.depths[-1], teacher.depths[-1])
@@ -808,7 +809,7 @@ def read_config(kind: type, source: str | Path) -> tuple[UNetConfig | VAEConfig,
         return kind.CONFIG.from_diffusers(config), path
     except (LookupError, TypeError) as error:
         what = f"the config.json of a {kind.__name__}"
-        raise ValueError(f"{path} is not {what} ({files.one_line(error)})") from None
+        raise ValueError(f"{path} is not {what} ({one_line(error)})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -832,7 +833,7 @@ def advice(found: dict[str, tuple[int, ...]]) -> str:
     """What to do about weights that do not fit their config.json, by names and shapes; "" if unknown."""
     if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in found):
         return "; these are names of the single-file format: get the folder in diffusers' layout"
-    fits = [name for name, config in PRESETS.items() if found == meta_shapes(config)]
+    fits = [name for name, config in CONFIGS.items() if found == meta_shapes(config)]
     return f"; the file fits {fits[0]}, its config.json does not" if fits else ""
 
 

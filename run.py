@@ -54,7 +54,7 @@ def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
 
 
 def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Puts the tensors of `trained` back, as they were after that many updates; takes them out of `tensors`."""
+    """Puts the tensors of `trained` back, as they were after so many updates; takes them out of `tensors`."""
     for name, parameter in network.named_parameters():
         parameter.data.copy_(tensors.pop(f"parameter.{name}"))
         if f"{MOMENTS[0]}.{name}" in tensors:
@@ -135,7 +135,9 @@ class Signals:
 
     def __enter__(self) -> "Signals":
         self.asked = 0
-        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [number for number in (signal.SIGINT, signal.SIGTERM)
+                 if signal.getsignal(number) is not signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.ask) for number in heard}
         return self
 
     def __exit__(self, *error):
@@ -157,9 +159,9 @@ class Signals:
 
 
 def leave_signals_alone(worker: int):
-    """In the processes that read data: an end is the main process's to ask for."""
+    """In the processes that read data: the main process is asked to end, and they end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def union(mine: dict, world: int) -> dict:

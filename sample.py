@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 from options import (
-    PRECISIONS, PRESETS, SPACINGS, Preset, begin, check, filled, may_be_model, number, parser_of, preset,
-    program)
+    PRECISIONS, PRESETS, SPACINGS, Preset, begin, check, filled, may_be_model, number, one_line, parser_of,
+    preset, program)
 
 # ------------------------------------------------------------------------------------------------------------
 # The command line comes before the heavy imports, so that a mistake in it is reported at once
@@ -277,10 +277,11 @@ class Pipeline:
         """Images of scaled latents (B, 4, H, W)."""
         vae = self.vae
         latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
-        if self.low_memory:
-            pixels = torch.cat([decode_tiled(vae, latent[None]) for latent in latents])
-        else:
-            pixels = vae.decode(latents)
+        with torch.autocast(self.device.split(":")[0], enabled=False):  # the VAE's own type, in training too
+            if self.low_memory:
+                pixels = torch.cat([decode_tiled(vae, latent[None]) for latent in latents])
+            else:
+                pixels = vae.decode(latents)
         if not pixels.isfinite().all():
             raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
         pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255    # (B, 3, H, W)
@@ -329,7 +330,7 @@ def usable(device: str | None) -> str:
             raise RuntimeError("use cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:              # one of them, as torch was built
-        raise ValueError(f"the device {device} cannot be used: {files.one_line(error)}") from None
+        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from None
     return device
 
 

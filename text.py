@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 from torch import Tensor, nn
 
 import files
+from options import one_line
 from weights import HALF, check_numbers, with_weights, write_weights
 
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # their folders
@@ -145,7 +146,7 @@ class CLIPTokenizer:
                                   end_of_word_suffix="</w>")
         except Exception as error:                               # the library has no narrower kind
             raise ValueError(f"{vocab_path} or {merges_path.name} is damaged, fetch it anew "
-                             f"({files.one_line(error)})") from None
+                             f"({one_line(error)})") from None
         if not merges_path.read_text().strip():
             raise ValueError(f"{merges_path} is empty, fetch it anew")
         self.bpe = Tokenizer(pairs)

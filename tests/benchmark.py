@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ import model  # noqa: E402
 from toy.make import UNET as TOY  # noqa: E402
 from weights import WEIGHTS  # noqa: E402
 
-NARROW = model.replace(model.PRESETS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
+NARROW = replace(model.CONFIGS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
                        pooled_dim=128)
 
 
@@ -75,7 +76,7 @@ def forward(name: str, config: model.UNetConfig, dtype: torch.dtype, batch: int,
 
 def unet():
     for dtype in (torch.float32, torch.bfloat16):
-        forward("700m, batch 2, latent 64, forward", model.PRESETS["700m"], dtype, 2, 64)
+        forward("700m, batch 2, latent 64, forward", model.CONFIGS["700m"], dtype, 2, 64)
 
 
 def toy():
@@ -108,7 +109,7 @@ def in_process(code: str) -> tuple[float, float]:
 def load():
     with tempfile.TemporaryDirectory() as folder:
         with torch.device("meta"):
-            unet = model.UNet(model.PRESETS["700m"]).half()
+            unet = model.UNet(model.CONFIGS["700m"]).half()
         unet = unet.to_empty(device="cpu").requires_grad_(False)
         for parameter in unet.parameters():
             parameter.normal_(std=0.02)
@@ -186,7 +187,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     if recipe:
         theirs[1].enable_gradient_checkpointing()
         theirs[1].train()
-        vae = AutoencoderKL.from_config(model.replace(
+        vae = AutoencoderKL.from_config(replace(
             model.VAEConfig(), channels=(24, 48, 96, 96), groups=8).to_diffusers()).requires_grad_(False)
     optimizers = [torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True),
                   torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
@@ -238,7 +239,7 @@ unet(*x).square().mean().backward()
 
 def resident():
     """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
-    from analysis import networks, random_weights
+    from costs import networks, random_weights
     from text import CLIP, ENCODERS, save_clip
 
     found = networks("700m")

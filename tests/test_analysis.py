@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def test_latency_on_any_machine(folder, tmp_path, capsys):
         "--out", tmp_path / "l.png")
     rows = read(tmp_path / "l.csv")
     assert [row["network"] for row in rows] == ["text encoders", "U-Net", "VAE decoder"]
-    config = model.replace(model.read_config(UNet, folder)[0], sample_size=8)
+    config = replace(model.read_config(UNet, folder)[0], sample_size=8)
     work = 2 * 2 * 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values())  # steps, guidance, FLOP
     assert float(rows[1]["TFLOP"]) == pytest.approx(work / 1e12)
     assert all(float(row["seconds"]) > 0 for row in rows) and rows[1]["paper, RTX 4090"] == "nan"

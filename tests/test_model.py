@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import ANSWERS, PICTURES, SIZES, UNETS, VAES, digest, draw, error, fill, inputs, pictures
-from model import (FEATURES, PRESETS, VAE, Features, UNet, UNetConfig, VAEConfig, feature_paths, inherit,
+from model import (FEATURES, CONFIGS, VAE, Features, UNet, UNetConfig, VAEConfig, feature_paths, inherit,
                    stages, student_config)
 
 PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724, "vae": 83_653_863}
@@ -128,7 +128,7 @@ def test_timestep_may_be_one_number():
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_tensors_are_the_official_ones(name):
     with torch.device("meta"):
-        network = VAE(VAEConfig()) if name == "vae" else UNet(PRESETS[name])
+        network = VAE(VAEConfig()) if name == "vae" else UNet(CONFIGS[name])
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
     with safe_open(ANSWERS, framework="pt") as file:
         assert digest(network) == file.metadata()[name]
@@ -139,9 +139,9 @@ def test_tensors_are_the_official_ones(name):
 
 
 def test_official_files_are_the_presets():
-    assert UNetConfig.from_diffusers(SDXL_FILE) == UNetConfig() == PRESETS["sdxl"]
+    assert UNetConfig.from_diffusers(SDXL_FILE) == UNetConfig() == CONFIGS["sdxl"]
     for name, changed in KOALA.items():
-        assert UNetConfig.from_diffusers(SDXL_FILE | changed) == PRESETS[name]
+        assert UNetConfig.from_diffusers(SDXL_FILE | changed) == CONFIGS[name]
     assert VAEConfig.from_diffusers(VAE_FILE) == VAEConfig() and VAEConfig().downscale == 8
     for file, config in ((SDXL_FILE, UNetConfig()), (VAE_FILE, VAEConfig())):
         written = config.to_diffusers()
@@ -149,7 +149,7 @@ def test_official_files_are_the_presets():
             assert written[key] == file[key], key
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), *map(UNetConfig.from_diffusers, UNETS.values()), TINY])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), *map(UNetConfig.from_diffusers, UNETS.values()), TINY])
 def test_config_survives_its_file(config):
     assert UNetConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
 
@@ -199,7 +199,7 @@ def test_unsupported_values_of_a_vae_are_named(changed):
 
 def test_surgery_makes_the_presets():
     for name in ("1b", "700m"):
-        assert student_config(PRESETS["sdxl"], name) == PRESETS[name]
+        assert student_config(CONFIGS["sdxl"], name) == CONFIGS[name]
 
 
 def test_surgery_of_other_teachers():
@@ -212,7 +212,7 @@ def test_surgery_of_other_teachers():
 
 
 @pytest.mark.parametrize("teacher", [
-    PRESETS["1b"], replace(PRESETS["sdxl"], mid_depth=0), replace(PRESETS["sdxl"], pairs=3)])
+    CONFIGS["1b"], replace(CONFIGS["sdxl"], mid_depth=0), replace(CONFIGS["sdxl"], pairs=3)])
 def test_surgery_needs_a_teacher_of_this_shape(teacher):
     with pytest.raises(ValueError, match="two pairs .* Mid"):
         student_config(teacher, "700m")
@@ -264,10 +264,10 @@ def all_paths(network: UNet) -> list[str]:
             for path in feature_paths(network, kind, stage)]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_features_of_every_stage(name):
     with torch.device("meta"):
-        network = UNet(PRESETS[name])
+        network = UNet(CONFIGS[name])
     blocks, residual = COUNTS[name]
     order = [stage for stage in ("DW-1", "DW-2", "DW-3", "Mid", "UP-1", "UP-2", "UP-3") if stage in residual]
     assert list(stages(network.config)) == order
@@ -306,7 +306,7 @@ def plain_hooks(network: UNet) -> dict:
     return found
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", CONFIGS)
 @torch.no_grad()
 def test_features_are_what_the_modules_give(name):
     network = unet(name)

@@ -1,5 +1,6 @@
-"""Every command of the README is one its program takes, and CI runs those that need no official weights."""
+"""Every command of the READMEs is one its program takes; CI runs those of the first that need no weights."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -9,20 +10,30 @@ import pytest
 import analysis
 import distill
 import sample
+from toy import make
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = [part.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    ")
-            for part in line.split("&&") if part.split()[:1] in (["python"], ["torchrun"], ["pip"])]
+PROGRAMS = ("python", "torchrun", "pip")
+
+
+def commands(path: Path) -> list[str]:
+    """The commands in the indented lines of a README, without the variables set before them."""
+    lines = (line for line in path.read_text().splitlines() if line.startswith("    "))
+    parts = (re.sub(r"^[A-Z_]+=\S+ ", "", part.strip()) for line in lines for part in line.split("&&"))
+    return [part for part in parts if part.startswith(PROGRAMS)]
+
+
+COMMANDS = commands(ROOT / "README.md")
 OFFICIAL = {"sdxl", "etri-vilab/koala-700m"}  # a word that needs official weights
 LONG = {"ablation"}  # takes hours; tests/test_ablation.py runs it with one step and two captions
 
 
 def words_of(command: str) -> list[str]:
     words = shlex.split(command, comments=True)
-    return words[words.index("python") + 1:] if words[0] == "python" else [word for word in words[3:]]
+    return words[1:] if words[0] == "python" else words[3:]      # after torchrun --nproc-per-node N
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", COMMANDS + commands(ROOT / "toy" / "README.md"))
 def test_its_program_takes_it(command, monkeypatch):
     program, *words = words_of(command)
     if program == "distill.py":
@@ -32,6 +43,10 @@ def test_its_program_takes_it(command, monkeypatch):
         sample.command_line()
     elif program == "analysis.py":
         analysis.command_line(words)
+    elif [program, *words][:2] == ["-m", "toy.make"]:
+        monkeypatch.setattr(Path, "is_file", lambda path: path.name == "model_index.json")  # as if trained
+        monkeypatch.setattr(sys, "argv", words)
+        make.command_line()
     else:
         assert command in ("pip install -r requirements.txt",
                            "python -m pytest"), "nothing checks this command"

@@ -28,7 +28,7 @@ def test_the_bundle_is_small_and_has_sdxls_topology():
     assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 20e6
     unet = model.load_unet(CHECKPOINT)
     assert unet.config == make.UNET and {p.dtype for p in unet.parameters()} == {torch.float16}
-    assert unet.config.depths == model.PRESETS["sdxl"].depths and unet.config.pairs == 2
+    assert unet.config.depths == model.CONFIGS["sdxl"].depths and unet.config.pairs == 2
     student = model.student_config(unet.config, "700m")
     count = lambda config: sum(torch.Size(shape).numel() for shape in model.meta_shapes(config).values())
     assert count(student) / count(unet.config) == pytest.approx(782_822_724 / 2_567_463_684, abs=0.005)

@@ -345,7 +345,7 @@ def test_a_cut_file_is_not_taken_for_a_pickle(folder, length):
 
 
 def test_a_flipped_header(folder, saved, weights, monkeypatch):
-    monkeypatch.setattr(model, "PRESETS", {})  # a renamed tensor makes each of them, only to compare it
+    monkeypatch.setattr(model, "CONFIGS", {})  # a renamed tensor makes each of them, only to compare it
     whole = (saved / FILE).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     refused = 0
@@ -375,7 +375,7 @@ def test_missing_unexpected_and_misshapen_tensors(folder, weights):
 
 def test_the_preset_that_does_fit_is_named(folder, weights, monkeypatch):
     small = {"sdxl": CONFIG, "700m": replace(CONFIG, mid_depth=0)}
-    monkeypatch.setattr(model, "PRESETS", small)
+    monkeypatch.setattr(model, "CONFIGS", small)
     (folder / "config.json").write_text(json.dumps(small["700m"].to_diffusers()))
     message = refusal(folder)
     assert "fits sdxl" in message and "unexpected" in message

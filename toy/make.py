@@ -16,6 +16,7 @@ runs/toy/bundle, is judged now and then:
 import argparse
 import shutil
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Sequence
@@ -158,7 +159,7 @@ def train_vae(steps: int) -> model.VAE:
 def scaled(vae: model.VAE) -> model.VAE:
     """The VAE with the scaling factor that gives latents LATENT_STD."""
     std = vae.encode(pictures(range(512))[0])[0].std().item()
-    vae.config = model.replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
+    vae.config = replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
     return vae
 
 
@@ -261,7 +262,8 @@ def train(args: argparse.Namespace):
         ids = [tokenizer(captions) for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
         prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
-        # The weight of Karras et al. (Table 1), on v: an error in the picture counts the same at all noise.
+        # The weight of Karras et al. (Table 1), on v: an error in the picture counts the same at
+        # all but the weakest noise.
         sigma = schedule.all_sigmas[timesteps].float()
         weight = (1 + (sigma / LATENT_STD) ** 2) / (1 + sigma ** 2)
         error = prediction - schedule.target(latents, noise, timesteps)
