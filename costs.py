@@ -287,6 +287,8 @@ def latency(args: argparse.Namespace):
     rows = [[timing.model, timing.network, timing.flops / 1e12, timing.seconds, timing.rate / 1e12,
              counted.get(timing, math.nan), timing.peak, timing.paper, implied.get(timing, math.nan)]
             for timing in timed]
+    if not implied:                                              # of these models the paper says nothing
+        header, rows = header[:-2], [row[:-2] for row in rows]
     files.write_csv(args.out.with_suffix(".csv"), header, rows)
     cells = chart.show(header, rows)
 
@@ -304,7 +306,7 @@ def latency(args: argparse.Namespace):
         numbers = (timing.seconds, counted[timing], timing.paper, implied.get(timing, math.nan))
         groups[timing.model] = [[0] * i + [number] for i, number in enumerate(numbers)
                                 if not math.isnan(number)]
-    kinds = ["measured", "by counting", "paper, RTX 4090", f"counted, {at_paper_rate}"]
+    kinds = ["measured", "by counting", "paper, RTX 4090", f"counted, {at_paper_rate}"][:4 if implied else 2]
     files.write(args.out, lambda path: chart.stack(
         chart.table(f"Latency on {where}", header, cells),
         chart.bars(f"Seconds of the U-Net in {args.steps} steps", groups, kinds)).save(path))

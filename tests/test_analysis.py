@@ -208,7 +208,7 @@ def test_latency_on_any_machine(folder, tmp_path, capsys):
     config = replace(model.read_config(UNet, folder)[0], sample_size=8)
     work = 2 * 2 * 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values())  # steps, guidance, FLOP
     assert float(rows[1]["TFLOP"]) == pytest.approx(work / 1e12)
-    assert all(float(row["seconds"]) > 0 for row in rows) and rows[1]["paper, RTX 4090"] == "nan"
+    assert all(float(row["seconds"]) > 0 for row in rows) and "paper, RTX 4090" not in rows[1]
     assert float(rows[1]["by counting"]) == pytest.approx(float(rows[1]["seconds"]))
     assert "TFLOP/s" in capsys.readouterr().out
 
