@@ -201,7 +201,7 @@ def test_parts_of_the_work_are_all_of_it(folder):
 
 
 def test_latency_on_any_machine(folder, tmp_path, capsys):
-    run("latency", "--model", folder, "--steps", 2, "--repeat", 2, "--size", 64, "--device", "cpu",
+    run("latency", "--model", folder, "--steps", 2, "--repeat", 1, "--size", 64, "--device", "cpu",
         "--out", tmp_path / "l.png")
     rows = read(tmp_path / "l.csv")
     assert [row["network"] for row in rows] == ["text encoders", "U-Net", "VAE decoder"]

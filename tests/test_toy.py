@@ -4,6 +4,7 @@ import json
 import runpy
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,12 @@ def test_mean_pictures_are_means_of_pictures(vae, means):
     assert error(told) < 0.2 < 0.5 < error(swapped)
 
 
+def test_latents_are_scaled_to_their_standard_deviation():
+    other = model.load_vae(CHECKPOINT, torch.float32)
+    published, other.config = other.config, replace(other.config, scaling_factor=1.0)
+    assert make.scaled(other, 64).config.scaling_factor == pytest.approx(published.scaling_factor, rel=0.05)
+
+
 def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
     """Two steps, stopped after the first or not, give the same weights."""
     def run(folder: Path, steps: int):
@@ -125,11 +132,15 @@ def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
             "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
         make.main(make.command_line())
 
-    monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # which take a while
+    monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # these three take a while
+    monkeypatch.setattr(make, "scaled", lambda vae: vae)
+    judge = make.judge
+    monkeypatch.setattr(make, "judge", lambda args: None)
     run(tmp_path / "whole", 2)
     shutil.copytree(tmp_path / "whole" / "bundle" / "vae", tmp_path / "parts" / "bundle" / "vae")
     make.write_tokenizers(tmp_path / "parts" / "bundle")
     run(tmp_path / "parts", 1)
+    monkeypatch.setattr(make, "judge", judge)
     run(tmp_path / "parts", 2)
     whole, parts = (make.load_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)

@@ -156,9 +156,9 @@ def train_vae(steps: int) -> model.VAE:
 
 
 @torch.no_grad()
-def scaled(vae: model.VAE) -> model.VAE:
-    """The VAE with the scaling factor that gives latents LATENT_STD."""
-    std = vae.encode(pictures(range(512))[0])[0].std().item()
+def scaled(vae: model.VAE, count: int = 512) -> model.VAE:
+    """The VAE with the scaling factor that gives the latents of so many pictures LATENT_STD."""
+    std = vae.encode(pictures(range(count))[0])[0].std().item()
     vae.config = replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
     return vae
 
