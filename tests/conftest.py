@@ -1,6 +1,15 @@
 """Lets `pytest` find the modules at the root of the project, as `python -m pytest` does."""
 
+import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_are_heard():
+    """A job in the background ignores them, and so would what is tested."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
