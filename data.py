@@ -14,10 +14,11 @@ import os
 import struct
 import sys
 import tarfile
+from array import array
 from collections import Counter
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
@@ -84,6 +85,8 @@ class Pairs:
     the cut is used. Raises FileNotFoundError or ValueError if nothing is left.
     """
 
+    KINDS = ("image", "txt", "json", "line")                     # of spans
+
     def __init__(self, folder: str, caption: str | None = None):
         self.caption, self.skipped = caption, Counter()
         root = Path(folder)
@@ -91,18 +94,26 @@ class Pairs:
             raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
         shards = sorted(path for path in root.rglob("*.tar") if path.is_file())
         if (root / "metadata.jsonl").is_file():
-            self.items = self.from_metadata(root)
+            items = self.from_metadata(root)
         elif shards:
-            self.items = [item for shard in shards for item in self.pair(self.members(shard))]
+            items = (item for shard in shards for item in self.pair(self.members(shard)))
         else:
             paths = (path for path in sorted(root.rglob("*")) if path.is_file())
-            self.items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in paths)
-        if not self.items:
+            items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in paths)
+        # Millions of spans are numbers in one array: as objects they would take gigabytes in each process.
+        places, numbers = {}, array("q")
+        for item in items:
+            for kind in self.KINDS:
+                path, start, size = item.get(kind, Span(""))
+                numbers.extend((places.setdefault(path, len(places)), start, size))
+        self.paths = list(places)
+        self.spans = np.array(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
+        if not len(self):
             raise ValueError(
                 f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
 
-    def pair(self, named) -> list[dict[str, Span]]:
-        """Puts together files, `named` (name, Span), that differ in their ending alone."""
+    def pair(self, named: Iterable[tuple[str, Span]]) -> Iterator[dict[str, Span]]:
+        """Puts together files that differ in their ending alone."""
         groups = {}
         for name, span in named:
             stem, ending = os.path.splitext(name)
@@ -111,31 +122,28 @@ class Pairs:
                 if kind in groups.setdefault(stem, {}):
                     self.skipped["duplicate"] += kind == "image"
                 groups[stem].setdefault(kind, span)
-        items = []
         for group in groups.values():
             if "image" not in group:
                 self.skipped["no_image"] += "txt" in group
             elif "txt" not in group and not self.caption:
                 self.skipped["no_caption"] += 1
             else:
-                items.append(group)
-        return items
+                yield group
 
-    def from_metadata(self, root: Path) -> list[dict[str, Span]]:
-        items, start = [], 0
+    def from_metadata(self, root: Path) -> Iterator[dict[str, Span]]:
+        start = 0
         with open(root / "metadata.jsonl", "rb") as file:
             for line in file:
                 try:
                     name = json.loads(line)["file_name"]
-                    items.append({"image": Span(str(root / name)), "line": Span(file.name, start, len(line))})
+                    yield {"image": Span(str(root / name)), "line": Span(file.name, start, len(line))}
                 except (ValueError, KeyError, TypeError, RecursionError):
                     self.skipped["bad_line"] += bool(line.strip())
                 start += len(line)
-        return items
 
-    def members(self, shard: Path):
-        """The files (name, Span) of a shard. A whole one ends in a block of zeros; tarfile does not look."""
-        end, size, path = 0, shard.stat().st_size, str(shard)    # one string for all of a shard's spans
+    def members(self, shard: Path) -> Iterator[tuple[str, Span]]:
+        """The files of a shard. A whole one ends in a block of zeros; tarfile does not look."""
+        end, size, path = 0, shard.stat().st_size, str(shard)
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
@@ -149,12 +157,17 @@ class Pairs:
             print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost",
                   file=sys.stderr)
 
+    def item(self, index: int) -> dict[str, Span]:
+        """What there is of a pair, by kind."""
+        spans = (Span(self.paths[place], start, size) for place, start, size in self.spans[index].tolist())
+        return {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
+
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.spans)
 
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
         """An RGB image, its caption, and its original (height, width). Raises Skip."""
-        item = self.items[index]
+        item = self.item(index)
         caption = self.caption or read_caption(item)
         try:
             image = Image.open(io.BytesIO(item["image"].read()), formats=FORMATS)
