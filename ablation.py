@@ -81,12 +81,18 @@ def flags(args: argparse.Namespace, seed: int, row: Row) -> dict:
             "--steps": args.steps, "--batch": args.batch, "--seed": seed, "--judge": 0, "--preview-every": 0}
 
 
+def words_of(flags: dict) -> list[str]:
+    """Flags and their values, as on a command line."""
+    return [str(word) for flag in flags.items() for word in flag]
+
+
 def teacher_of(args: argparse.Namespace) -> str:
     """The teacher that the flags for distill.py name. Raises ValueError if they are not for this command."""
-    own = [*flags(args, 0, TABLE["3a"]["SA"]), "--feat-kd", "--out", "--dry-run"]
-    if taken := [flag for flag in args.distill if flag.split("=")[0] in own]:
+    own = flags(args, 0, TABLE["3a"]["task loss only"])
+    refused = [*own, "--feat-kd", "--cache", "--out", "--dry-run"]
+    if taken := [flag for flag in args.distill if flag.split("=")[0] in refused]:
         raise ValueError(f"{taken[0]} is not for distill.py here: each run of the table has its own")
-    teacher = distill.command_line(args.distill).teacher
+    teacher = distill.command_line([*words_of(own), *args.distill]).teacher
     if teacher == "none":
         raise ValueError("--teacher none: Table 3 is about what a teacher's features teach")
     return teacher
@@ -108,15 +114,16 @@ def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
     """The folder of a finished run of distill.py, made or made longer if there is none."""
     folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', row.features)}-{row.blocks}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    own = [part for flag in flags(args, seed, row).items() for part in flag]
-    command = [sys.executable, Path(__file__).with_name("distill.py"), *own, "--out", folder, *args.distill]
+    command = [sys.executable, Path(__file__).with_name("distill.py"), *words_of(flags(args, seed, row)),
+               "--out", folder, *args.distill]
     environment = os.environ | ({"OMP_NUM_THREADS": str(threads_of(args))} if args.jobs > 1 else {})
     with open(folder / "distill.log", "w") as log:
         done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)
     if done.returncode:
         told = (folder / "distill.log").read_text().strip().splitlines()
         told = told or [f"it ended with {done.returncode}"]
-        raise ValueError(f"{folder}: {told[-1].removeprefix('error: ').replace('--out', '--runs')}")
+        said = re.sub(r"--out\b(?!-)", "--runs", told[-1].removeprefix("error: "))
+        raise ValueError(f"{folder}: {said}")
     return folder
 
 

@@ -107,7 +107,7 @@ class Pairs:
                 path, start, size = item.get(kind, Span(""))
                 numbers.extend((places.setdefault(path, len(places)), start, size))
         self.paths = list(places)
-        self.spans = np.array(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
+        self.spans = np.frombuffer(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
         if not len(self):
             raise ValueError(
                 f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")

@@ -506,7 +506,7 @@ def training_data(args: argparse.Namespace, distillation: Distillation, source: 
                 "caption": args.caption, "seed": args.seed, "precision": str(distillation.dtype)}
         note = args.cache / "settings.json"
         if note.exists():
-            check_same(files.read_json(note), made, f"--cache {args.cache}", "--cache")
+            check_same(dict.fromkeys(made) | files.read_json(note), made, f"--cache {args.cache}", "--cache")
         files.write_json(note, made)
     side = size // vae.downscale
     latent = (config.in_channels, side, side)
@@ -583,7 +583,8 @@ def dry_run(args: argparse.Namespace):
     if args.init in ("teacher", "random"):
         student_config = model.student_config(base, args.student)
     else:
-        student_config = model.read_config(model.UNet, preset(args.init).source)[0]
+        found = model.CONFIGS.get(args.init)
+        student_config = found or model.read_config(model.UNet, preset(args.init).source)[0]
     size = args.size or base.sample_size * vae_config.downscale
     side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
@@ -659,10 +660,11 @@ def main(args: argparse.Namespace) -> int:
     if not (args.out / "unet" / "config.json").exists():
         model.save_unet(distillation.student, args.out / "unet")  # `resume` has it from the checkpoint
     complete(distillation.pipeline.preset.source, args.out)
-    if args.data == "shapes" and args.judge and not (args.out / "scores.csv").exists():
+    scores = args.out / "scores.csv"
+    if args.data == "shapes" and args.judge and not (scores.exists() and files.read_csv(scores)):
         judge(distillation)
-    if (args.out / "scores.csv").exists():
-        show_scores(args.out / "scores.csv")
+    if scores.exists():
+        show_scores(scores)
     print(f"{args.out} is finished, {args.steps} steps: "
           f"python sample.py --model {distillation.source} --unet {args.out}/unet --prompt ...")
     return 0

@@ -84,7 +84,7 @@ class UNetConfig:
             context_dim=config["cross_attention_dim"],
             pooled_dim=config["projection_class_embeddings_input_dim"] - 6 * size_dim if added else 0,
             size_dim=size_dim,
-            linear_projection=config.get("use_linear_projection", False),
+            linear_projection=bool(config.get("use_linear_projection")),
             groups=config.get("norm_num_groups", 32),
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
@@ -167,7 +167,7 @@ class VAEConfig:
             latent_channels=config.get("latent_channels", 4),
             groups=config.get("norm_num_groups", 32),
             scaling_factor=config.get("scaling_factor", 0.18215),
-            force_upcast=config.get("force_upcast", True),
+            force_upcast=bool(config.get("force_upcast", True)),
             sample_size=config.get("sample_size", 32),
         )
         check_supported(config, result.to_diffusers())

@@ -55,7 +55,7 @@ def preset(name: str) -> Preset:
         try:
             found = Preset(str(name), **json.loads(own.read_text()))
             known = found.spacing in (None, *SPACINGS)
-            if not (known and found.steps in range(1, 1001) and found.guidance >= 1):
+            if not (known and found.steps in range(1, 1001) and 1 <= found.guidance < math.inf):
                 raise ValueError("steps, guidance or spacing out of range")
             return found._replace(steps=int(found.steps), guidance=float(found.guidance))
         except (ValueError, TypeError) as error:
@@ -126,7 +126,10 @@ def process() -> tuple[int, int, int]:
     """This process's number, how many there are, and its number on this machine, as torchrun says."""
     names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     try:
-        return tuple(int(os.environ.get(name, default)) for name, default in names.items())
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in names.items())
+        if not (0 <= rank < world and local >= 0):
+            raise ValueError
+        return rank, world, local
     except ValueError:
         raise ValueError(f"{', '.join(names)} are numbers that torchrun sets: unset them") from None
 
@@ -157,9 +160,10 @@ def program(main: Callable[[], int | None], memory: str):
         if status := main():
             sys.exit(status)
     except (OSError, ValueError, FloatingPointError) as error:
-        toy = isinstance(error, (FileNotFoundError, ValueError)) and PRESETS["toy"].source in str(error)
-        made = "; git checkout toy restores it, and toy/README.md says how it is made" if toy else ""
-        sys.exit(f"error: {one_line(error)}{made}")
+        told, toy = one_line(error), PRESETS["toy"].source
+        if f"{toy}/" in told or f"in the folder {toy}" in told:
+            told += "; git checkout toy restores it, and toy/README.md says how it is made"
+        sys.exit(f"error: {told}")
     except (MemoryError, RuntimeError) as error:  # PyTorch says "out of memory", or what it cannot allocate
         if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
             raise

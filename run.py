@@ -119,7 +119,10 @@ class Log:
                "skipped_samples", "skipped_steps")
 
     def __init__(self, path: Path, step: int):
-        rows = [row for row in files.read_csv(path) if int(row["step"]) <= step] if path.exists() else []
+        try:
+            rows = [row for row in files.read_csv(path) if int(row["step"]) <= step] if path.exists() else []
+        except (KeyError, ValueError):
+            raise ValueError(f"{path} is not the log of a run; remove it") from None
         files.write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
@@ -159,9 +162,10 @@ class Signals:
 
 
 def leave_signals_alone(worker: int):
-    """In the processes that read data: the main process is asked to end, and they end with it."""
+    """In the processes that read data: what torchrun tells a whole group is the main process's to hear."""
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def union(mine: dict, world: int) -> dict:

@@ -163,7 +163,7 @@ class CLIPTokenizer:
         """The official files have a token as a string or, with how it is found in a text, as a dictionary."""
         token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
         found = token if isinstance(token, dict) else {"content": token}
-        if not isinstance(found["content"], str):
+        if not isinstance(found["content"], str) or not found["content"]:
             raise TypeError(f"{name} is {token!r}")
         return AddedToken(found["content"], normalized=found.get("normalized", False))
 

@@ -2,6 +2,7 @@
 Weights of networks: safetensors files that fit, or one line that says why they do not.
 """
 
+import math
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -56,7 +57,7 @@ def check_numbers(config):
         if isinstance(default, tuple):
             good = bool(value) and all(type(entry) is int and entry >= least for entry in value)
         elif isinstance(default, float):
-            good = type(value) in (int, float) and value > 0
+            good = type(value) in (int, float) and 0 < value < math.inf
         else:
             good = type(value) is type(default) and (type(value) is not int or value >= least)
         if not good:

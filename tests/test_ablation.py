@@ -105,13 +105,22 @@ def test_the_teacher_is_read_as_distill_reads_it():
         assert ablation.teacher_of(analysis.command_line(["ablation", *words])) == teacher
 
 
-@pytest.mark.parametrize("words", ["--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--dry-run"])
+@pytest.mark.parametrize("words", [
+    "--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--cache x", "--dry-run"])
 def test_what_is_the_tables_own_is_not_taken_from_the_flags_for_distill(tmp_path, words):
     with pytest.raises(ValueError, match=f"^{words.split('=')[0].split()[0]}.* is not for distill.py"):
         run("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png", "--", *words.split())
     with pytest.raises(ValueError, match="teacher none"):
         run("ablation", "--out", tmp_path / "t.png", "--", "--teacher", "none", "--init", "random")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_flags_are_checked_as_the_runs_will_read_them(tmp_path, capsys):
+    args = analysis.command_line(["ablation", "--batch", "24", "--", "--micro-batch", "12"])
+    assert ablation.teacher_of(args) == "toy"
+    with pytest.raises(SystemExit):
+        ablation.teacher_of(analysis.command_line(["ablation", "--", "--task", "0"]))
+    assert "nothing to learn" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("damage", [b"colour,shape\n1\n", b"\xff\xfe\x00"])

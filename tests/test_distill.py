@@ -464,6 +464,11 @@ def test_a_cache_gives_the_same_losses_without_the_vae(run, tmp_path, monkeypatc
         assert rows(tmp_path / out) == rows(tmp_path / "plain")
     with pytest.raises(ValueError, match="--cache .*begun with other settings: seed was 0 and is 1; give"):
         run(*cache, "--seed", "1", out="third")
+    note = (tmp_path / "cache" / "settings.json").read_text()
+    (tmp_path / "cache" / "settings.json").write_text("{}")
+    with pytest.raises(ValueError, match="seed was None and is 0"):
+        run(*cache, out="third")
+    (tmp_path / "cache" / "settings.json").write_text(note)
     for path in (tmp_path / "cache").glob("*.safetensors"):      # of something else: made again
         path.write_bytes(safetensors.torch.save({"a": torch.ones(1)}))
     encoded.clear()
@@ -552,6 +557,14 @@ def test_a_run_may_be_made_longer_and_its_means_changed(run, tmp_path, begun, fl
     assert run("--steps", "3", *flags) == 0
     assert [row["step"] for row in rows(tmp_path / "run")] == ["1", "2", "3"]
     assert rows(tmp_path / "run")[:2] == rows(begun)
+
+
+def test_a_log_of_something_else_is_named(run, tmp_path, begun):
+    for content in ("foo,bar\n1,2\n", "step\nx\n"):
+        shutil.copytree(begun, tmp_path / "run", dirs_exist_ok=True)
+        (tmp_path / "run" / "log.csv").write_text(content)
+        with pytest.raises(ValueError, match="log.csv is not the log of a run"):
+            run("--steps", "3")
 
 
 def test_a_line_of_the_log_that_a_crash_cut_is_dropped(run, tmp_path, begun):
@@ -861,9 +874,10 @@ def test_a_run_that_learns_nothing_is_refused(program):
 
 
 def test_torchruns_variables_are_numbers(program, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "x")
-    code, _, told = program("--dry-run")
-    assert code == 1 and told.startswith("error: RANK, WORLD_SIZE, LOCAL_RANK are numbers")
+    for value in ("x", "0"):
+        monkeypatch.setenv("WORLD_SIZE", value)
+        code, _, told = program("--dry-run")
+        assert code == 1 and told.startswith("error: RANK, WORLD_SIZE, LOCAL_RANK are numbers")
 
 
 def test_a_device_that_cannot_be_used_is_told(program, tmp_path):

@@ -1,4 +1,4 @@
-"""Every command of the READMEs is one its program takes; CI runs those of the first that need no weights."""
+"""Every command of the READMEs is one its program takes; CI runs most that need no weights."""
 
 import re
 import shlex

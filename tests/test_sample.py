@@ -486,6 +486,9 @@ def test_broken_components_are_named(program, folder, tmp_path):
     ("tokenizer/tokenizer_config.json", {"bos_token": None}, "tokenizer_config.json is not a tokenizer's"),
     ("preset.json", {"steps": 0, "guidance": 2.0}, "preset.json is not a preset"),
     ("preset.json", {"guidance": 0.5}, "preset.json is not a preset"),
+    ("preset.json", {"guidance": float("inf")}, "preset.json is not a preset"),
+    ("vae/config.json", {"scaling_factor": float("inf")}, "scaling_factor cannot be inf"),
+    ("tokenizer_2/tokenizer_config.json", {"pad_token": ""}, "pad_token is ''"),
     ("preset.json", {"spacing": "foo"}, "preset.json is not a preset")])
 def test_numbers_that_cannot_be_are_told(program, folder, tmp_path, path, changed, told):
     broken = shutil.copytree(folder, tmp_path / "broken")

@@ -80,6 +80,12 @@ def test_a_damaged_bundle_says_what_is_missing_and_how_to_make_it(tmp_path, monk
         program(lambda: load_pipeline("./nowhere"), "")
     assert "no folder ./nowhere" in found.value.code and "checkout" not in found.value.code
 
+    def refuse():
+        raise ValueError(f"--data: {tmp_path / 'toy'} has no image with a caption")
+
+    with pytest.raises(SystemExit, match="caption$"):
+        program(refuse, "")
+
 
 @pytest.mark.parametrize("words, told", [
     ("judge --out runs/none", "runs/none has no bundle to judge: train it first"),
