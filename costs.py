@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import cache
 from typing import Callable, NamedTuple
 
 import torch
@@ -59,7 +60,7 @@ def work(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
 class Networks(NamedTuple):
     """A model's networks in numbers, which need no weights."""
 
-    texts: list[text.CLIPConfig]
+    texts: tuple[text.CLIPConfig, ...]
     vae: model.VAEConfig
     unet: model.UNetConfig
 
@@ -80,9 +81,9 @@ ORDER = [*model.stages(model.CONFIGS["sdxl"]), "rest"]           # of stages, in
 def networks(name: str) -> Networks:
     """Of sdxl, 1b and 700m from what is written here, of all others from their config files."""
     if name in model.CONFIGS:
-        return Networks([text.CLIPConfig(), text.OPENCLIP], model.VAEConfig(), model.CONFIGS[name])
+        return Networks((text.CLIPConfig(), text.OPENCLIP), model.VAEConfig(), model.CONFIGS[name])
     source = preset(name).source
-    return Networks([text.read_config(source, folder) for folder in text.ENCODERS],
+    return Networks(tuple(text.read_config(source, folder) for folder in text.ENCODERS),
                     *(model.read_config(kind, source)[0] for kind in (model.VAE, model.UNet)))
 
 
@@ -113,20 +114,23 @@ def unet_parts(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], t
     return {part: tuple(counts) for part, counts in parts.items()}
 
 
-def whole_parts(found: Networks) -> dict[str, tuple[int, int]]:
-    """Parameters and multiply-adds of the networks beside the U-Net, for one image."""
+@cache
+def whole_parts(texts: tuple[text.CLIPConfig, ...], vae: model.VAEConfig,
+                size: int) -> dict[str, tuple[int, int]]:
+    """Parameters and multiply-adds of the networks beside the U-Net, for one image of `size` x `size`."""
     with FakeTensorMode():
-        texts = [text.CLIP(config, projection=i == 1) for i, config in enumerate(found.texts)]
-        vae, side = model.VAE(found.vae), found.unet.sample_size
+        encoders = [text.CLIP(config, projection=i == 1) for i, config in enumerate(texts)]
+        vae = model.VAE(vae)
+        side = size // vae.config.downscale
         with flop_counter() as reading:
-            for clip in texts:
+            for clip in encoders:
                 clip(torch.zeros(1, clip.config.max_position_embeddings, dtype=torch.long))
         with flop_counter() as decoding:
-            vae.decode(torch.zeros(1, found.vae.latent_channels, side, side))
+            vae.decode(torch.zeros(1, vae.config.latent_channels, side, side))
         with flop_counter() as encoding:
-            vae.encode(torch.zeros(1, 3, side * found.vae.downscale, side * found.vae.downscale))
+            vae.encode(torch.zeros(1, 3, size, size))
     count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())
-    return {"text encoders": (count(texts), reading.get_total_flops() // 2),
+    return {"text encoders": (count(encoders), reading.get_total_flops() // 2),
             "VAE decoder": (count([vae.decoder, vae.post_quant_conv]), decoding.get_total_flops() // 2),
             "VAE encoder": (count([vae.encoder, vae.quant_conv]), encoding.get_total_flops() // 2)}
 
@@ -141,7 +145,7 @@ def budget(args: argparse.Namespace):
     for name in args.model:
         found = networks(name)
         parts = unet_parts(found.unet, found.texts[0].max_position_embeddings)
-        whole = whole_parts(found)
+        whole = whole_parts(found.texts, found.vae, found.size)
         rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
         rows += [[name, part, "", "", *counts] for part, counts in whole.items()]
         total, work = (sum(column) for column in zip(*parts.values()))
@@ -241,7 +245,7 @@ def workloads(found: Networks, steps: int, dtype: torch.dtype,
         vae = random_weights(lambda: model.VAE(found.vae), dtype, device)
         return lambda: vae.decode(noise.to(dtype))
 
-    whole = whole_parts(found)
+    whole = whole_parts(found.texts, found.vae, found.size)
     step = 2 * sum(macs for _, macs in unet_parts(config, tokens).values())  # with guidance, two passes
     macs = {"text encoders": whole["text encoders"][1], "U-Net": steps * step,
             "VAE decoder": whole["VAE decoder"][1]}
@@ -298,7 +302,8 @@ def latency(args: argparse.Namespace):
     where += f", {str(dtype).removeprefix('torch.')}"
     print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e12:.3g} TFLOP/s")
     if implied:
-        floor = 2 * whole_parts(networks("sdxl"))["VAE decoder"][1] / PEAK_RATE
+        sdxl = networks("sdxl")
+        floor = 2 * whole_parts(sdxl.texts, sdxl.vae, sdxl.size)["VAE decoder"][1] / PEAK_RATE
         print(f"the paper's {PAPER_PARTS['VAE'][1]} s for the VAE decoder cannot be: an RTX 4090 needs "
               f"{floor:.3f} s")
     groups = {}
