@@ -49,7 +49,7 @@ def test_it_draws_what_captions_say(toy):
     seeds = list(range(8))
     captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
     scores = shapes.scores(toy(captions, seed=seeds), captions)
-    assert min(scores.values()) >= 0.8
+    assert min(scores.values()) >= 0.7
 
 
 def test_diffusers_draws_the_same(toy):
