@@ -138,7 +138,8 @@ def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
             "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
         make.main(make.command_line())
 
-    monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # these three take a while
+    monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # these four take a while
+    monkeypatch.setattr(make, "UNET", replace(make.UNET, depths=(0, 1, 1), mid_depth=1))
     monkeypatch.setattr(make, "scaled", lambda vae: vae)
     judge = make.judge
     monkeypatch.setattr(make, "judge", lambda args: None)
