@@ -811,6 +811,14 @@ def test_two_processes_are_one(run, tmp_path, pairs, flags):
     assert rows(tmp_path / "one") == rows(tmp_path / "two")
 
 
+def test_a_run_in_the_background_goes_on_ignoring_interrupts():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with distill.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+    assert signals.asked == 0 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    signal.signal(signal.SIGINT, before)
+
+
 @needs_fork
 def test_a_signal_to_the_readers_of_data_too_loses_no_step(run, during, tmp_path):
     during(lambda call: os.killpg(0, signal.SIGTERM) if call == 2 else None)
