@@ -345,7 +345,7 @@ class Distillation:
 
 # What may differ between the sittings of one run; anything else would make it another run.
 MAY_DIFFER = {"micro_batch", "workers", "save_every", "preview_every", "judge", "precision", "checkpointing",
-        "compile", "device", "out", "cache", "dry_run"}
+              "compile", "device", "out", "cache", "dry_run"}
 
 
 def settings(args: argparse.Namespace) -> dict:
@@ -388,6 +388,14 @@ def resume(args: argparse.Namespace, student: model.UNet, optimizer: torch.optim
         scaler.load_state_dict(past["scaler"])
     skipped = {int(index): reason for index, reason in past["skipped_samples"].items()}  # text, in JSON
     return Progress(past["step"], past["updates"], past["skipped_steps"], skipped)
+
+
+def save(args: argparse.Namespace, student: model.UNet, optimizer: torch.optim.Optimizer,
+         scaler: torch.amp.GradScaler, progress: Progress):
+    """Writes unet/, and then what `resume` reads: a run is finished when its checkpoint says so."""
+    model.save_unet(student, args.out / "unet")
+    save_checkpoint(args.out, tensors=trained(student, optimizer), settings=settings(args),
+                    scaler=scaler.state_dict(), **vars(progress))
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -471,13 +479,9 @@ def train(args: argparse.Namespace, distillation: Distillation, source: Shapes |
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
                 f"featKD {feat_kd:.3g}); the last checkpoint in {args.out} is good: try --precision bf16, "
                 f"or a lower --lr")
-        if done % args.save_every == 0 or done == args.steps or stop:
-            if rank == 0:
-                # The weights first: a run is finished when its checkpoint says so.
-                model.save_unet(student, args.out / "unet")
-                save_checkpoint(args.out, tensors=trained(student, optimizer), settings=settings(args),
-                                scaler=scaler.state_dict(), **vars(progress))
-                bar.write(f"saved {args.out} at step {done}")
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps or stop):
+            save(args, student, optimizer, scaler, progress)
+            bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             preview(distillation, args.out / "previews" / f"step-{done:07d}.png")
         if step * args.batch < min(len(source), args.steps * args.batch) <= done * args.batch:

@@ -48,7 +48,7 @@ def test_it_draws_what_captions_say(toy):
     """Far above chance, which is under 0.05; toy/README.md has the figures of many more captions."""
     seeds = list(range(8))
     captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
-    scores = shapes.scores(toy(captions, seed=seeds), captions)
+    scores = shapes.scores(toy(captions, seed=seeds, steps=10), captions)
     assert min(scores.values()) >= 0.7
 
 
@@ -108,13 +108,13 @@ def vae():
 
 @pytest.fixture(scope="module")
 def means(vae):
-    return make.MeanPictures(vae, count=20)
+    return make.MeanPictures(vae, count=8)
 
 
 def test_mean_pictures_are_means_of_pictures(vae, means):
     """Of the same places, told by colour and shape: nearly what the pictures themselves have in the mean."""
     kinds = (("red", "circle"), ("blue", "square"))
-    scenes = [shapes.scene(shapes.TRAIN_SEED, index) for index in range(20)]
+    scenes = [shapes.scene(shapes.TRAIN_SEED, index) for index in range(8)]
     images = [shapes.render(shapes.Scene([o._replace(colour=colour, shape=shape)
                                           for o, (colour, shape) in zip(scene.objects, kinds)], None))
               for scene in scenes if scene.relation == "above"]
