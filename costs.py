@@ -115,18 +115,18 @@ def unet_parts(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], t
 
 
 @cache
-def whole_parts(texts: tuple[text.CLIPConfig, ...], vae: model.VAEConfig,
+def whole_parts(texts: tuple[text.CLIPConfig, ...], vae_config: model.VAEConfig,
                 size: int) -> dict[str, tuple[int, int]]:
     """Parameters and multiply-adds of the networks beside the U-Net, for one image of `size` x `size`."""
     with FakeTensorMode():
         encoders = [text.CLIP(config, projection=i == 1) for i, config in enumerate(texts)]
-        vae = model.VAE(vae)
-        side = size // vae.config.downscale
+        vae = model.VAE(vae_config)
+        side = size // vae_config.downscale
         with flop_counter() as reading:
             for clip in encoders:
                 clip(torch.zeros(1, clip.config.max_position_embeddings, dtype=torch.long))
         with flop_counter() as decoding:
-            vae.decode(torch.zeros(1, vae.config.latent_channels, side, side))
+            vae.decode(torch.zeros(1, vae_config.latent_channels, side, side))
         with flop_counter() as encoding:
             vae.encode(torch.zeros(1, 3, size, size))
     count = lambda modules: sum(p.numel() for module in modules for p in module.parameters())

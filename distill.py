@@ -148,7 +148,7 @@ from tqdm import tqdm
 import files
 import model
 from chart import sheet
-from costs import unet_inputs, work
+from costs import networks, unet_inputs, work
 from data import PROMPTS, Pairs, Samples, Shapes, counted, positions, write_cached
 from run import (
     Log, Signals, claim, leave_signals_alone, load_checkpoint, restore, save_checkpoint, trained, union)
@@ -578,18 +578,14 @@ def complete(source: str, folder: Path):
 
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without weights: settings, matched features, parameters, memory, work."""
-    source = source_of(args)
-    if source in model.CONFIGS:
-        base, vae_config = model.CONFIGS[source], model.VAEConfig()
-    else:
-        base, vae_config = (model.read_config(kind, preset(source).source)[0]
-                            for kind in (model.UNet, model.VAE))
+    found = networks(source_of(args))
+    base, vae_config = found.unet, found.vae
     if args.init in ("teacher", "random"):
         student_config = model.student_config(base, args.student)
     else:
-        found = model.CONFIGS.get(args.init)
-        student_config = found or model.read_config(model.UNet, preset(args.init).source)[0]
-    size = args.size or base.sample_size * vae_config.downscale
+        known = model.CONFIGS.get(args.init)
+        student_config = known or model.read_config(model.UNet, preset(args.init).source)[0]
+    size = args.size or found.size
     side = size // vae_config.downscale
     print("\n".join(f"{name:14} {value}" for name, value in sorted(vars(args).items()) if name != "dry_run"))
 
@@ -597,7 +593,7 @@ def dry_run(args: argparse.Namespace):
         student = model.UNet(student_config)
         teacher = model.UNet(base).requires_grad_(False) if args.teacher != "none" else None
         vae = model.VAE(vae_config).requires_grad_(False)
-        inputs = unet_inputs(base, 77, side)
+        inputs = unet_inputs(base, found.texts[0].max_position_embeddings, side)
         learned, kept = work(student, *inputs)
         encoded, _ = work(vae.encoder, torch.empty(1, 3, size, size))
         matched = match_features(student, teacher, features_of(args), args.sa_blocks)

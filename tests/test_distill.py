@@ -26,12 +26,14 @@ from oracle_distill import ANSWERS, CASES, CONDITIONS, LATENTS, NOISE, STUDENTS,
 from safetensors.torch import load_file
 
 import distill
+import files
 import model
 import sample
+from costs import unet_parts
+from data import Samples, Shapes
 from distill import (
     Distillation, command_line, load_checkpoint, losses, main, match_features,
     parse_features, save_checkpoint)
-from data import Samples, Shapes
 from model import UNet, UNetConfig, load_unet, save_unet
 from toy import shapes
 
@@ -947,15 +949,19 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
     """Settings, features, parameters, memory and work; no weights or pictures are read, nothing written."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "configs"
-    for name in ("unet/config.json", "vae/config.json"):
-        (folder / name).parent.mkdir(parents=True)
-        shutil.copy(teacher / name, folder / name)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(teacher / name / "config.json", folder / name)
+    text = files.read_json(folder / "text_encoder" / "config.json") | {"max_position_embeddings": 9}
+    files.write_json(folder / "text_encoder" / "config.json", text)
     code, out, _ = program("--teacher", folder, "--data", "laion/", "--batch", "6", "--micro-batch", "3",
                            "--dry-run")
     assert code == 0 and not (tmp_path / "runs").exists()
     ours, theirs = (sum(p.numel() for p in network.parameters()) for network in
                     (UNet(model.student_config(UNetConfig.from_diffusers(SMALL), "700m")), filled(SMALL)))
+    asked = 2 * sum(macs for _, macs in unet_parts(UNetConfig.from_diffusers(SMALL), tokens=9).values()) / 1e12
     for words in ("lr             1e-05", f"teacher {theirs:,}", f"student {ours:,}", "8 features",
+                  f"teacher {asked:.4g}",
                   "down_blocks.0 <- down_blocks.0", "up_blocks.1.attentions.1.transformer_blocks.0.attn1 <- "
                   "up_blocks.1.attentions.2.transformer_blocks.0.attn1"):
         assert words in out
