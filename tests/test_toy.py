@@ -131,7 +131,7 @@ def test_latents_are_scaled_to_their_standard_deviation():
 
 
 def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
-    """Two steps, stopped after the first or not, give the same weights."""
+    """Three steps, on means, a picture and means, stopped after the first or not, give the same weights."""
     def run(folder: Path, steps: int):
         monkeypatch.setattr(sys, "argv", [
             "make", "--steps", str(steps), "--vae-steps", "2", "--batch", "2", "--decay", "0.1",
@@ -141,14 +141,17 @@ def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
     monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # these four take a while
     monkeypatch.setattr(make, "UNET", replace(make.UNET, depths=(0, 1, 1), mid_depth=1))
     monkeypatch.setattr(make, "scaled", lambda vae: vae)
-    judge = make.judge
+    judge, examples, on_means = make.judge, make.examples, []
     monkeypatch.setattr(make, "judge", lambda args: None)
-    run(tmp_path / "whole", 2)
+    monkeypatch.setattr(make, "examples", lambda indices, vae, means: (
+        on_means.append(means is not None), examples(indices, vae, means))[1])
+    run(tmp_path / "whole", 3)
+    assert on_means == [True, False, True]
     shutil.copytree(tmp_path / "whole" / "bundle" / "vae", tmp_path / "parts" / "bundle" / "vae")
     make.write_tokenizers(tmp_path / "parts" / "bundle")
     run(tmp_path / "parts", 1)
     monkeypatch.setattr(make, "judge", judge)
-    run(tmp_path / "parts", 2)
+    run(tmp_path / "parts", 3)
     whole, parts = (make.load_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
     make.publish(tmp_path / "parts" / "bundle", tmp_path / "published")

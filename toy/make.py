@@ -214,6 +214,11 @@ def prepare(bundle: Path, init: Path | None, vae_steps: int):
     write_tokenizers(bundle)
 
 
+def on_means(args: argparse.Namespace, step: int) -> bool:
+    """Whether a step is on mean pictures: the first ones of either half of the training."""
+    return step % ((args.steps + 1) // 2) < args.mean_steps
+
+
 def resume(args: argparse.Namespace, toy: Toy,
            optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
     """First weights: of the last checkpoint, or --init, or as they are; the steps done, and the averages."""
@@ -249,7 +254,7 @@ def train(args: argparse.Namespace):
     toy, schedule = Toy(tokenizers[0]), Schedule(SCHEDULER)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     step, average = resume(args, toy, optimizer)
-    means = MeanPictures(vae) if step < args.mean_steps else None
+    means = MeanPictures(vae) if any(on_means(args, later) for later in range(step, args.steps)) else None
     # The last layer of a text encoder has no part in the second-to-last's output.
     predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
     parts = positions(step, args.steps, args.batch, args.batch // world, rank, world)
@@ -257,7 +262,7 @@ def train(args: argparse.Namespace):
 
     for step, indices in zip(bar, parts):
         torch.manual_seed(step * world + rank)
-        latents, timesteps, captions = examples(indices, vae, means if step < args.mean_steps else None)
+        latents, timesteps, captions = examples(indices, vae, means if on_means(args, step) else None)
         noise = torch.randn_like(latents)
         ids = [tokenizer(captions) for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
@@ -329,8 +334,8 @@ def command_line() -> argparse.Namespace:
         parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
 
     count = number(int, 1)
-    add("--steps", count, 3800, "of U-Net and text encoders")
-    add("--mean-steps", number(int, 0), 300, "of these, the first ones, on mean pictures")
+    add("--steps", count, 5800, "of U-Net and text encoders")
+    add("--mean-steps", number(int, 0), 300, "of these, the first ones of either half, on mean pictures")
     add("--vae-steps", count, 900, "of the VAE, in batches of 16")
     add("--batch", count, 32, "images in a step, over all processes")
     add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
