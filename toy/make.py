@@ -1,7 +1,7 @@
 """
-How toy/checkpoint was made: a whole SDXL in miniature, this project's networks trained on captioned shapes.
+How a toy such as toy/checkpoint is made: a whole SDXL in miniature, this project's networks trained on captioned shapes.
 
-    python -m toy.make                                              # hours on two cores; resumes
+    python -m toy.make                                              # over two hours on two cores; resumes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # likewise, in two processes
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
@@ -167,8 +167,8 @@ class MeanPictures:
     """The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
 
     There only the caption says what lies where, and one picture says little about the mean. From single
-    pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means it
-    learned the side in a hundred and fifty.
+    pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means,
+    once it could draw, it learned the side in three hundred.
     """
 
     def __init__(self, vae: model.VAE, count: int = 600):
