@@ -1,5 +1,5 @@
 """
-How a toy such as toy/checkpoint is made: a whole SDXL in miniature, this project's networks trained on captioned shapes.
+How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
 
     python -m toy.make                                              # over two hours on two cores; resumes
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # likewise, in two processes
