@@ -959,7 +959,8 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
     assert code == 0 and not (tmp_path / "runs").exists()
     ours, theirs = (sum(p.numel() for p in network.parameters()) for network in
                     (UNet(model.student_config(UNetConfig.from_diffusers(SMALL), "700m")), filled(SMALL)))
-    asked = 2 * sum(macs for _, macs in unet_parts(UNetConfig.from_diffusers(SMALL), tokens=9).values()) / 1e12
+    parts = unet_parts(UNetConfig.from_diffusers(SMALL), tokens=9)
+    asked = 2 * sum(macs for _, macs in parts.values()) / 1e12
     for words in ("lr             1e-05", f"teacher {theirs:,}", f"student {ours:,}", "8 features",
                   f"teacher {asked:.4g}",
                   "down_blocks.0 <- down_blocks.0", "up_blocks.1.attentions.1.transformer_blocks.0.attn1 <- "

@@ -1,8 +1,8 @@
 """
 How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
 
-    python -m toy.make                                              # over two hours on two cores; resumes
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # likewise, in two processes
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # over two hours on two cores; resumes
+    python -m toy.make                                              # likewise, in one process
 
 First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
 second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
