@@ -9,173 +9,130 @@ Several models give one picture: a column per model, a row per prompt and seed, 
 (Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
 """
 
-import argparse
-from pathlib import Path
-
-from options import (
-    PRECISIONS, PRESETS, SPACINGS, Preset, begin, check, filled, may_be_model, number, one_line, parser_of,
-    preset, program)
-
-# ------------------------------------------------------------------------------------------------------------
-# The command line comes before the heavy imports, so that a mistake in it is reported at once
-
-
-def command_line() -> argparse.Namespace:
-    parser = parser_of(__doc__, "--prompt TEXT [options]")
-    size = number(int, 8, 8192, multiple=8)
-    add = parser.add_argument
-    add("--prompt", nargs="+", required=True, metavar="TEXT", help="what to draw; several for several rows")
-    add("--model", nargs="+", default=["toy"], metavar="NAME",
-        help=f"{', '.join(PRESETS)}, a hub id or a folder; several for several columns [toy]")
-    add("--unet", metavar="FOLDER", help="take the U-Net, and it alone, from here")
-    add("--negative", metavar="TEXT", help="what not to draw")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
-    add("--guidance", type=number(float, 1), metavar="X", help="strength, 1 for none, if not the preset's")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
-    add("--count", type=number(int, 1, 1000), default=1, metavar="N",
-        help="pictures of each prompt, seeds counting up")
-    add("--height", type=size, metavar="N", help="in pixels, if not the (first) model's own")
-    add("--width", type=size, metavar="N", help="in pixels, if not the (first) model's own")
-    add("--precision", choices=PRECISIONS, metavar="P",
-        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
-    add("--device", type=filled(str), help="[a GPU if there is one]")
-    add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
-    add("--compile", action="store_true", help="torch.compile the U-Net")
-    add("--out", type=filled(Path), default=Path("sample.png"), metavar="PNG", help="the picture to write")
-    args = parser.parse_args()
-    if not all(prompt.strip() for prompt in args.prompt):
-        parser.error("--prompt is empty; say what to draw")
-    check(parser, args)
-    if args.unet is not None and (len(args.model) > 1 or not may_be_model(args.unet)):
-        parser.error(f"--unet {args.unet!r} is not one folder or hub id for one --model")
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = begin(command_line)
-
-import contextlib
 import json
 import math
-import re
 import time
+from pathlib import Path
+from typing import Callable
 
 import torch
 from PIL import Image, PngImagePlugin
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-import files
 import model
-from chart import sheet
-from text import load_text
-from weights import WEIGHTS
+from support.cli import (
+    PRECISIONS, PRESETS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory, png_path,
+    preset, reset_peak_memory, resolve_device, resolve_dtype, run)
+from support.files import atomic_write, local_folder
+from support.plots import image_grid
+from support.text import TextEncoders, load_text
+from support.vae import VAE, VAEConfig, load_vae
 
 # ------------------------------------------------------------------------------------------------------------
 # Noise
 
 
-SDXL_SCHEDULER = {  # its scheduler_config.json, and KOALA's
+SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
     "steps_offset": 1}
+ABSENT = {  # what diffusers takes an absent entry to mean
+    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
+    "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0}
+SUPPORTED = {  # entries with few choices; an absent one is the first of them, if ABSENT does not say otherwise
+    "num_train_timesteps": [1000], "beta_schedule": ["scaled_linear"],
+    "prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": SPACINGS, "steps_offset": [0, 1],
+    "interpolation_type": ["linear"], "final_sigmas_type": ["zero"], "timestep_type": ["discrete"],
+    "trained_betas": [None], "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
+    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False]}
 
 
-class Schedule:
+class NoiseSchedule:
     """
-    The noise of Stable Diffusion, z_t = sqrt(a_t) z + sqrt(1 - a_t) noise for t = 0, ..., 999.
+    The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
-    Karras et al. (arXiv 2206.00364) write z_t / sqrt(a_t) = z + sigma_t noise; sigma_t^2 = (1 - a_t) / a_t.
-    Made from a scheduler_config.json; ValueError names what it asks for that is not here.
+    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. The sampler works in the coordinates of Karras
+    et al. (arXiv 2206.00364), z_t / alpha_t = z + `sigmas` noise. Made from a scheduler_config.json; raises
+    ValueError for what is not supported.
     """
-
-    CHOICES = {
-        "beta_schedule": ["scaled_linear"], "prediction_type": ["epsilon", "v_prediction"],
-        "timestep_spacing": SPACINGS, "interpolation_type": ["linear"],
-        "final_sigmas_type": ["zero"], "timestep_type": ["discrete"], "trained_betas": [None],
-        "num_train_timesteps": [1000],
-        "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
-        "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False]}
 
     def __init__(self, config: dict, spacing: str | None = None):
-        absent = {key: choices[0] for key, choices in self.CHOICES.items()} | {
-            "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "steps_offset": 0}
-        config = absent | config
-        for key, choices in self.CHOICES.items():
-            if config[key] not in choices:
+        config = {key: values[0] for key, values in SUPPORTED.items()} | ABSENT | config
+        for key, values in SUPPORTED.items():
+            if config[key] not in values:
                 raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported")
-        start, end, count = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
-        self.offset = config["steps_offset"]
-        if {type(start), type(end)} != {float} or not 0 < start < end < 1 or self.offset not in (0, 1):
-            raise ValueError(f"scheduler_config.json has beta_start={start!r}, beta_end={end!r} and "
-                             f"steps_offset={self.offset!r}, not two rising numbers in 0..1 and 0 or 1")
-        betas = torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
-        self.alphas = (1 - betas).cumprod(0)                     # a_t, (1000,)
-        self.all_sigmas = (1 / self.alphas - 1).sqrt()           # sigma_t, (1000,)
+        start, end, self.offset = config["beta_start"], config["beta_end"], int(config["steps_offset"])
+        if type(start) is not float or type(end) is not float or not 0 < start < end < 1:
+            raise ValueError(f"scheduler_config.json has beta_start={start!r} and beta_end={end!r}: "
+                             f"not two rising numbers between 0 and 1")
+        betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
+        self.alphas_cumprod = (1 - betas).cumprod(0)             # (1000,)
+        self.sigmas = (1 / self.alphas_cumprod - 1).sqrt()       # (1000,)
         self.spacing = spacing or config["timestep_spacing"]
         self.prediction = config["prediction_type"]
 
+    def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha_t and sigma_t at integer timesteps (B,) on the host: (B, 1, 1, 1), with dtype and device of `like`."""
+        squares = self.alphas_cumprod[timesteps, None, None, None]
+        return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
-        signal, strength = self.rates(latents, timesteps)
-        return signal * latents + strength * noise
+        """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,) on the host."""
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the network is asked for at z_t: the noise, or v of Salimans and Ho (arXiv 2202.00512)."""
+        """What the network has to predict at z_t: the noise, or v of Salimans and Ho (arXiv 2202.00512)."""
         if self.prediction == "epsilon":
             return noise
-        signal, strength = self.rates(latents, timesteps)
-        return signal * noise - strength * latents
-
-    def rates(self, latents: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(a_t) and sqrt(1 - a_t), each (B, 1, 1, 1), in the latents' dtype and on their device."""
-        pick = lambda table: table.sqrt().float().to(latents)[timesteps, None, None, None]
-        return pick(self.alphas), pick(1 - self.alphas)
+        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        return alpha * noise - sigma * latents
 
     def timesteps(self, steps: int) -> list[float]:
-        """Where `steps` steps ask the network, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
-        count = len(self.alphas)
+        """The timesteps of `steps` network calls, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
         if self.spacing == "linspace":
-            return torch.linspace(0, count - 1, steps, dtype=torch.float64).flip(0).tolist()
+            return torch.linspace(0, 999, steps, dtype=torch.float64).flip(0).tolist()
         if self.spacing == "leading":
-            return [float(i * (count // steps) + self.offset) for i in reversed(range(steps))]
-        return [float(round(count - i * count / steps) - 1) for i in range(steps)]  # trailing
+            return [float(i * (1000 // steps) + self.offset) for i in reversed(range(steps))]
+        return [float(round(1000 - i * 1000 / steps) - 1) for i in range(steps)]  # trailing
 
-    def sigmas(self, timesteps: list[float]) -> list[float]:
-        """The noise at each timestep, between two by interpolation, and the final 0."""
-        last = len(self.all_sigmas) - 1
-        low = [min(int(t), last) for t in timesteps]
-        return [torch.lerp(self.all_sigmas[i], self.all_sigmas[min(i + 1, last)], t - i).item()
-                for i, t in zip(low, timesteps)] + [0.0]
+    def sigmas_at(self, timesteps: list[float]) -> list[float]:
+        """`sigmas` at each timestep, interpolated linearly, and a final 0."""
+        sigmas = []
+        for t in timesteps:
+            low = min(int(t), 999)
+            sigmas.append(torch.lerp(self.sigmas[low], self.sigmas[min(low + 1, 999)], t - low).item())
+        return sigmas + [0.0]
 
-    def initial_scale(self, sigmas: list[float]) -> float:
-        """What the first noise is multiplied by; only "leading" adds the image's variance, 1, to it."""
+    def init_noise_sigma(self, sigmas: list[float]) -> float:
+        """The scale of the initial noise; only "leading" adds the image's variance, 1, to it."""
         return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
-def euler(predict, noise: Tensor, schedule: Schedule, steps: int) -> Tensor:
+def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int) -> Tensor:
     """
-    Euler's method (Karras et al., Algorithm 1, no churn), from noise (B, C, H, W) of variance 1 to latents.
+    Euler's method (Karras et al., Algorithm 1 without churn), from noise (B, C, H, W) of variance 1 to latents.
 
-    `predict(x, t)` is the network at its own scale of x, the noise or v as `schedule.prediction` says. Sigmas
-    are numbers on the host: nothing here waits for the device.
+    `predict(z_t, t)` is the network: it returns the noise, or v, as `schedule.prediction` says. Sigmas are
+    numbers on the host, so nothing here waits for the device.
     """
     timesteps = schedule.timesteps(steps)
-    sigmas = schedule.sigmas(timesteps)
-    x = noise * schedule.initial_scale(sigmas)
+    sigmas = schedule.sigmas_at(timesteps)
+    x = noise * schedule.init_noise_sigma(sigmas)
     for t, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:]):
-        scale = 1 / math.sqrt(sigma**2 + 1)                      # sqrt(a_t)
-        d = predict(x * scale, t)                                # the noise, (x - z) / sigma
-        if schedule.prediction == "v_prediction":                # noise = sqrt(a_t) v + sqrt(1 - a_t) z_t
-            d = d * scale + x * (sigma * scale**2)
+        alpha = 1 / math.sqrt(sigma**2 + 1)
+        d = predict(alpha * x, t)                                # the noise is dx / dsigma
+        if schedule.prediction == "v_prediction":                # noise = alpha_t v + sigma_t z_t
+            d = alpha * d + sigma * alpha**2 * x
         x = x + (next_sigma - sigma) * d
     return x
 
 
 def guide(prediction: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598); the half without the prompt is first."""
-    free, led = prediction.chunk(2)
-    return free + guidance * (led - free)
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of (2B, C, H, W): without and with the prompt."""
+    uncond, cond = prediction.chunk(2)
+    return uncond + guidance * (cond - uncond)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -186,256 +143,205 @@ class Pipeline:
     """
     Prompts in, images out; made by `load_pipeline`.
 
-    Its networks `text`, `unet` and `vae` are loaded when first asked for. With `low_memory` they are not
-    kept, so that there is one at a time, and images are decoded one by one in tiles.
+    `text`, `unet` and `vae` are its networks. With `low_memory` they are None: each is loaded when it is needed
+    and dropped afterwards, and images are decoded one by one, in tiles.
     """
 
-    def __init__(self, loaders: dict, preset: Preset, schedule: Schedule, downscale: int, zero_negative: bool,
-                 dtype: torch.dtype, device: str, low_memory: bool):
-        self.loaders, self.preset, self.schedule, self.downscale = loaders, preset, schedule, downscale
-        self.zero_negative, self.low_memory = zero_negative, low_memory
-        self.dtype, self.device = dtype, device
+    def __init__(self, folder: Path, unet_folder: Path, preset: Preset, dtype: torch.dtype, device: str,
+                 low_memory: bool = False, compile: bool = False):
+        self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
+        self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
+        index = model.read_json(folder / "model_index.json")
+        self.zero_negative = index.get("force_zeros_for_empty_prompt", True)
+        scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
+        self.schedule = NoiseSchedule(scheduler, preset.spacing)
+        self.vae_config = model.read_config(folder / "vae", VAEConfig.from_diffusers)
+        self.text = self.unet = self.vae = None
+        if not low_memory:
+            self.text, self.unet, self.vae = self.load_text(), self.load_unet(), self.load_vae()
 
-    def __getattr__(self, name: str) -> nn.Module:
-        if name not in ("text", "unet", "vae"):
-            raise AttributeError(name)
-        network = self.loaders[name]()
-        if not self.low_memory:
-            setattr(self, name, network)
-        return network
+    def load_text(self) -> TextEncoders:
+        return load_text(self.folder, self.dtype, self.device)
+
+    def load_unet(self) -> model.UNet:
+        unet = model.load_unet(self.unet_folder, self.dtype, self.device).to(memory_format=torch.channels_last)
+        if self.compile:
+            unet.compile()
+        return unet
+
+    def load_vae(self) -> VAE:
+        dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
+        return load_vae(self.folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], negative: str | None = None, steps: int | None = None,
                  guidance: float | None = None, seed: int | list[int] = 0, height: int | None = None,
-                 width: int | None = None, progress: str | None = None) -> list[Image.Image]:
+                 width: int | None = None, progress: str | None = None,
+                 callback: Callable[[int], None] | None = None) -> list[Image.Image]:
         """
-        One RGB image for each prompt, from noise that a CPU generator with its seed draws.
+        One RGB image for each prompt, from noise drawn by a CPU generator with its seed.
 
-        None stands for the model's preset, and for no negative prompt; height and width are in pixels.
-        `progress` names a progress bar. Raises ValueError for words or sizes that the model lacks, for more
-        or fewer seeds than prompts, and for images that are not finite.
+        None is the model's preset, and no negative prompt; height and width are in pixels; a single seed is
+        every prompt's. `progress` names a progress bar; `callback(i)` is called after the i-th network call, from
+        0. Raises ValueError for words or sizes that the model does not support, for a wrong number of seeds,
+        and for images that are not finite.
         """
         steps = self.preset.steps if steps is None else steps
         guidance = self.preset.guidance if guidance is None else guidance
         seeds = [seed] * len(prompts) if isinstance(seed, int) else seed
         if not prompts or len(seeds) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one, or one for each prompt")
-        conditions = self.encode(prompts, negative if guidance > 1 else None)
-        latents = self.denoise(*conditions, steps, guidance, seeds, height, width, progress)
-        if self.low_memory:
-            latents = [torch.cat(latents)]                       # the VAE is loaded once
-        return [image for latent in latents for image in self.decode(latent)]
+        text = self.text or self.load_text()
+        conditions = self.encode(text, prompts, negative, guidance)
+        del text                                                 # with `low_memory`, before the next is loaded
+        unet = self.unet or self.load_unet()
+        latents = self.denoise(unet, conditions, steps, guidance, seeds, height, width, progress, callback)
+        del unet
+        return self.decode(self.vae or self.load_vae(), latents)
 
-    def encode(self, prompts: list[str], negative: str | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Text sequences (N, L, D) and pooled texts (N, P): of the prompts, then of the negative prompt."""
-        text = self.text
+    def encode(self, text: TextEncoders, prompts: list[str], negative: str | None,
+               guidance: float) -> tuple[Tensor, Tensor]:
+        """
+        Text sequences (N, L, D) and pooled texts (N, P) of the prompts. With guidance there are 2N: those without
+        the prompt come first.
+        """
         text.check(prompts + [negative] * bool(negative))
-        context, pooled = text(prompts)
+        cond = text(prompts)
+        if guidance <= 1:
+            return cond
         if negative is None and self.zero_negative:              # SDXL's force_zeros_for_empty_prompt
-            return context, pooled, torch.zeros_like(context), torch.zeros_like(pooled)
-        context_0, pooled_0 = text([negative or ""])
-        return context, pooled, context_0.expand_as(context), pooled_0.expand_as(pooled)
+            uncond = [torch.zeros_like(part) for part in cond]
+        else:
+            uncond = [part.expand(len(prompts), *part.shape[1:]) for part in text([negative or ""])]
+        return torch.cat([uncond[0], cond[0]]), torch.cat([uncond[1], cond[1]])
 
-    def denoise(self, context: Tensor, pooled: Tensor, context_0: Tensor, pooled_0: Tensor, steps: int,
-                guidance: float, seeds: list[int], height: int | None, width: int | None,
-                progress: str | None) -> list[Tensor]:
-        """Latents of all images, in batches of about a megapixel, (B, 4, H, W) each."""
-        unet = self.unet
-        height, width = (side or unet.config.sample_size * self.downscale for side in (height, width))
-        if height % self.downscale or width % self.downscale:
-            raise ValueError(f"{height} x {width} is not a multiple of {self.downscale}, this VAE's factor")
-        reads, given = (unet.config.context_dim, unet.config.pooled_dim), (context.shape[2], pooled.shape[1])
-        if reads != given:
-            raise ValueError(f"the U-Net reads texts of widths {reads}, and the text encoders give {given}: "
-                             f"it belongs to another --model")
-        shape = (unet.config.in_channels, height // self.downscale, width // self.downscale)
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        batch = max(1, min(32, 2**20 // (height * width)))
-        batches = range(0, len(seeds), batch)
-        dtype, guided, latents = next(unet.parameters()).dtype, guidance > 1, []
-        with tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None) as bar:
-            for i in batches:
-                x = noise[i:i + batch].to(self.device)
-                c, p = context[i:i + batch].to(dtype), pooled[i:i + batch].to(dtype)
-                if guided:                       # both halves in one batch
-                    c = torch.cat([context_0[i:i + batch].to(dtype), c])
-                    p = torch.cat([pooled_0[i:i + batch].to(dtype), p])
-                # Original size, crop, target size: an image of this size, from its top left corner.
-                time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(c), device=self.device)
+    def denoise(self, unet: model.UNet, conditions: tuple[Tensor, Tensor], steps: int, guidance: float,
+                seeds: list[int], height: int | None, width: int | None, progress: str | None,
+                callback: Callable[[int], None] | None) -> Tensor:
+        """Scaled latents (N, 4, H, W) of all images, made in batches of about a megapixel."""
+        downscale, config, dtype = self.vae_config.downscale, unet.config, next(unet.parameters()).dtype
+        height, width = (side or config.sample_size * downscale for side in (height, width))
+        if height % downscale or width % downscale:
+            raise ValueError(f"{height} x {width} is not a multiple of {downscale}, this VAE's factor")
+        context, pooled = (part.to(dtype) for part in conditions)
+        if (config.context_dim, config.pooled_dim) != (context.shape[2], pooled.shape[1]):
+            raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, the "
+                             f"text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong to "
+                             f"different models")
+        shape = (config.in_channels, height // downscale, width // downscale)
+        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        batches = torch.arange(len(seeds)).split(max(1, min(32, 2**20 // (height * width))))
+        bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None)
+        latents = []
+        for batch in batches:
+            guided = guidance > 1
+            rows = torch.cat([batch, len(seeds) + batch]) if guided else batch
+            c, p = context[rows], pooled[rows]
+            # Original size, crop, target size: an image of this size, from its top left corner.
+            time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), device=self.device)
 
-                def predict(x: Tensor, t: float) -> Tensor:
-                    bar.update()
-                    x = torch.cat([x, x] if guided else [x]).to(dtype)
-                    out = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
-                    return guide(out, guidance) if guided else out
+            def predict(x: Tensor, t: float) -> Tensor:
+                x = torch.cat([x, x]).to(dtype) if guided else x.to(dtype)
+                prediction = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
+                if callback:
+                    callback(bar.n)
+                bar.update()
+                return guide(prediction, guidance) if guided else prediction
 
-                latents.append(euler(predict, x, self.schedule, steps))
-        return latents
+            latents.append(euler(predict, noise[batch].to(self.device), self.schedule, steps))
+        bar.close()
+        return torch.cat(latents)
 
-    def decode(self, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (B, 4, H, W)."""
-        vae = self.vae
+    def decode(self, vae: VAE, latents: Tensor) -> list[Image.Image]:
+        """Images of scaled latents (N, 4, H, W); in batches as in `denoise`, or with `low_memory` in tiles."""
         latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
-        with torch.autocast(self.device.split(":")[0], enabled=False):  # the VAE's own type, in training too
-            if self.low_memory:
-                pixels = torch.cat([decode_tiled(vae, latent[None]) for latent in latents])
-            else:
-                pixels = vae.decode(latents)
-        if not pixels.isfinite().all():
-            raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
-        pixels = (pixels.float() / 2 + 0.5).clamp(0, 1) * 255    # (B, 3, H, W)
-        return [Image.fromarray(image) for image in pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+        batch = max(1, min(32, 2**20 // (latents[0, 0].numel() * vae.config.downscale**2)))
+        images = []
+        for part in latents.split(1 if self.low_memory else batch):
+            with torch.autocast(self.device.split(":")[0], enabled=False):  # the VAE's own dtype, in training too
+                pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
+            if not pixels.isfinite().all():
+                raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
+            pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+            images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+        return images
 
 
-def decode_tiled(vae: model.VAE, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-    """An image (1, 3, 8H, 8W) of a latent (1, 4, H, W), by tiles that fade into each other."""
-    scale, (H, W) = vae.config.downscale, latent.shape[2:]
-    if max(H, W) <= tile:
-        return vae.decode(latent)
-    image = torch.zeros(1, 3, H * scale, W * scale, device=latent.device)
-    total = torch.zeros_like(image[:, :1])
-    starts = lambda size: [*range(0, max(size - tile, 0), tile - overlap), max(size - tile, 0)]
-    for y in starts(H):
-        for x in starts(W):
-            pixels = vae.decode(latent[:, :, y:y + tile, x:x + tile]).float()
-            h, w = pixels.shape[2:]
-            fade = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in (h, w)]
-            down, across = (torch.minimum(up, up.flip(0)).float() for up in fade)
-            weight = down[:, None] * across                      # (h, w)
-            area = (..., slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
-            image[area] += pixels * weight
-            total[area] += weight
-    return image / total
-
-
-BUNDLE = [  # what a pipeline reads beside the U-Net, and other names that it may have
-    ["model_index.json"],
-    ["scheduler/scheduler_config.json"],
-    ["tokenizer/vocab.json"], ["tokenizer/merges.txt"], ["tokenizer/tokenizer_config.json"],
-    ["tokenizer_2/vocab.json"], ["tokenizer_2/merges.txt"], ["tokenizer_2/tokenizer_config.json"],
-    ["text_encoder/config.json"],
-    ["text_encoder/model.safetensors", "text_encoder/model.fp16.safetensors"],
-    ["text_encoder_2/config.json"],
-    ["text_encoder_2/model.safetensors", "text_encoder_2/model.fp16.safetensors"],
-    ["vae/config.json"], [f"vae/{WEIGHTS}.safetensors", f"vae/{WEIGHTS}.fp16.safetensors"],
-]
-
-
-def usable(device: str | None) -> str:
-    """The device, or if none is given a GPU if there is one. Raises ValueError if it cannot be used."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        if torch.device(device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("use cpu, cuda or mps")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:              # one of them, as torch was built
-        raise ValueError(f"the device {device} cannot be used: {one_line(error)}") from None
-    return device
-
-
-def dtype_of(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
-    """The type of a key of PRECISIONS; if none is given, `on_gpu` on a GPU and float32 elsewhere."""
-    return getattr(torch, PRECISIONS[precision or (on_gpu if device.startswith("cuda") else "fp32")])
-
-
-def load_pipeline(name: str, unet: str | Path | None = None, dtype: torch.dtype | None = None,
+def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch.dtype | None = None,
                   device: str | None = None, low_memory: bool = False, compile: bool = False) -> Pipeline:
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` is a folder or hub id to take the U-Net from instead; `dtype` None is float16 on a GPU and float32
-    elsewhere. Raises FileNotFoundError or ValueError, whose one line says what is wrong and what to do.
+    `unet` is where to take the U-Net from instead: a folder, hub id or name too; `dtype` None is float16 on a GPU
+    and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
-    chosen = preset(name)
-    device = usable(device)
-    dtype = dtype or dtype_of(None, device)
-    # Weights are looked for when they are loaded.
-    found = {file: files.find(chosen.source, file) for file, *half in BUNDLE if not half}
-    if missing := [file for file, path in found.items() if path is None]:
-        more = ", ..." if len(missing) > 3 else ""
-        raise FileNotFoundError(f"no {', '.join(missing[:3])}{more} in {files.described(chosen.source)}")
-
-    def load_unet() -> model.UNet:
-        source = preset(str(unet)).source if unet else chosen.source
-        network = model.load_unet(source, dtype, device).to(memory_format=torch.channels_last)
-        if compile:
-            network.compile()
-        return network
-
-    def load_vae() -> model.VAE:
-        network = model.load_vae(chosen.source, torch.float32, device).to(memory_format=torch.channels_last)
-        return network if network.config.force_upcast else network.to(dtype)
-
-    pipeline = Pipeline(
-        {"text": lambda: load_text(chosen.source, dtype).to(device), "unet": load_unet, "vae": load_vae},
-        chosen, Schedule(files.read_json(found["scheduler/scheduler_config.json"]), chosen.spacing),
-        downscale=model.read_config(model.VAE, chosen.source)[0].downscale,
-        zero_negative=files.read_json(found["model_index.json"]).get("force_zeros_for_empty_prompt", True),
-        dtype=dtype, device=device, low_memory=low_memory)
-    if not low_memory:
-        for network in pipeline.loaders:                         # whatever is wrong with one is told now
-            getattr(pipeline, network)
-    return pipeline
+    device = resolve_device(device)
+    dtype = dtype or resolve_dtype(None, device)
+    chosen, half = preset(name), dtype in model.HALF
+    folder = unet_folder = local_folder(chosen.source, half=half)
+    if unet:
+        unet_folder = local_folder(preset(unet).source, ("unet",), half)
+    return Pipeline(folder, unet_folder, chosen, dtype, device, low_memory, compile)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The program
 
 
-def restart_peak(device: str):
-    """Begins anew what `peak_memory` tells, where that is allowed."""
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+def main(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__, "%(prog)s --prompt TEXT [options]")
+    size = number(int, 8, 8192, multiple=8)
+    add = parser.add_argument
+    add("--prompt", type=nonempty, nargs="+", required=True, metavar="TEXT", help="what to draw; several: rows")
+    add("--model", type=model_name, nargs="+", default=["toy"], metavar="NAME",
+        help=f"{', '.join(PRESETS)}, a hub id or a folder; several: columns [toy]")
+    add("--unet", type=model_name, metavar="FOLDER", help="take the U-Net from here")
+    add("--negative", metavar="TEXT", help="what not to draw")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
+    add("--guidance", type=number(float, 1), metavar="X", help="guidance scale, 1 for none [the model's preset]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
+    add("--count", type=number(int, 1, 1000), default=1, metavar="N", help="pictures of each prompt, seeds counting up")
+    add("--height", type=size, metavar="N", help="in pixels [the first model's own]")
+    add("--width", type=size, metavar="N", help="in pixels [the first model's own]")
+    add("--precision", choices=PRECISIONS, metavar="P", help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+    add("--device", type=nonempty, help="[a GPU if there is one]")
+    add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
+    add("--compile", action="store_true", help="torch.compile the U-Net")
+    add("--out", type=png_path, default=Path("sample.png"), metavar="PNG", help="the picture to write")
+    args = parser.parse_args(argv)
+    if args.unet and len(args.model) > 1:
+        parser.error("--unet is for one --model")
 
-
-def peak_memory(device: str) -> float:
-    """GB at most since the restart: allocated on a GPU, or else of the whole process; nan if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    try:
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1e9
-    except (OSError, TypeError):                                 # not Linux
-        return math.nan
-
-
-def main(args: argparse.Namespace):
-    """Samples, writes the sheet with its settings, and tells what was used."""
     prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
     seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
-    device = usable(args.device)
-    dtype = dtype_of(args.precision, device)
-    precision = next(key for key in PRECISIONS if dtype_of(key, device) == dtype)
-    height, width = args.height, args.width
-    columns, settings = [], []
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.precision, device)
+    precision = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
+    height, width, columns, settings = args.height, args.width, [], []
     for name in args.model:
-        restart_peak(device)
+        reset_peak_memory(device)
         pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile)
         start = time.perf_counter()
         images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
         seconds = time.perf_counter() - start
         width, height = images[0].size                           # for all columns, as they share their noise
-        used = {"model": [name], "steps": args.steps or pipeline.preset.steps,
-                "guidance": args.guidance or pipeline.preset.guidance, "height": height, "width": width,
-                "precision": precision, "device": device}
+        used = {"model": [name], "steps": args.steps or pipeline.preset.steps, "height": height, "width": width,
+                "guidance": args.guidance or pipeline.preset.guidance, "precision": precision, "device": device}
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, "
-              f"{used['precision']}: {seconds:.1f} s, peak {peak_memory(device):.2f} GB")
+              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, {precision}: "
+              f"{seconds:.1f} s, peak {peak_memory(device):.2f} GB")
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         del pipeline                                             # before the next is loaded
-    text = PngImagePlugin.PngInfo()
-    text.add_text("settings", json.dumps(settings))
     if len(columns) == 1:
         rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
     else:
         rows = [list(row) for row in zip(*columns)]
-    files.write(args.out, lambda path: sheet(rows).save(path, pnginfo=text))
+    text = PngImagePlugin.PngInfo()
+    text.add_text("settings", json.dumps(settings))
+    atomic_write(args.out, lambda path: image_grid(rows).save(path, pnginfo=text))
     print(args.out)
 
 
 if __name__ == "__main__":
-    program(lambda: main(ARGS), "lower --height and --width, or use --low-memory or --precision fp16")
+    run(main, "lower --height and --width, or use --low-memory or --precision fp16")

@@ -16,11 +16,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from torch import Tensor, nn
 
-import files
-from options import one_line
-from weights import HALF, check_numbers, with_weights, write_weights
+from model import build, check_numbers, read_config, read_json, read_weights, save_network
+from support.files import error_summary
 
-ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # their folders
+ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # folders of a model
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
 
 
@@ -40,12 +39,17 @@ class CLIPConfig:
     eos_token_id: int = 49407
 
     def __post_init__(self):
-        check_numbers(self)
+        check_numbers(self, may_be_zero=("eos_token_id",))
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act cannot be {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} cannot be parted into "
-                             f"{self.num_attention_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+
+    @classmethod
+    def from_dict(cls, config: dict) -> "CLIPConfig":
+        """Reads the official config.json of a text encoder. Raises ValueError."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{key: value for key, value in config.items() if key in known})
 
 
 OPENCLIP = CLIPConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20,
@@ -57,7 +61,7 @@ OPENCLIP = CLIPConfig(hidden_size=1280, intermediate_size=5120, num_hidden_layer
 
 
 class CLIPAttention(nn.Module):
-    """Multi-head self-attention in which a token sees itself and those before it."""
+    """Causal multi-head self-attention: a token sees itself and those before it."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -86,20 +90,20 @@ class CLIPLayer(nn.Module):
 
 
 class CLIP(nn.Module):
-    """Token ids (B, L) to a sequence (B, L, D), the second-to-last layer's, and a pooled text (B, P).
+    """
+    Token ids (B, L) to the hidden states of the second-to-last layer (B, L, D) and a pooled text (B, P).
 
-    Only an encoder with a `text_projection`, SDXL's second, has a pooled text; the other gives None for it.
+    Only an encoder with a `text_projection`, SDXL's second, has a pooled text; the other returns None for it.
     """
 
     def __init__(self, config: CLIPConfig, projection: bool):
         super().__init__()
         self.config, dim = config, config.hidden_size
-        # Left empty, to be loaded or drawn: PyTorch's own filling imports its compiler on the meta device.
-        table = lambda rows: nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+        # Left empty, to be loaded or drawn: nn.Embedding's own initialization is slow on the meta device.
+        tokens, positions = (nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
+                             for rows in (config.vocab_size, config.max_position_embeddings))
         self.text_model = nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "token_embedding": table(config.vocab_size),
-                "position_embedding": table(config.max_position_embeddings)}),
+            "embeddings": nn.ModuleDict({"token_embedding": tokens, "position_embedding": positions}),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList([CLIPLayer(config) for _ in range(config.num_hidden_layers)])}),
             "final_layer_norm": nn.LayerNorm(dim, config.layer_norm_eps)})
@@ -113,8 +117,7 @@ class CLIP(nn.Module):
             x = layer(x)                                         # (B, L, D)
         if self.text_projection is None:
             return x, None
-        # The pooled text is where the text ends. Older files, SDXL's too, say 2 for that token and mean the
-        # largest id.
+        # The pooled text is taken at the end token. Older files, SDXL's too, call it 2 and mean the largest id.
         end = self.config.eos_token_id
         ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
         final = self.text_model["final_layer_norm"](last(x))     # (B, L, D)
@@ -126,41 +129,52 @@ class CLIP(nn.Module):
 
 
 class CLIPTokenizer:
-    """Byte-pair encoding of lower-cased words, from the files of a tokenizer's folder."""
+    """
+    Byte-pair encoding of lower-cased words, from the files of a tokenizer's folder.
 
-    FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-    WORDS = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
-    SMALL = 1000                                                 # tokens; more can spell any word
+    `words` are the words of a small vocabulary, such as the toy's, and None if it can spell any word. Raises
+    FileNotFoundError or ValueError, one line that says what is wrong.
+    """
 
-    def __init__(self, vocab_path: Path, merges_path: Path, config_path: Path):
-        options = files.read_json(config_path)
+    PATTERN = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    SMALL = 1000                                                 # tokens
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer_config.json"
+        options = read_json(path)
         try:
             self.length = options["model_max_length"]
-            if type(self.length) is not int or self.length < 3:
+            if type(self.length) is not int or not 3 <= self.length <= 2**17:
                 raise TypeError(f"model_max_length is {self.length!r}")
             start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{config_path} is not a tokenizer's, fetch it anew ({error})") from None
+            raise ValueError(f"{path} is not a tokenizer's; download it again ({error})") from None
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        for file in (vocab, merges):
+            if not file.is_file() or not file.read_bytes().strip():
+                raise FileNotFoundError(f"no {file.name}, or an empty one, in the folder {folder}")
         try:
-            pairs = BPE.from_file(str(vocab_path), str(merges_path), unk_token=end.content,
-                                  end_of_word_suffix="</w>")
+            pairs = BPE.from_file(str(vocab), str(merges), unk_token=end.content, end_of_word_suffix="</w>")
         except Exception as error:                               # the library has no narrower kind
-            raise ValueError(f"{vocab_path} or {merges_path.name} is damaged, fetch it anew "
-                             f"({one_line(error)})") from None
-        if not merges_path.read_text().strip():
-            raise ValueError(f"{merges_path} is empty, fetch it anew")
+            raise ValueError(f"{vocab} or {merges.name} is damaged; download it again "
+                             f"({error_summary(error)})") from None
         self.bpe = Tokenizer(pairs)
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(self.WORDS, "removed", invert=True),
+            [pre_tokenizers.Split(self.PATTERN, "removed", invert=True),
              pre_tokenizers.ByteLevel(add_prefix_space=False)])
         self.bpe.add_special_tokens([start, end, pad])
         self.start, self.end, self.pad = (self.bpe.token_to_id(token.content) for token in (start, end, pad))
+        self.words = None
+        if self.bpe.get_vocab_size() < self.SMALL:               # words, but not the parts they were merged from
+            ends = [token for token in self.bpe.get_vocab() if token.endswith("</w>")]
+            self.words = sorted(end[:-4] for end in ends if not any(
+                other != end and other.endswith(end) for other in ends))
 
     @staticmethod
     def special(options: dict, name: str) -> AddedToken:
-        """The official files have a token as a string or, with how it is found in a text, as a dictionary."""
+        """A special token, which the official files give as a string, or as a dictionary with its options."""
         token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
         found = token if isinstance(token, dict) else {"content": token}
         if not isinstance(found["content"], str) or not found["content"]:
@@ -175,40 +189,36 @@ class CLIPTokenizer:
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows)
 
-    def cut_off(self, text: str) -> str:
-        """The end of a text that there is no room for."""
+    def truncated(self, text: str) -> str:
+        """The end of a text that does not fit into `length` tokens."""
         offsets = self.bpe.encode(text, add_special_tokens=False).offsets[self.length - 2:]
         return text[offsets[0][0]:] if offsets else ""
 
     def check_words(self, texts: list[str]):
-        """Raises ValueError for words that a small vocabulary lacks."""
-        tokens = self.bpe.get_vocab()
-        if len(tokens) >= self.SMALL:
+        """Raises ValueError for words that are not in a small vocabulary."""
+        if self.words is None:
             return
-        ends = [token for token in tokens if token.endswith("</w>")]
-        words = sorted(end[:-4] for end in ends  # but not the parts that words were merged from
-                       if not any(longer != end and longer.endswith(end) for longer in ends))
-        if unknown := sorted(set(" ".join(texts).lower().split()) - set(words)):
+        if unknown := sorted(set(" ".join(texts).lower().split()) - set(self.words)):
             raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
-                             f"{', '.join(words)}. A larger one knows more, such as 700m")
+                             f"{', '.join(self.words)}. A larger one knows more, such as 700m")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Both as one
+# The two encoders together
 
 
 class TextEncoders(nn.Module):
-    """Prompts to SDXL's conditions; made by `load_text`."""
+    """Prompts to SDXL's text conditions; made by `load_text`."""
 
     def __init__(self, encoders: list[CLIP], tokenizers: list[CLIPTokenizer]):
         super().__init__()
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
 
     def check(self, prompts: list[str]):
-        """Tells what is cut off; raises ValueError for words that a small vocabulary lacks."""
+        """Warns of what is cut off; raises ValueError for words that are not in a small vocabulary."""
         self.tokenizers[0].check_words(prompts)
         for prompt in dict.fromkeys(prompts):
-            if rest := self.tokenizers[0].cut_off(prompt):
+            if rest := self.tokenizers[0].truncated(prompt):
                 print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that "
                       f"CLIP reads; cut: {rest!r}", file=sys.stderr)
 
@@ -221,46 +231,32 @@ class TextEncoders(nn.Module):
         return torch.cat([first, second], dim=2), pooled
 
 
-def load_text(source: str | Path, dtype: torch.dtype) -> TextEncoders:
-    """The text encoders of a bundle. Raises FileNotFoundError or ValueError, of one line, as `load_unet`."""
-    encoders = [load_clip(source, name, dtype) for name in ENCODERS]
-    tokenizers = [CLIPTokenizer(*(files.needed(source, f"{name}/{file}") for file in CLIPTokenizer.FILES))
-                  for name in TOKENIZERS]
+def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> TextEncoders:
+    """Loads text encoders and tokenizers of a model. Raises FileNotFoundError or ValueError, as `load_unet`."""
+    encoders = [load_clip(Path(folder, name), dtype, device) for name in ENCODERS]
+    tokenizers = [CLIPTokenizer(Path(folder, name)) for name in TOKENIZERS]
     for encoder, tokenizer in zip(encoders, tokenizers):
-        reads = encoder.config.max_position_embeddings, encoder.config.vocab_size
-        given = tokenizer.length, tokenizer.bpe.get_vocab_size()
-        if given[0] > reads[0] or given[1] > reads[1]:
-            raise ValueError(f"a tokenizer of {source} gives {given[0]} tokens of {given[1]} kinds, and its "
-                             f"text encoder reads {reads[0]} of {reads[1]}: they belong to different models")
+        length, size = encoder.config.max_position_embeddings, encoder.config.vocab_size
+        if tokenizer.length > length or tokenizer.bpe.get_vocab_size() > size:
+            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of "
+                             f"{tokenizer.bpe.get_vocab_size()} kinds, and its text encoder reads {length} of {size}: "
+                             f"they belong to different models")
     return TextEncoders(encoders, tokenizers)
 
 
-def read_config(source: str | Path, name: str) -> CLIPConfig:
-    """The configuration of a bundle's text encoder, by its folder's name."""
-    path = files.needed(source, f"{name}/config.json")
-    known = {field.name for field in fields(CLIPConfig)}
-    try:
-        return CLIPConfig(**{key: value for key, value in files.read_json(path).items() if key in known})
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-
-
-def load_clip(source: str | Path, name: str, dtype: torch.dtype) -> CLIP:
-    """A text encoder of a bundle, by its folder's name; raises as `load_text`."""
-    plain, half = f"{name}/model.safetensors", f"{name}/model.fp16.safetensors"
-    path = files.needed(source, *((half, plain) if dtype in HALF else (plain, half)))
+def load_clip(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> CLIP:
+    """Loads one text encoder from its folder; raises as `load_text`."""
+    config = read_config(folder, CLIPConfig.from_dict)
     weights = {}
-    for key, tensor in files.read_tensors(path).items():
-        if not key.endswith("position_ids"):                     # which some files have: 0, 1, 2, ...
-            weights[key if key.startswith("text_") else f"text_model.{key}"] = tensor  # as older ones have it
-    make = partial(CLIP, read_config(source, name), projection=name == ENCODERS[1])
-    return with_weights(make, weights, path.parent, dtype)
+    for name, tensor in read_weights(folder, "model", dtype).items():
+        if not name.endswith("position_ids"):                    # 0, 1, 2, ... in some files
+            weights[name if name.startswith("text_") else f"text_model.{name}"] = tensor  # as older files say
+    return build(partial(CLIP, config, projection=folder.name == ENCODERS[1]), weights, folder, dtype, device)
 
 
 def save_clip(clip: CLIP, folder: str | Path):
-    """Writes config.json and the weights, as they are typed, in the official layout."""
-    write_weights(clip, Path(folder, "model.safetensors"))
+    """Writes config.json and the weights, in their own dtype, in the official layout."""
     kind = "CLIPTextModel" + "WithProjection" * (clip.text_projection is not None)
-    # "dtype" is what transformers is to compute in; the file itself may be of another.
-    files.write_json(Path(folder, "config.json"), {
-        "architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)})
+    # "dtype" is what transformers is to compute in; the weights may have another.
+    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)}
+    save_network(clip, config, Path(folder), "model")

@@ -31,7 +31,7 @@ def shown(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def sheet(rows: list[list[Image.Image | None]], names: list[str] | None = None,
+def image_grid(rows: list[list[Image.Image | None]], names: list[str] | None = None,
           columns: list[str] | None = None) -> Image.Image:
     """Images of one size side by side, with the names of rows and columns if there are any; None is a gap."""
     width, height = next(image for row in rows for image in row if image).size

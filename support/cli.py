@@ -1,0 +1,204 @@
+"""
+What the command lines share: presets, kinds of arguments, devices, and one line for an expected error.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+
+from support.files import error_summary
+
+# ------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class Preset(NamedTuple):
+    """Where a model is, and how its authors sample it."""
+
+    source: str                                                  # a folder or a hub id
+    steps: int = 25
+    guidance: float = 7.5
+    spacing: str | None = None                                   # of timesteps; None: as its scheduler file says
+
+
+TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
+PRESETS = {
+    "toy": Preset(str(TOY), guidance=1.5),
+    "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
+    "1b": Preset("etri-vilab/koala-1b"),
+    "700m": Preset("etri-vilab/koala-700m"),
+    "1b-llava-cap": Preset("etri-vilab/koala-1b-llava-cap"),
+    "700m-llava-cap": Preset("etri-vilab/koala-700m-llava-cap"),
+    # The scheduler files of these say "leading"; their cards and demo set "trailing" by hand.
+    "lightning-1b": Preset("etri-vilab/koala-lightning-1b", 10, 3.5, "trailing"),
+    "lightning-700m": Preset("etri-vilab/koala-lightning-700m", 10, 3.5, "trailing"),
+}
+SPACINGS = ("linspace", "leading", "trailing")
+
+
+def preset(name: str | Path) -> Preset:
+    """
+    The preset with this name, hub id or folder; all others are sampled as SDXL is.
+
+    A folder may have a preset.json, as distill.py leaves it: a student is sampled as its teacher is.
+    """
+    if name in PRESETS:
+        return PRESETS[name]
+    path = Path(name, "preset.json")
+    if not path.is_file():
+        known = [known for known in PRESETS.values() if Path(known.source).resolve() == Path(name).resolve()]
+        return known[0] if known else Preset(str(name))
+    try:
+        own = Preset(str(name), **json.loads(path.read_text()))
+        if own.spacing not in (None, *SPACINGS) or own.steps not in range(1, 1001) or not 1 <= own.guidance < 1e9:
+            raise ValueError("steps, guidance or spacing out of range")
+        return own._replace(steps=int(own.steps), guidance=float(own.guidance))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a preset; remove it ({error_summary(error)})") from None
+
+
+def model_name(text: str) -> str:
+    """A type for argparse: a preset's name, a folder, or what looks like a hub id."""
+    if text not in PRESETS and "/" not in text and not os.path.isdir(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(PRESETS)}, nor a folder, nor a hub id")
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
+    """A type for argparse: a finite number within bounds, and a multiple of something."""
+    def parse(text: str):
+        value = kind(text)
+        if not (low <= value <= high and value < math.inf):
+            bounds = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        if kind is int and value % multiple:
+            below = value - value % multiple
+            near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
+            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
+        return value
+    parse.__name__ = "number"  # argparse says: invalid number value
+    return parse
+
+
+def nonempty(text: str) -> str:
+    """A type for argparse: any text that is not blank."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is blank")
+    return text
+
+
+def path(text: str) -> Path:
+    """A type for argparse: a path; a blank one would be the current folder."""
+    return Path(nonempty(text))
+
+
+def png_path(text: str) -> Path:
+    """A type for argparse: the name of a .png file in a folder that can be written."""
+    name = path(text)
+    if name.suffix != ".png" or name.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
+    try:
+        tempfile.TemporaryFile(dir=name.parent).close()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"nothing can be written in the folder {name.parent} ({error.strerror})")
+    return name
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows defaults as [default], unless there is none or the help names it."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=24, width=min(110, shutil.get_terminal_size().columns))
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default in (None, False, argparse.SUPPRESS) or "[" in action.help:
+            return action.help
+        return f"{action.help} [%(default)s]"
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Reports a mistake in one line, and takes no abbreviations."""
+
+    def __init__(self, description: str, usage: str = "%(prog)s [options]", **options):
+        super().__init__(usage=usage, description=description.strip(), formatter_class=HelpFormatter,
+                         allow_abbrev=False, **options)
+
+    def error(self, message: str):
+        self.exit(2, f"error: {message} (see --help)\n")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Devices
+
+
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def resolve_device(device: str | None) -> str:
+    """The device; None is a GPU if there is one, or else the CPU. Raises ValueError if it cannot be used."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("use cpu, cuda or mps")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # which of the two depends on the build of torch
+        raise ValueError(f"the device {device} cannot be used: {error_summary(error)}") from None
+    return device
+
+
+def resolve_dtype(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
+    """The dtype of a key of PRECISIONS; None is `on_gpu` on a GPU and float32 elsewhere."""
+    return PRECISIONS[precision or (on_gpu if device.startswith("cuda") else "fp32")]
+
+
+def reset_peak_memory(device: str):
+    """Starts a new measurement for `peak_memory`."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+    elif os.access("/proc/self/clear_refs", os.W_OK):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: str) -> float:
+    """Peak GB since the reset: allocated on a GPU, or else of the whole process; nan if unknown."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    if not os.access("/proc/self/status", os.R_OK):
+        return math.nan
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) / 1e9 if found else math.nan
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+def run(main: Callable[[], int | None], out_of_memory: str):
+    """Runs a program and exits. What the outside world got wrong is one line; `out_of_memory` is advice."""
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (OSError, ValueError, FloatingPointError) as error:
+        message = error_summary(error)
+        if str(TOY) in message:
+            message += "; git checkout toy restores it, and toy/README.md says how it is made"
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch says "out of memory", or what it could not allocate.
+        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
+            raise
+        message = f"out of memory; {out_of_memory}"
+    sys.exit(f"error: {message}")

@@ -1,0 +1,145 @@
+"""
+Files: found in a folder or on the hub, written completely or not at all, and one clear line for what is wrong.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Callable
+
+WRITING = ".writing-"  # begins the names of half-written files and folders, which a killed process leaves behind
+
+# The folders of a model in the official layout, and the files that are read in them.
+PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
+WEIGHTS = re.compile(r"(diffusion_pytorch_|/)model(-\d+-of-\d+)?(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+
+
+def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False) -> Path:
+    """
+    The folder of a model: `source` itself if it is one, or else a hub id's snapshot, downloaded if need be.
+
+    Of a hub id only `parts` are downloaded, and of two variants of weights only one: float16 if `half`. Raises
+    FileNotFoundError, one line that says what to do.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_file():
+        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
+    from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        wanted = bundle_files(list_repo_files(source), parts, half)
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except RepositoryNotFoundError:
+        raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise FileNotFoundError(f"the hub did not give {source}: {error_summary(error)}") from None
+    except Exception as error:  # the hub is out of reach, which every HTTP library says in its own way
+        try:
+            return Path(snapshot_download(source, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise FileNotFoundError(
+                f"no folder {source}, nothing of it in the hub's cache, and the hub is out of reach "
+                f"({error_summary(error)}); elsewhere run: hf download {source}, then give its folder or set HF_HOME"
+            ) from None
+
+
+def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False) -> list[str]:
+    """
+    Of the files of a model those that are read: configurations, vocabularies, one variant of the weights.
+
+    The VAE's float32 variant is taken even if `half`, as SDXL's overflows in float16.
+    """
+    if parts == ("unet",) and not any(name.startswith("unet/") for name in names):
+        return [name for name in names if re.fullmatch(r"config\.json|diffusion_pytorch_model.*(safetensors|json)", name)]
+    wanted = ["model_index.json"] if "model_index.json" in names else []
+    for part in parts:
+        own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+        weights = [name for name in own if WEIGHTS.search(name)]
+        fp16 = [name for name in weights if ".fp16" in name]
+        plain = [name for name in weights if ".fp16" not in name]
+        first, second = (fp16, plain) if half and part != "vae" else (plain, fp16)
+        wanted += [name for name in own if name.endswith((".json", ".txt"))] + (first or second)
+    return wanted
+
+
+def error_summary(error: Exception) -> str:
+    """The first line of what an error says, with the file at fault first."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    return str(error).strip().split("\n")[0]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Written beside and renamed into place
+
+
+def atomic_write(path: Path, write: Callable[[Path], object]):
+    """Has `write` fill a temporary file, and renames it to `path`, which is always the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
+        temporary = Path(folder, path.name)
+        write(temporary)
+        sync(temporary)
+        os.replace(temporary, path)
+    sync(path.parent)
+
+
+def atomic_folder(path: Path, write: Callable[[Path], object]):
+    """As `atomic_write`, for a whole new folder."""
+    temporary = path.with_name(f"{WRITING}{path.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        for inside in [*temporary.rglob("*"), temporary]:
+            sync(inside)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync(path.parent)
+
+
+def sync(path: Path):
+    """Waits until a file or folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, value: dict):
+    """Writes a JSON file atomically, indented, keys in order."""
+    atomic_write(path, lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+
+
+def write_csv(path: Path, header: list[str], rows: list[list]):
+    """Writes a CSV file atomically."""
+    def write(path: Path):
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([header, *rows])
+    atomic_write(path, write)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """
+    The rows of a CSV file, by the names in its header, without a last one that was cut while being written.
+
+    Raises ValueError for a file that is damaged.
+    """
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+    except (UnicodeDecodeError, csv.Error):
+        raise ValueError(f"{path} is not CSV; remove it") from None
+    if any(None in row or None in row.values() for row in rows):
+        raise ValueError(f"{path} has a row that is not as long as its header; remove it")
+    return rows
