@@ -12,73 +12,13 @@ A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a fini
 """
 
 import argparse
-from pathlib import Path
-
-from options import PRECISIONS, PRESETS, begin, check, filled, number, parser_of, preset, program
-
-
-def command_line(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = parser_of(__doc__, "COMMAND [options]")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands",
-                                     prog=parser.prog)
-
-    def command(name: str, meaning: str, models: str = ""):
-        one = commands.add_parser(name, help=meaning, description=meaning, usage="%(prog)s [options]",
-                                  allow_abbrev=False, formatter_class=parser.formatter_class)
-        one.error = parser.error
-        add = one.add_argument
-        if models:
-            add("--model", nargs="+", default=models.split(), metavar="NAME",
-                help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
-        if models and name != "budget":
-            add("--device", type=filled(str), help="[a GPU if there is one]")
-        add("--out", type=filled(Path), default=Path(f"{name}.png"), metavar="PNG",
-            help="and a .csv beside it")
-        return add
-
-    for name, meaning in (("attention", "self-attention maps of each stage: components, and one query"),
-                          ("similarity", "cosine of each transformer block's output to the one before")):
-        add = command(name, meaning, "toy")
-        add("--prompts", type=filled(Path), metavar="FILE", help="one per line, instead of the built-in ones")
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
-        add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, if not the preset's")
-        if name == "attention":
-            add("--at", type=number(float, 0, 1), default=0.5, metavar="X",
-                help="share of the steps done when the maps are taken")
-            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
-
-    command("budget", "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
-
-    add = command("latency", "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
-    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels, if not its own")
-    add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
-    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
-    add("--precision", choices=PRECISIONS, metavar="P",
-        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
-
-    add = command("ablation", "runs distill.py for each row of Table 3")
-    add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
-    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
-    add("--steps", type=number(int, 1, 10**9), default=120, metavar="N", help="of each run")
-    add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
-    add("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
-    add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
-    add("--runs", type=filled(Path), default=Path("runs/ablation"), metavar="FOLDER",
-        help="where the runs are kept")
-    add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
-    args = parser.parse_args(argv)
-    check(parser, args)
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = begin(command_line)
-
-import contextlib
 import math
 import statistics
 from collections import defaultdict
-from typing import Callable, Iterator
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -86,19 +26,22 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-import chart
-import files
 import model
-from ablation import ablation
-from costs import ORDER, budget, latency
-from data import PROMPTS
-from sample import Pipeline, load_pipeline
-from text import CLIPTokenizer
+from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, euler, guide, load_pipeline
+from support.cli import PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, preset, run
+from support.costs import STAGES, budget, latency
+from support.data import PROMPTS
+from support.files import atomic_write, local_folder, write_csv
+from support.plots import add_title, image_grid, line_chart, print_table, stack
+from support.table3 import ablation
+from support.text import CLIPTokenizer
 from toy import shapes
 
+PICTURE = 152  # height and width of the pictures in Figures 4 and 9, in pixels
 
-def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
-    """The file's prompts; else captions of two objects if all models are toys; else prompts of ours."""
+
+def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
+    """The prompts of a file; else `count` captions of two objects if all models are toys; else the built-in ones."""
     if args.prompts:
         try:
             prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
@@ -107,25 +50,11 @@ def prompts_of(args: argparse.Namespace, count: int) -> list[str]:
         if not prompts:
             raise ValueError(f"--prompts {args.prompts} has no prompts")
         return prompts
-    vocabularies = [files.find(preset(name).source, "tokenizer/vocab.json") for name in args.model]
-    if any(path is None or len(files.read_json(path)) >= CLIPTokenizer.SMALL for path in vocabularies):
-        return PROMPTS
-    captions = (shapes.caption(shapes.JUDGE_SEED, i) for i in range(10 * count))
+    for name in args.model:
+        if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
+            return PROMPTS
+    captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(10 * count)]
     return [caption for caption in captions if shapes.parse(caption)[1]][:count]
-
-
-@contextlib.contextmanager
-def watch(unet: model.UNet, paths: list[str], each: Callable[[dict[str, Tensor]], None]) -> Iterator[None]:
-    """After each forward pass within `with`, calls `each` with the outputs of the modules at these paths."""
-    outputs = {}
-    keep = lambda path: lambda module, args, output: outputs.__setitem__(path, output)
-    handles = [unet.get_submodule(path).register_forward_hook(keep(path)) for path in paths]
-    handles.append(unet.register_forward_hook(lambda *_: each(outputs)))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -133,8 +62,8 @@ def watch(unet: model.UNet, paths: list[str], each: Callable[[dict[str, Tensor]]
 
 
 def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) for what enters self-attention, x (B, T, D): (B, T, T), the heads' mean."""
-    q, k = attention.split(attention.to_q(x)), attention.split(attention.to_k(x))  # (B, heads, T, d)
+    """softmax(Q K^T / sqrt(d)) of a self-attention layer with input x (B, T, D): (B, T, T), the mean over heads."""
+    q, k = attention.split_heads(attention.to_q(x)), attention.split_heads(attention.to_k(x))  # (B, heads, T, d)
     maps = ((q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
             for i in range(attention.heads))                     # one by one: (B, T, T) is large enough
     return sum(maps) / attention.heads
@@ -152,47 +81,55 @@ def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     return centred @ (vectors * largest.sign()), variances.flip(0)[:count] / variances.sum()
 
 
-@torch.inference_mode()
-def stage_maps(pipeline: Pipeline, prompt: str, seed: int, steps: int | None,
-               at: float) -> tuple[Image.Image, dict[str, Tensor]]:
+def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None,
+               at: float) -> Iterator[tuple[Image.Image, dict[str, Tensor]]]:
     """
-    The image of a prompt, and of each stage with self-attention its map (T, T): the mean over all heads and
-    transformer blocks of the stage, at this share of the steps, in the half of guidance that sees the prompt.
+    The image of each prompt, and the map (T, T) of each stage with self-attention: the mean over all heads and
+    transformer blocks of the stage, after the share `at` of the steps, in the half of guidance with the prompt.
 
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
     """
-    unet, maps, seen = pipeline.unet, {}, 0
-    steps = steps or pipeline.preset.steps
-    paths = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
-    entering = lambda path: path.removesuffix("attn1") + "norm1"
+    unet, steps = pipeline.unet, steps or pipeline.preset.steps
+    layers = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
+    norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
+    features = model.Features(unet, list(norms.values()))        # what enters the self-attention layers
+    for i, prompt in enumerate(prompts):
+        maps = {}
 
-    def each(outputs: dict[str, Tensor]):
-        nonlocal seen
-        if seen == min(int(at * steps), steps - 1):
-            for stage in (stage for stage in paths if paths[stage]):
-                maps[stage] = sum(attention_map(unet.get_submodule(path), outputs[entering(path)][-1:])[0]
-                                  for path in paths[stage]).cpu() / len(paths[stage])
-        seen += 1
+        def measure(step: int):
+            if step != min(int(at * steps), steps - 1):
+                return
+            for stage, paths in layers.items():
+                if paths:
+                    total = sum(attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0]
+                                for path in paths)
+                    maps[stage] = total.cpu() / len(paths)
 
-    with watch(unet, [entering(path) for stage in paths.values() for path in stage], each):
-        image, = pipeline([prompt], seed=seed, steps=steps)
-    return image, maps
+        with features as captured:
+            image, = pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
+        yield image, maps
 
 
-def query_of(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
-    """The query, as shares of width and height: on what the toy's caption names first, else in the middle."""
-    with contextlib.suppress(ValueError):  # the prompt or the picture is not the toy's
+def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
+    """
+    The query whose attention is shown, as shares of width and height, and the object that it is on: the one that
+    a caption of the toy names first. Otherwise it is the centre of the image, and there is no object.
+    """
+    try:
         (colour, _), *_ = shapes.parse(prompt)[0]
-        for found in shapes.read(image):
-            if found.colour == colour:
-                found = found._replace(shape=found.shape or "square")  # a blob is about as large
-                return found.x / shapes.SIZE, found.y / shapes.SIZE, found
+        objects = shapes.read(image)
+    except ValueError:                                           # the prompt or the image is not the toy's
+        return 0.5, 0.5, None
+    for found in objects:
+        if found.colour == colour:
+            found = found._replace(shape=found.shape or "square")  # a shapeless blob is about as large
+            return found.x / shapes.SIZE, found.y / shapes.SIZE, found
     return 0.5, 0.5, None
 
 
-def on_object(row: Tensor, found: shapes.Object | None) -> float:
-    """How many times more of a query's attention (T,) falls on its object than if it fell everywhere."""
+def attention_on_object(row: Tensor, found: shapes.Object | None) -> float:
+    """How many times as much of a query's attention (T,) is on an object as if it were spread evenly."""
     if found is None:
         return math.nan
     side = math.isqrt(len(row))
@@ -200,14 +137,14 @@ def on_object(row: Tensor, found: shapes.Object | None) -> float:
     return ((row * area).sum() / area.mean()).item()
 
 
-def painted(colours: Tensor, size: int) -> Image.Image:
-    """Colours (T, 3) in 0..1 as the pixels of a square."""
+def draw_tokens(colours: Tensor) -> Image.Image:
+    """Colours (T, 3) in 0..1 of the tokens of a square image."""
     side = math.isqrt(len(colours))
     pixels = (colours.float() * 255).round().byte().view(side, side, 3).numpy()
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
 
 
-def boxed(image: Image.Image, x: float, y: float) -> Image.Image:
+def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
     """The image with a red box around the query at (x, y), shares of width and height."""
     image, half = image.copy(), image.width / 32
     x, y = x * image.width, y * image.height
@@ -216,52 +153,49 @@ def boxed(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def attention(args: argparse.Namespace):
-    """Measures the maps of all prompts and draws some: (b) their components, (c) their row of one query."""
-    prompts, measured, drawn = prompts_of(args, 24), [], []
-    stages, cell = ORDER[1:6], 152                               # those with self-attention
+    """Measures the maps of all prompts, and draws some: (b) their components, (c) their row of one query."""
+    prompts, rows, drawn = read_prompts(args, 24), [], []
+    stages = STAGES[1:-1]                                        # those with self-attention
     bar = tqdm(total=len(args.model) * len(prompts), desc="attention", unit="image")
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
-        for i, prompt in enumerate(prompts):
-            image, maps = stage_maps(pipeline, prompt, args.seed + i, args.steps, args.at)
-            x, y, found = query_of(image, prompt)
-            image = image.resize((cell, cell))
-            top, bottom = [image], [boxed(image, x, y)]
-            for stage in stages:
-                if stage not in maps:                            # KOALA-700M has no Mid
-                    top.append(None)
-                    bottom.append(None)
-                    continue
-                side = math.isqrt(len(maps[stage]))
-                scores, explained = principal_components(maps[stage])
-                query = maps[stage][int(y * side) * side + int(x * side)]  # (T,)
-                measured.append([name, prompt, stage, side**2, *explained.tolist(), on_object(query, found)])
+        for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
+            x, y, found = find_query(image, prompts[i])
+            components, queries = {}, {}                         # pictures of the stages
+            for stage, weights in maps.items():                  # (T, T)
+                side = math.isqrt(len(weights))
+                scores, explained = principal_components(weights)
+                query = weights[int(y * side) * side + int(x * side)]  # (T,)
+                rows.append([name, prompts[i], stage, len(weights), *explained.tolist(),
+                             attention_on_object(query, found)])
                 low, high = scores.amin(0), scores.amax(0)
-                top.append(painted((scores - low) / (high - low), cell))
-                bottom.append(painted((query / query.max())[:, None].expand(-1, 3), cell))
+                components[stage] = draw_tokens((scores - low) / (high - low))
+                queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3))
             if i < args.rows:
-                drawn.append((i, Path(name).name, top, bottom))
+                image = image.resize((PICTURE, PICTURE))
+                drawn.append((i, Path(name).name, [image] + [components.get(stage) for stage in stages],
+                              [draw_query(image, x, y)] + [queries.get(stage) for stage in stages]))
             bar.update()
-        del pipeline
+        del pipeline                                             # before the next is loaded
     bar.close()
     header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
-    files.write_csv(args.out.with_suffix(".csv"), header, measured)
+    write_csv(args.out.with_suffix(".csv"), header, rows)
     groups = defaultdict(list)
-    for name, _, stage, _, *numbers in measured:
+    for name, _, stage, _, *numbers in rows:
         groups[name, stage].append(numbers)
-    chart.show(["model", "stage", *header[4:]],
-               [[*group, *map(mean, zip(*rows))] for group, rows in groups.items()])
+    print_table(["model", "stage", *header[4:]],
+                [[*group, *map(mean, zip(*numbers))] for group, numbers in groups.items()])
 
-    drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
-    names = [name for _, name, _, _ in drawn]
-    picture = chart.titled(
+    drawn.sort(key=itemgetter(0))                                # the models of a prompt below each other
+    _, names, components, queries = zip(*drawn)
+    picture = add_title(
         "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
-        chart.sheet([row[2] for row in drawn], names, ["(a)", *(f"(b) {stage}" for stage in stages)]),
-        chart.sheet([row[3] for row in drawn], names, ["query", *(f"(c) {stage}" for stage in stages)]))
-    files.write(args.out, lambda path: picture.save(path))
+        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in stages)]),
+        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in stages)]))
+    atomic_write(args.out, picture.save)
 
 
-def mean(values) -> float:
+def mean(values: Iterable[float]) -> float:
     """Of those that are numbers; nan if none is."""
     known = [value for value in values if not math.isnan(value)]
     return statistics.fmean(known) if known else math.nan
@@ -271,64 +205,127 @@ def mean(values) -> float:
 # Figure 8: cosine similarity of transformer blocks
 
 
-def block_similarity(outputs: list[Tensor]) -> Tensor:
-    """Cosines (B, N - 1) of N consecutive outputs (B, T, D), each to the one before; tokens' mean."""
-    dot = lambda a, b: (a.double() * b.double()).sum(dim=2)      # (B, T)
-    return torch.stack([(dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()).mean(dim=1)
-                        for a, b in zip(outputs, outputs[1:])], dim=1)
+def block_similarity(outputs: Tensor) -> Tensor:
+    """Cosines (N - 1,) of N consecutive outputs (N, T, D), each to the one before, the mean over tokens."""
+    a, b = outputs[:-1].double(), outputs[1:].double()
+    cosines = (a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()  # (N - 1, T)
+    return cosines.mean(dim=1)
 
 
-@torch.inference_mode()
-def stage_similarity(pipeline: Pipeline, prompt: str, seed: int, steps: int | None) -> dict[str, Tensor]:
-    """Of each stage with transformers the cosines (N - 1,), the mean over its transformers and all steps.
+def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None) -> dict[str, Tensor]:
+    """
+    Of each stage with transformers the cosines (prompts, N - 1), each the mean over its transformers and all steps.
 
     Only blocks of one transformer are compared: between two transformers there are residual blocks.
     """
-    unet, sums, count = pipeline.unet, defaultdict(float), 0
-    series = {stage: [[f"{path}.attentions.{i}.transformer_blocks.{j}"
-                       for j in range(len(transformer.transformer_blocks))]
-                      for i, transformer in enumerate(unet.get_submodule(path).attentions)]
-              for stage, path in model.stages(unet.config).items()}
+    unet, transformers = pipeline.unet, []                       # each with its stage and the paths of its blocks
+    for stage, stage_path in model.stages(unet.config).items():
+        for i, transformer in enumerate(unet.get_submodule(stage_path).attentions):
+            blocks = range(len(transformer.transformer_blocks))
+            transformers.append(
+                (stage, [f"{stage_path}.attentions.{i}.transformer_blocks.{j}" for j in blocks]))
+    features = model.Features(unet, sum((blocks for _, blocks in transformers), []))
+    similarities = defaultdict(list)
+    for i, prompt in enumerate(tqdm(prompts, "similarity", unit="image")):
+        cosines = defaultdict(list)
 
-    def each(outputs: dict[str, Tensor]):
-        nonlocal count
-        count += 1
-        for stage, transformers in series.items():
-            for blocks in (blocks for blocks in transformers if len(blocks) > 1):
-                cosines = block_similarity([outputs[block][-1:] for block in blocks])[0]
-                sums[stage] += cosines.cpu() / len(transformers)
+        def measure(step: int):
+            for stage, blocks in transformers:
+                if len(blocks) > 1:
+                    outputs = torch.stack([captured[path][-1] for path in blocks])  # with the prompt
+                    cosines[stage].append(block_similarity(outputs).cpu())
 
-    with watch(unet, [path for stage in series.values() for blocks in stage for path in blocks], each):
-        pipeline([prompt], seed=seed, steps=steps)
-    return {stage: total / count for stage, total in sums.items()}
+        with features as captured:
+            pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
+        for stage, values in cosines.items():
+            similarities[stage].append(torch.stack(values).mean(dim=0))
+    return {stage: torch.stack(values) for stage, values in similarities.items()}
 
 
 def similarity(args: argparse.Namespace):
     """Draws a curve for each stage: the mean over prompts, and its spread."""
-    prompts, rows, pictures = prompts_of(args, 32), [], []
+    prompts, rows, charts = read_prompts(args, 32), [], []
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
-        found = [stage_similarity(pipeline, prompt, args.seed + i, args.steps)
-                 for i, prompt in enumerate(tqdm(prompts, f"similarity {name}", unit="image"))]
         curves = {}
-        for stage in found[0]:
-            values = torch.stack([one[stage] for one in found])  # (prompts, N - 1)
+        for stage, values in stage_similarities(pipeline, prompts, args.seed, args.steps).items():
             spread = values.std(dim=0) if len(values) > 1 else torch.zeros(values.shape[1])
             places = [(i + 1) / values.shape[1] for i in range(values.shape[1])]
             curves[stage] = list(zip(places, values.mean(0).tolist(), spread.tolist()))
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
-        pictures.append(chart.lines(
-            f"{name}: cosine similarity of each transformer block's output to the one before",
-            "normalised index of the block in its transformer",
-            "cosine, and its standard deviation over prompts", curves))
+        charts.append(line_chart(f"{name}: cosine similarity of each transformer block's output to the one before",
+                                 "normalised index of the block in its transformer",
+                                 "cosine, and its standard deviation over prompts", curves))
         del pipeline
     header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
-    files.write_csv(args.out.with_suffix(".csv"), header, rows)
-    chart.show(header, rows)
-    files.write(args.out, lambda path: chart.stack(*pictures).save(path))
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    print_table(header, rows)
+    atomic_write(args.out, stack(*charts).save)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The program
+
+
+def denoise(unet: model.UNet, noise: Tensor, conditions: list[Tensor], steps: int) -> Tensor:
+    """SDXL's sampling loop, for `latency` to time: noise (1, 4, H, W) to latents; conditions of a batch of two."""
+    guidance, dtype = preset("sdxl").guidance, next(unet.parameters()).dtype
+
+    def predict(x: Tensor, t: float) -> Tensor:
+        timesteps = torch.full((2,), t, device=x.device)
+        return guide(unet(torch.cat([x, x]).to(dtype), timesteps, *conditions).float(), guidance)
+
+    return euler(predict, noise, NoiseSchedule(SDXL_SCHEDULER), steps)
+
+
+def main(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__, "%(prog)s COMMAND [options]")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands",
+                                     prog=parser.prog)
+
+    def command(name: str, function: Callable, meaning: str, models: str = "") -> Callable:
+        """Adds a command; returns what adds its options."""
+        subparser = commands.add_parser(name, help=meaning, description=meaning)
+        subparser.set_defaults(function=function)
+        subparser.add_argument("--out", type=png_path, default=Path(f"{name}.png"), metavar="PNG",
+                               help="and a .csv beside it")
+        if models:
+            subparser.add_argument("--model", type=model_name, nargs="+", default=models.split(), metavar="NAME",
+                                   help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+        return subparser.add_argument
+
+    command("budget", budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
+    for name, function, meaning in (
+            ("attention", attention, "self-attention maps of each stage: components, and one query"),
+            ("similarity", similarity, "cosine of each transformer block's output to the one before")):
+        add = command(name, function, meaning, "toy")
+        add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
+        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
+        add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
+        add("--device", type=nonempty, help="[a GPU if there is one]")
+        if name == "attention":
+            add("--at", type=number(float, 0, 1), default=0.5, metavar="X",
+                help="share of the steps done when the maps are taken")
+            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+    add = command("latency", partial(latency, denoise=denoise),
+                  "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
+    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
+    add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
+    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
+    add("--precision", choices=PRECISIONS, metavar="P", help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+    add("--device", type=nonempty, help="[a GPU if there is one]")
+    add = command("ablation", ablation, "runs distill.py for each row of Table 3")
+    add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
+    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
+    add("--steps", type=number(int, 1, 10**9), default=120, metavar="N", help="of each run")
+    add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
+    add("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
+    add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
+    add("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
+    args = parser.parse_args(argv)
+    args.function(args)
 
 
 if __name__ == "__main__":
-    commands = {"attention": attention, "similarity": similarity, "budget": budget, "latency": latency,
-                "ablation": ablation}
-    program(lambda: commands[ARGS.command](ARGS), "lower --rows, --size or the number of models")
+    run(main, "lower --rows, --size or the number of models")

@@ -681,13 +681,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"no {path.name} in the folder {path.parent}") from None
     except SafetensorError as error:
         with open(path, "rb") as file:
-            head = file.read(64).lstrip()
+            head = file.read(64)
         reason = f"cut or damaged; download it again ({error})"
-        if head.startswith(b"version https://git-lfs"):
+        if head.lstrip().startswith(b"version https://git-lfs"):
             reason = "a git-lfs pointer, not the file itself: run git lfs pull"
-        elif head.startswith(b"<"):
+        elif head.lstrip().startswith(b"<"):
             reason = "an HTML page: download the file itself"
-        elif head.startswith((b"PK\x03\x04", b"\x80")):
+        elif head.startswith((b"PK\x03\x04", b"\x80")) and head[8:9] != b"{":  # a header's length may be 0x80
             reason = "a pickle, and is not opened"
         raise ValueError(f"{path} is {reason}") from None
 
@@ -698,9 +698,9 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = network()
     for name, tensor in weights.items():
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
+        if tensor.dtype not in (torch.float32, *HALF):
             raise ValueError(f"the weights in {folder} are {tensor.dtype} ({name}), not float32 or a half")
-        if not all(bound.isfinite() for bound in tensor.aminmax()):
+        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
             raise ValueError(f"the weights in {folder} are NaN or infinite ({name}): download or train them again")
         weights[name] = tensor.to(device, dtype)  # one by one, so that memory never holds all of them twice
     try:

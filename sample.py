@@ -9,6 +9,7 @@ Several models give one picture: a column per model, a row per prompt and seed, 
 (Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
 """
 
+import itertools
 import json
 import math
 import time
@@ -232,7 +233,7 @@ class Pipeline:
         noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
         batches = torch.arange(len(seeds)).split(max(1, min(32, 2**20 // (height * width))))
         bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None)
-        latents = []
+        calls, latents = itertools.count(), []
         for batch in batches:
             guided = guidance > 1
             rows = torch.cat([batch, len(seeds) + batch]) if guided else batch
@@ -244,7 +245,7 @@ class Pipeline:
                 x = torch.cat([x, x]).to(dtype) if guided else x.to(dtype)
                 prediction = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
                 if callback:
-                    callback(bar.n)
+                    callback(next(calls))
                 bar.update()
                 return guide(prediction, guidance) if guided else prediction
 

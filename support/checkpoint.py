@@ -1,7 +1,8 @@
 """
-A training run: a folder that can be left at any moment and taken up again.
+A training run as a folder that can be left at any moment and resumed: lock, checkpoints, log, stop.
 
-Checkpoints with checksums, a log without gaps or repeats, and a stop that waits for the step under way.
+    runs/NAME/step-00000500/    a checkpoint: weights, the moments of Adam, and state.json with their checksums
+    runs/NAME/log.csv           one row for each step
 """
 
 import csv
@@ -13,117 +14,190 @@ import signal
 import sys
 import zlib
 from pathlib import Path
+from typing import Callable
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-import files
+from model import read_json, read_tensors
+from support.cli import Preset
+from support.files import (
+    WRITING, atomic_folder, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
-def claim(folder: Path):
-    """Makes the folder of a run and holds its lock. Raises OSError if another has it, or it is a model's."""
-    model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
-    if model and not (Path(folder, "log.csv").exists() or any(folder.glob("state-*.safetensors"))):
+def lock_run_dir(folder: Path):
+    """
+    Makes the folder of a run and locks it until the process ends, however it ends.
+
+    Raises OSError if another process has the lock, or if the folder has a model and no run.
+    """
+    has_model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
+    if has_model and not Path(folder, "log.csv").exists() and not any(folder.glob("step-*")):
         raise FileExistsError(f"{folder} has a model and no run; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "w")
+    lock = open(folder / ".lock", "a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise BlockingIOError(
-            f"another process is at work in {folder}; wait, or give another --out") from None
-    for left in folder.rglob(f"{files.WRITING}*"):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
+        raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
+    for leftover in folder.rglob(f"{WRITING}*"):  # of a process that was killed
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink()
     return lock
 
 
-def trained(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All that training changes: parameters and Adam's moments, by name."""
-    tensors = {}
-    for name, parameter in network.named_parameters():
-        tensors[f"parameter.{name}"] = parameter.detach()
-        if state := optimizer.state.get(parameter):
-            tensors |= {f"{moment}.{name}": state[moment] for moment in MOMENTS}
-    return tensors
+def fingerprint(*networks: nn.Module) -> str:
+    """A checksum of names and of up to 1,024 numbers of each parameter: another model, or training, changes it."""
+    checksum = 0
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            numbers = parameter.detach().flatten()
+            numbers = numbers[::max(1, len(numbers) // 1024)].float().cpu()
+            checksum = zlib.crc32(numbers.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"
 
 
-def restore(tensors: dict[str, Tensor], updates: int, network: nn.Module, optimizer: torch.optim.Optimizer):
-    """Puts the tensors of `trained` back, as they were after so many updates; takes them out of `tensors`."""
-    for name, parameter in network.named_parameters():
-        parameter.data.copy_(tensors.pop(f"parameter.{name}"))
-        if f"{MOMENTS[0]}.{name}" in tensors:
-            step = torch.tensor(float(updates), device=parameter.device)
-            optimizer.state[parameter] = {"step": step} | {
-                moment: torch.empty_like(parameter).copy_(tensors.pop(f"{moment}.{name}"))
-                for moment in MOMENTS}
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], **metadata):
+def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module, optimizer: torch.optim.Optimizer,
+                    save_weights: Callable[[Path], object]):
     """
-    Writes state-STEP.safetensors with a checksum for each tensor, and keeps the one before.
+    Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
 
-    Raises FloatingPointError rather than write numbers that are not finite.
+    `save_weights(folder)` writes the network's weights; if it makes a folder unet/, that appears in the run's folder
+    too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that are
+    not finite.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise FloatingPointError(f"{bad[0]} is not finite and not saved; the checkpoint before is good")
-    metadata |= {"step": step, "checksums": {name: checksum(tensor) for name, tensor in tensors.items()}}
-    run = {"run": json.dumps(metadata)}
-    run["checksum"] = str(zlib.crc32(run["run"].encode()))
-    files.write(folder / f"state-{step:08d}.safetensors", lambda path: save_file(tensors, path, run))
-    for old in sorted(folder.glob("state-*.safetensors"))[:-2]:
-        old.unlink()
+    moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
+               for name, parameter in network.named_parameters() if parameter in optimizer.state
+               for moment in MOMENTS}
+    tensors = [*network.parameters(), *moments.values()]
+    if not torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all():
+        raise FloatingPointError(f"step {state['step']} has numbers that are not finite and is not saved; "
+                                 f"the last checkpoint in {run} is good")
+
+    def write(folder: Path):
+        save_weights(folder)
+        save_file(moments, folder / "optimizer.safetensors")
+        files = {path.relative_to(folder).as_posix(): file_checksum(path)
+                 for path in sorted(folder.rglob("*")) if path.is_file()}
+        content = json.dumps({"identity": identity, "state": state, "files": files})
+        (folder / "state.json").write_text(json.dumps({"checksum": zlib.crc32(content.encode()), "content": content}))
+
+    folder = run / f"step-{state['step']:08d}"
+    try:
+        atomic_folder(folder, write)
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error_summary(error)}") from None
+    show_unet(run, folder)
+    for old in sorted(run.glob("step-*"))[:-2]:
+        shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]] | None:
+def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
     """
-    Metadata and tensors of the newest good checkpoint; None if there is none.
+    Folder and content of the newest checkpoint that is undamaged; None if there is no checkpoint.
 
-    Raises ValueError if none is good.
+    The content has `identity`, `state` and the checksums of `files`. Raises ValueError if all are damaged.
     """
-    paths = sorted(folder.glob("state-*.safetensors"), reverse=True)
-    for path in paths:
+    folders = sorted(run.glob("step-*"), reverse=True)
+    for folder in folders:
         try:
-            tensors = files.read_tensors(path)
-            with safe_open(path, "pt") as file:
-                run = file.metadata()
-            if run["checksum"] != str(zlib.crc32(run["run"].encode())):
-                raise ValueError(f"{path} is damaged: the checksum of its description is wrong")
-            metadata = json.loads(run["run"])
-            for name, tensor in tensors.items():
-                if checksum(tensor) != metadata["checksums"][name]:
-                    raise ValueError(f"{path} is damaged: the checksum of {name} is wrong")
-            return metadata, tensors
-        except (ValueError, KeyError, TypeError) as error:
-            wrong = error if isinstance(error, ValueError) else f"{path} is not a checkpoint of a run"
-            print(f"warning: {wrong}; trying the checkpoint before", file=sys.stderr)
-    if paths:
-        raise ValueError(f"no checkpoint in {folder} is good; move the folder away to start anew")
+            outer = read_json(folder / "state.json")
+            if outer["checksum"] != zlib.crc32(outer["content"].encode()):
+                raise ValueError("the checksum of state.json is wrong")
+            content = json.loads(outer["content"])
+            for name, checksum in content["files"].items():
+                if file_checksum(folder / name) != checksum:
+                    raise ValueError(f"the checksum of {name} is wrong")
+            return folder, content
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f"warning: {folder} is damaged: {error_summary(error)}; trying the checkpoint before",
+                  file=sys.stderr)
+    if folders:
+        raise ValueError(f"no checkpoint in {run} is undamaged; move the folder away to start again")
     return None
 
 
-def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.numpy().reshape(-1).view(np.uint8))
+def resume(run: Path, identity: dict, network: nn.Module, optimizer: torch.optim.Optimizer,
+           load_weights: Callable[[Path], object]) -> dict:
+    """
+    Restores weights and moments of the newest checkpoint and returns its state; {} if there is none.
+
+    Raises ValueError if the run was started with another `identity`.
+    """
+    found = load_checkpoint(run)
+    if found is None:
+        return {}
+    folder, content = found
+    before, state = content["identity"], content["state"]
+    changed = [f"{name} was {before.get(name)!r} and is {identity.get(name)!r}"
+               for name in {**before, **identity} if before.get(name) != identity.get(name)]
+    if changed:
+        raise ValueError(f"{run} was started with other settings: {'; '.join(changed)}; give another --out")
+    load_weights(folder)
+    moments = read_tensors(folder / "optimizer.safetensors")
+    for name, parameter in network.named_parameters():
+        if f"{MOMENTS[0]}.{name}" in moments:
+            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=parameter.device)} | {
+                moment: torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}")) for moment in MOMENTS}
+    show_unet(run, folder)
+    return state
+
+
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def show_unet(run: Path, checkpoint: Path):
+    """Has the U-Net of a checkpoint appear as the run's unet/, without a copy where the file system has links."""
+    for path in checkpoint.glob("unet/*"):
+        temporary = run / "unet" / f"{WRITING}{path.name}"
+        temporary.parent.mkdir(exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        try:
+            os.link(path, temporary)
+        except OSError:
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, run / "unet" / path.name)
+
+
+def complete_model(run: Path, teacher: Path, preset: Preset):
+    """Makes a complete model of a run's folder: the teacher's other networks, and how it is sampled."""
+    names = [path.relative_to(teacher).as_posix() for path in teacher.rglob("*") if path.is_file()]
+    for name in bundle_files(names):
+        if not name.startswith("unet/"):
+            atomic_write(run / name, lambda path: shutil.copyfile(teacher / name, path))
+    sampling = preset._asdict()
+    del sampling["source"]
+    write_json(run / "preset.json", sampling)
 
 
 class Log:
-    """log.csv: a line for each step, of the steps that the checkpoint has and no other."""
+    """log.csv: a row for each step up to the checkpoint that a run resumes from, and for each step after it."""
 
     COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
                "skipped_samples", "skipped_steps")
 
     def __init__(self, path: Path, step: int):
         try:
-            rows = [row for row in files.read_csv(path) if int(row["step"]) <= step] if path.exists() else []
+            rows = [row for row in read_csv(path) if int(row["step"]) <= step] if path.exists() else []
         except (KeyError, ValueError):
             raise ValueError(f"{path} is not the log of a run; remove it") from None
-        files.write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
+        write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
@@ -133,45 +207,53 @@ class Log:
         self.file.flush()
 
 
-class Signals:
-    """Within `with`, SIGINT and SIGTERM ask for an end after the step under way; a second ends at once."""
+# ------------------------------------------------------------------------------------------------------------
+# Several processes, and how they stop
 
-    def __enter__(self) -> "Signals":
-        self.asked = 0
+
+def process_ranks() -> tuple[int, int, int]:
+    """Rank, world size and local rank, as torchrun sets them. Raises ValueError."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    try:
+        rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
+        if not (0 <= rank < world and local >= 0):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them") from None
+    return rank, world, local
+
+
+class StopSignal:
+    """Within `with`, SIGINT or SIGTERM sets `received`, for the run to stop after the current step; a second ends it."""
+
+    def __enter__(self) -> "StopSignal":
+        self.received = 0
         heard = [number for number in (signal.SIGINT, signal.SIGTERM)
                  if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.ask) for number in heard}
+        self.before = {number: signal.signal(number, self.receive) for number in heard}
         return self
 
     def __exit__(self, *error):
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame):
-        if self.asked:
+    def receive(self, number: int, frame):
+        if self.received:
             os._exit(128 + number)
-        self.asked = number
-
-    def agreed(self, device: str) -> int:
-        """The signal that any of the processes has had, 0 for none; the same in all of them."""
-        if not dist.is_initialized():
-            return self.asked
-        asked = torch.tensor(self.asked, device=device)
-        dist.all_reduce(asked, dist.ReduceOp.MAX)
-        return asked.item()
+        self.received = number
 
 
-def leave_signals_alone(worker: int):
-    """In the processes that read data: what torchrun tells a whole group is the main process's to hear."""
+def ignore_signals(worker: int):
+    """For the processes that read data: what torchrun sends to a whole group is for the main process to handle."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def union(mine: dict, world: int) -> dict:
+def gather_dicts(mine: dict) -> dict:
     """The entries of a dictionary of every process."""
-    parts = [mine]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, mine)
+    if not dist.is_initialized():
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
     return {key: value for part in parts for key, value in part.items()}

@@ -1,12 +1,12 @@
 """
-Training data: pictures with captions from the toy, from a folder, or from img2dataset's shards, as samples at
-the positions 0, 1, 2, ... of an endless, shuffled order.
+Training data: captioned images from the toy, from a folder, or from img2dataset's shards, as training samples.
 
-What cannot be used is skipped and counted by reason, never fatal alone. Nothing here has a state: all that is
-random about sample p comes from (seed, p), but with a cache its crop from (seed, picture). So it is the same
-for any batch, any number of processes, and however often a run was stopped.
+What cannot be used is skipped and counted by reason; one bad file never ends a run. Nothing here has a state:
+everything random about the sample at position p of the endless, shuffled order comes from a generator seeded by
+(seed, p). So it is the same for any batch size, any number of processes, and however often a run was stopped.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -14,21 +14,25 @@ import os
 import struct
 import sys
 import tarfile
+import zlib
 from array import array
 from collections import Counter
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Iterable, Iterator, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image, ImageOps
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch.utils.data import Dataset
 
-import files
-from options import one_line
+from model import UNetConfig
+from support.cache import Cache
+from support.checkpoint import fingerprint, process_ranks
+from support.files import atomic_write
 from toy import shapes
 
 # ------------------------------------------------------------------------------------------------------------
@@ -40,26 +44,21 @@ class Skip(Exception):
 
 
 class Span(NamedTuple):
-    """Bytes of a file: all of an image, or a member of a shard, or a line; `size` -1 is up to its end."""
+    """Bytes of a file below a folder: a whole image, a member of a shard, or a line."""
 
     path: str
-    start: int = 0
-    size: int = -1
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            return file.read(self.size)
+    start: int
+    size: int
 
 
 IMAGES, FORMATS = (".jpg", ".jpeg", ".png", ".webp"), ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-LARGEST_MEMBER = 64 * 2**20  # bytes; what is larger is no image of a training set
+LARGEST_FILE = 64 * 2**20  # bytes; what is larger is no image of a training set
 
 
 class Shapes:
     """The toy's pictures, endless; sample i is always the same."""
 
-    skipped = Counter()
+    skipped, fingerprint = Counter(), "shapes"
 
     def __len__(self) -> int:
         return 2**31
@@ -69,7 +68,7 @@ class Shapes:
         return picture, caption, picture.size[::-1]
 
 
-PROMPTS = [  # for real models, in the four styles of HPSv2's (Wu et al., arXiv 2306.09341)
+PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
     f"{subject}, {style}" for subject, style in product(
         ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
          "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
@@ -77,43 +76,80 @@ PROMPTS = [  # for real models, in the four styles of HPSv2's (Wu et al., arXiv 
         ("anime", "concept art", "oil painting", "photo"))]
 
 
-class Pairs:
+class CaptionedImages:
     """
-    A folder's images and captions: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
+    The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    What has no partner is counted in `skipped` by reason, and so is a shard that is cut; what comes before
-    the cut is used. Raises FileNotFoundError or ValueError if nothing is left.
+    Files without a partner are counted in `skipped` by reason, and so is a shard that is cut; what comes before
+    the cut is used. With `caption` all images have this one. An index of shards takes long to make: it is kept in
+    the file `index`, and mapped from there as long as the shards do not change. Raises FileNotFoundError or
+    ValueError if the folder has no image with a caption.
     """
 
     KINDS = ("image", "txt", "json", "line")                     # of spans
 
-    def __init__(self, folder: str, caption: str | None = None):
-        self.caption, self.skipped = caption, Counter()
-        root = Path(folder)
-        if not root.is_dir():
+    def __init__(self, folder: str | Path, caption: str | None = None, index: Path | None = None):
+        self.root, self.caption, self.skipped = Path(folder), caption, Counter()
+        if not self.root.is_dir():
             raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
-        shards = sorted(path for path in root.rglob("*.tar") if path.is_file())
-        if (root / "metadata.jsonl").is_file():
-            items = self.from_metadata(root)
-        elif shards:
-            items = (item for shard in shards for item in self.pair(self.members(shard)))
+        shards = sorted(path for path in self.root.rglob("*.tar") if path.is_file())
+        if (self.root / "metadata.jsonl").is_file():
+            self.make_index(self.from_metadata())
+        elif not shards:
+            self.make_index(self.pair(self.loose_files()))
         else:
-            paths = (path for path in sorted(root.rglob("*")) if path.is_file())
-            items = self.pair((str(path.relative_to(root)), Span(str(path))) for path in paths)
-        # Millions of spans are numbers in one array: as objects they would take gigabytes in each process.
-        places, numbers = {}, array("q")
+            state = [[self.relative(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
+            state = json.dumps([caption is None, state])
+            if not (index and self.read_index(index, state)):
+                self.make_index(item for shard in shards for item in self.pair(self.members(shard)))
+                if index:
+                    self.write_index(index, state)
+        if not len(self):
+            raise ValueError(f"--data: {folder} has no image with a caption ({format_counts(self.skipped)}); "
+                             f"see --help")
+        # Changes if a file is added, removed, renamed or of another size, but not if the folder moves.
+        self.fingerprint = f"{zlib.crc32(self.spans.tobytes(), zlib.crc32(json.dumps(self.paths).encode())):08x}"
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def relative(self, path: Path) -> str:
+        return path.relative_to(self.root).as_posix()
+
+    def make_index(self, items: Iterable[dict[str, Span]]):
+        """Millions of spans are numbers in one array: as objects they would take gigabytes in each process."""
+        paths, numbers = {"": 0}, array("q")
         for item in items:
             for kind in self.KINDS:
-                path, start, size = item.get(kind, Span(""))
-                numbers.extend((places.setdefault(path, len(places)), start, size))
-        self.paths = list(places)
-        self.spans = np.frombuffer(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
-        if not len(self):
-            raise ValueError(
-                f"--data: {folder} has no image with a caption ({counted(self.skipped)}); see --help")
+                path, start, size = item.get(kind, Span("", 0, 0))
+                numbers.extend((paths.setdefault(path, len(paths)), start, size))
+        self.paths, self.spans = list(paths), np.frombuffer(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
+
+    def write_index(self, index: Path, state: str):
+        metadata = {"state": state, "paths": json.dumps(self.paths), "skipped": json.dumps(self.skipped)}
+        atomic_write(index, lambda path: save_file({"spans": torch.from_numpy(self.spans)}, path, metadata))
+
+    def read_index(self, index: Path, state: str) -> bool:
+        """Maps an index into memory; False if it is not there, or not of these shards."""
+        try:
+            with safe_open(index, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("state") != state:
+                    return False
+                self.spans = file.get_tensor("spans").numpy()
+                self.paths, self.skipped = json.loads(metadata["paths"]), Counter(json.loads(metadata["skipped"]))
+                return True
+        except (OSError, SafetensorError, KeyError, ValueError):
+            return False
+
+    def loose_files(self) -> Iterator[tuple[str, Span]]:
+        for path in sorted(self.root.rglob("*")):
+            with contextlib.suppress(OSError):                   # a broken link, or removed just now
+                if path.is_file():
+                    yield self.relative(path), Span(self.relative(path), 0, path.stat().st_size)
 
     def pair(self, named: Iterable[tuple[str, Span]]) -> Iterator[dict[str, Span]]:
-        """Puts together files that differ in their ending alone."""
+        """Puts together the files whose names differ in their ending only."""
         groups = {}
         for name, span in named:
             stem, ending = os.path.splitext(name)
@@ -130,88 +166,94 @@ class Pairs:
             else:
                 yield group
 
-    def from_metadata(self, root: Path) -> Iterator[dict[str, Span]]:
+    def from_metadata(self) -> Iterator[dict[str, Span]]:
         start = 0
-        with open(root / "metadata.jsonl", "rb") as file:
+        with open(self.root / "metadata.jsonl", "rb") as file:
             for line in file:
                 try:
-                    name = json.loads(line)["file_name"]
-                    yield {"image": Span(str(root / name)), "line": Span(file.name, start, len(line))}
+                    name = PurePosixPath(json.loads(line)["file_name"])
+                    if name.is_absolute() or ".." in name.parts:
+                        raise ValueError("outside of the folder")
+                    path = self.root / name
+                    size = path.stat().st_size if path.exists() else 0
+                    yield {"image": Span(str(name), 0, size), "line": Span("metadata.jsonl", start, len(line))}
                 except (ValueError, KeyError, TypeError, RecursionError):
                     self.skipped["bad_line"] += bool(line.strip())
                 start += len(line)
 
     def members(self, shard: Path) -> Iterator[tuple[str, Span]]:
-        """The files of a shard. A whole one ends in a block of zeros; tarfile does not look."""
-        end, size, path = 0, shard.stat().st_size, str(shard)
+        """The files of a shard. A whole one ends in a block of zeros, which tarfile does not check."""
+        end, size = 0, shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // 512) * 512
-                    if member.isreg() and member.size <= LARGEST_MEMBER and end <= size:
-                        yield member.name, Span(path, member.offset_data, member.size)
-        except tarfile.ReadError:
-            pass
-        if end > size or Span(path, end, 512).read() != bytes(512) or not end:
+                    if member.isreg() and member.size <= LARGEST_FILE and end <= size:
+                        yield member.name, Span(self.relative(shard), member.offset_data, member.size)
+        except (tarfile.TarError, ArithmeticError, RecursionError, ValueError, MemoryError):
+            pass                                                 # a damaged header raises any of these
+        if end > size or not end or self.read(Span(self.relative(shard), end, 512)) != bytes(512):
             self.skipped["bad_shard"] += 1
             print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost",
                   file=sys.stderr)
 
-    def item(self, index: int) -> dict[str, Span]:
-        """What there is of a pair, by kind."""
-        spans = (Span(self.paths[place], start, size) for place, start, size in self.spans[index].tolist())
-        return {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
-
-    def __len__(self) -> int:
-        return len(self.spans)
+    def read(self, span: Span) -> bytes:
+        with open(self.root / span.path, "rb") as file:
+            file.seek(span.start)
+            return file.read(span.size)
 
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
         """An RGB image, its caption, and its original (height, width). Raises Skip."""
-        item = self.item(index)
-        caption = self.caption or read_caption(item)
-        try:
-            image = Image.open(io.BytesIO(item["image"].read()), formats=FORMATS)
-        except OSError as error:
-            raise Skip("unreadable" if error.errno else "bad_image") from None
-        except Image.DecompressionBombError:
-            raise Skip("too_large") from None
-        except (ValueError, SyntaxError):
-            raise Skip("bad_image") from None
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+        spans = (Span(self.paths[path], start, size) for path, start, size in self.spans[index].tolist())
+        item = {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
+        caption = self.caption or self.read_caption(item)
+        if item["image"].size > LARGEST_FILE:
             raise Skip("too_large")
         try:
-            image = rgb(ImageOps.exif_transpose(image))
-        except (OSError, ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # EXIF has it all
+            image = Image.open(io.BytesIO(self.read(item["image"])), formats=FORMATS)
+            if image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Skip("too_large")
+            image = to_rgb(ImageOps.exif_transpose(image))
+        except Image.DecompressionBombError:
+            raise Skip("too_large") from None
+        except OSError as error:
+            raise Skip("unreadable" if error.errno else "bad_image") from None
+        except (ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # damaged EXIF raises any of these
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError):
-                info = json.loads(item["json"].read())
-                height, width = int(info["original_height"]), int(info["original_width"])
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):
+                info = json.loads(self.read(item["json"]))
+                original = int(info["original_height"]), int(info["original_width"])
+                if all(1 <= side <= 2**16 for side in original):
+                    height, width = original
         return image, caption, (height, width)
 
+    def read_caption(self, item: dict[str, Span]) -> str:
+        """The caption of an item, with single spaces between its words. Raises Skip."""
+        try:
+            if "txt" in item:
+                text = self.read(item["txt"]._replace(size=min(item["txt"].size, LARGEST_CAPTION)))
+                text = text.decode("utf-8-sig", "strict" if len(text) < LARGEST_CAPTION else "ignore")
+            else:
+                text = json.loads(self.read(item["line"]))["text"][:LARGEST_CAPTION]
+                text.encode()  # JSON can spell halves of characters
+        except UnicodeError:
+            raise Skip("bad_encoding") from None
+        except OSError:
+            raise Skip("unreadable") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Skip("no_caption") from None
+        # `strip` alone would keep invisible characters, such as a zero-width space.
+        if not any(character.isprintable() and not character.isspace() for character in text):
+            raise Skip("blank_caption")
+        return " ".join(text.split())
 
-def read_caption(item: dict[str, Span]) -> str:
-    """The caption of an item, its white space made single blanks; raises Skip if there is none."""
-    try:
-        if "txt" in item:
-            text = item["txt"].read().decode("utf-8-sig")
-        else:
-            text = json.loads(item["line"].read())["text"]
-            text.encode()  # JSON can spell halves of characters
-    except UnicodeError:
-        raise Skip("bad_encoding") from None
-    except OSError:
-        raise Skip("unreadable") from None
-    except (ValueError, KeyError, AttributeError, RecursionError):
-        raise Skip("no_caption") from None
-    # Letters, digits and signs: `strip` alone would keep invisible ones, such as a zero-width space.
-    if not any(character.isprintable() and not character.isspace() for character in text):
-        raise Skip("blank_caption")
-    return " ".join(text.split())
+
+LARGEST_CAPTION = 2**16  # bytes; CLIP reads 77 tokens
 
 
-def rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """The first frame of any image as RGB: transparency on white, 16-bit grey scaled rather than clipped."""
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8))
@@ -221,32 +263,32 @@ def rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def counted(reasons: Counter) -> str:
-    """How often each reason was, in words."""
+def format_counts(reasons: Counter) -> str:
+    """How often each reason occurred, in words."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Samples
+# Training samples
 
 
 class Samples(Dataset):
     """
-    Training sample p as a dictionary, for any p from 0.
+    The training sample at position p, for any p from 0, as a dictionary.
 
-    pixels (3, S, S) in [-1, 1] and caption, or what a cache has in their place; dropped, whether the caption
-    is; time_ids (6,); timestep; noise and, to draw the latent from the VAE's distribution, latent_noise
-    (4, s, s); index in the source; skipped, the reasons by index why others were not taken.
+    pixels (3, S, S) uint8 and caption, or what a cache has in their place; dropped, whether the caption is
+    dropped; time_ids (6,); timestep; noise and, to draw the latents from the VAE's distribution, latent_noise
+    (4, s, s); index in the source; skipped, the reasons why others were not used, by index.
     """
 
-    def __init__(self, source: Shapes | Pairs, size: int, latent_shape: tuple[int, int, int], seed: int,
-                 dropout: float, flip: bool, cache: Path | None):
+    def __init__(self, source: Shapes | CaptionedImages, size: int, latent_shape: tuple[int, int, int], seed: int,
+                 dropout: float, flip: bool, cache: Cache | None = None):
         self.source, self.size, self.latent_shape = source, size, latent_shape
         self.seed, self.dropout, self.flip, self.cache = seed, dropout, flip, cache
         self.epoch, self.order = None, None
 
-    def index(self, p: int) -> int:
-        """Which sample of the source is at position p: each epoch is a new permutation."""
+    def index_at(self, p: int) -> int:
+        """Which item of the source is at position p: each epoch is a new permutation."""
         if isinstance(self.source, Shapes):
             return p
         epoch, place = divmod(p, len(self.source))
@@ -257,16 +299,16 @@ class Samples(Dataset):
 
     def __getitem__(self, p: int) -> dict:
         skipped = {}
-        # A bad sample is replaced by the next good one; twice the length of the source has one whole epoch.
+        # A bad item is replaced by the next good one; twice the length of the source covers a whole epoch.
         for place in range(p, p + 2 * len(self.source)):
-            index = self.index(place)
+            index = self.index_at(place)
             try:
-                sample = self.cached(index) or self.picture(index, p)
+                sample = (self.cache and self.cache.read(index)) or self.picture(index, p)
                 break
             except Skip as reason:
                 skipped[index] = str(reason)
         else:  # for the main process to raise: from a worker it would come with the worker's traceback
-            return {"error": f"--data: no sample can be used: {counted(Counter(skipped.values()))}"}
+            return {"error": f"--data: no sample can be used: {format_counts(Counter(skipped.values()))}"}
         rng = np.random.default_rng((self.seed, 2, p))
         noise, latent_noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
         return sample | {
@@ -275,8 +317,9 @@ class Samples(Dataset):
             "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
-        """An image resized by its short side, flipped, and only then cropped: the crop's place is as seen."""
-        rng = np.random.default_rng((self.seed, 3, index if self.cache else p))
+        """An image resized by its short side, flipped, then cropped: the crop's position is in the flipped image."""
+        # With a cache the crop is the same in every epoch, and for every seed.
+        rng = np.random.default_rng((0, 3, index) if self.cache else (self.seed, 3, p))
         image, caption, (height, width) = self.source.load(index)
         if min(image.size) < max(8, self.size // 8):
             raise Skip("too_small")
@@ -290,40 +333,47 @@ class Samples(Dataset):
             image = ImageOps.mirror(image)
         top, left = (int(rng.integers(side - self.size + 1)) for side in (image.height, image.width))
         image = image.crop((left, top, left + self.size, top + self.size))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         time_ids = torch.tensor([height, width, top, left, self.size, self.size], dtype=torch.float32)
         return {"pixels": pixels, "caption": caption, "time_ids": time_ids}
 
-    def cached(self, index: int) -> dict | None:
-        """What a cache has of a sample; a damaged file is as good as none."""
-        path = self.cache and in_cache(self.cache, index)
-        if not path or not path.exists():
-            return None
-        with contextlib.suppress(ValueError):
-            tensors = files.read_tensors(path)
-            return tensors if set(tensors) == set(CACHED) else None
 
-
-CACHED = ("mean", "std", "context", "pooled", "time_ids")  # what a sample need not be encoded for again
-
-
-def in_cache(folder: Path, index: int) -> Path:
-    return folder / f"{index:09d}.safetensors"
-
-
-def write_cached(sample: dict, folder: Path):
-    """Writes into a cache what it keeps of a sample."""
-    path = in_cache(folder, sample["index"])
-    tensors = {name: sample[name].cpu().contiguous() for name in CACHED}
-    try:  # not `files.write`, which waits for the disk: a file that a crash cut is made again
-        save_file(tensors, f"{path}.{os.getpid()}")
-    except SafetensorError as error:
-        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
-    os.replace(f"{path}.{os.getpid()}", path)
-
-
-def positions(start: int, stop: int, batch: int, micro: int, rank: int, world: int):
-    """The micro-batches of a process, as lists of positions: process r takes every world-th of each step."""
+def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
+    """The positions of each micro-batch of a process, from step `start` to `stop`; every rank takes its share."""
     for step in range(start, stop):
-        for first in range(step * batch + rank * micro, (step + 1) * batch, world * micro):
-            yield list(range(first, first + micro))
+        for first in range(step * batch + rank * micro_batch, (step + 1) * batch, world * micro_batch):
+            yield list(range(first, first + micro_batch))
+
+
+def load_samples(args: argparse.Namespace, pipeline, config: UNetConfig) -> Samples:
+    """
+    The training samples that the flags of distill.py ask for, with the pipeline's VAE and text encoders.
+
+    The first process makes the index of shards, and the others read it. Raises FileNotFoundError or ValueError if
+    the data, or the cache, does not fit the run.
+    """
+    downscale = pipeline.vae_config.downscale
+    size = args.size or config.sample_size * downscale
+    latent_shape = (config.in_channels, size // downscale, size // downscale)
+    if args.data == "shapes":
+        source = Shapes()
+        if size != shapes.SIZE:
+            raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
+    else:
+        rank, world, _ = process_ranks()
+        if rank > 0:
+            dist.barrier()
+        source = CaptionedImages(args.data, args.caption, args.out / "index.safetensors")
+        if rank == 0 and world > 1:
+            dist.barrier()
+    cache = None
+    if args.cache:
+        encoders = pipeline.text.encoders
+        length = encoders[0].config.max_position_embeddings
+        layout = {"mean": (latent_shape, torch.float32), "std": (latent_shape, torch.float32),
+                  "context": ((length, config.context_dim), pipeline.dtype),
+                  "pooled": ((config.pooled_dim,), pipeline.dtype), "time_ids": ((6,), torch.float32)}
+        identity = {"data": source.fingerprint, "encoders": fingerprint(pipeline.vae, encoders), "size": size,
+                    "flip": args.flip, "caption": args.caption}
+        cache = Cache(args.cache, identity, layout)
+    return Samples(source, size, latent_shape, args.seed, args.dropout, args.flip, cache)

@@ -31,24 +31,25 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
-    from huggingface_hub import list_repo_files, snapshot_download  # slow to import, and seldom needed
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub import model_info, snapshot_download  # slow to import, and seldom needed
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        wanted = bundle_files(list_repo_files(source), parts, half)
-        return Path(snapshot_download(source, allow_patterns=wanted))
-    except RepositoryNotFoundError:
+        names = [file.rfilename for file in model_info(source, timeout=5).siblings]
+    except (RepositoryNotFoundError, HFValidationError):
         raise FileNotFoundError(f"the hub has no {source} (or it needs a login: set HF_TOKEN)") from None
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(f"the hub did not give {source}: {error_summary(error)}") from None
     except Exception as error:  # the hub is out of reach, which every HTTP library says in its own way
-        try:
-            return Path(snapshot_download(source, local_files_only=True))
+        try:  # no patterns: files that are not in the cache are for the reader to report
+            return Path(snapshot_download(source, allow_patterns=[], local_files_only=True))
         except LocalEntryNotFoundError:
             raise FileNotFoundError(
                 f"no folder {source}, nothing of it in the hub's cache, and the hub is out of reach "
                 f"({error_summary(error)}); elsewhere run: hf download {source}, then give its folder or set HF_HOME"
             ) from None
+    try:
+        return Path(snapshot_download(source, allow_patterns=bundle_files(names, parts, half)))
+    except Exception as error:
+        raise FileNotFoundError(f"the download of {source} failed: {error_summary(error)}; run this again") from None
 
 
 def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False) -> list[str]:
@@ -57,11 +58,11 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
 
     The VAE's float32 variant is taken even if `half`, as SDXL's overflows in float16.
     """
-    if parts == ("unet",) and not any(name.startswith("unet/") for name in names):
-        return [name for name in names if re.fullmatch(r"config\.json|diffusion_pytorch_model.*(safetensors|json)", name)]
     wanted = ["model_index.json"] if "model_index.json" in names else []
     for part in parts:
         own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
+        if parts == ("unet",):
+            own = own or [name for name in names if "/" not in name]  # a repository of a U-Net alone
         weights = [name for name in own if WEIGHTS.search(name)]
         fp16 = [name for name in weights if ".fp16" in name]
         plain = [name for name in weights if ".fp16" not in name]

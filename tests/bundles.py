@@ -1,4 +1,4 @@
-"""Small random bundles in the official layout; weights come from their names: the same on every machine."""
+"""Small random models in the official layout. Weights come from their names, the same on every machine."""
 
 import json
 import math
@@ -10,9 +10,10 @@ from common import UNETS, VAES, draw, fill
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from model import UNet, UNetConfig, VAE, VAEConfig, save_unet, save_vae
+from model import UNet, UNetConfig, save_unet
+from support.vae import VAE, VAEConfig, save_vae
 
-# No two with the same pair of letters, none ends another.
+# No pair of letters occurs in two of them, and none ends another.
 WORDS = ("a", "blue", "box", "my", "on", "red", "sky")
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
@@ -30,7 +31,7 @@ INDEX = {
 
 
 class Case(NamedTuple):
-    """A picture that diffusers and we draw; together the cases have every value at least once."""
+    """Pictures that both diffusers and we draw; together the cases cover every option."""
 
     unet: str
     spacing: str
@@ -60,15 +61,15 @@ CASES = {
 
 
 def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {}, index: dict = {}) -> Path:
-    """Writes a bundle; the last three are entries of its config files that differ from SDXL's."""
+    """Writes a model; the last three are entries of its config files that differ from SDXL's."""
     vae = VAES["vae"] | {"layers_per_block": 1, "scaling_factor": 0.5, "force_upcast": True} | vae
     save_unet(fill(UNet(UNetConfig.from_diffusers(UNETS[unet]))), folder / "unet")
     save_vae(fill(VAE(VAEConfig.from_diffusers(vae))), folder / "vae")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | scheduler)
     write_json(folder / "model_index.json", INDEX | index)
-    letters = sorted({letter for word in WORDS for letter in spelled(word)})
-    merges = [(first, second) for word in WORDS for first, second in spelling(word)]
-    # The end is the largest.
+    letters = sorted({letter for word in WORDS for letter in letters_of(word)})
+    merges = [pair for word in WORDS for pair in merges_of(word)]
+    # The end token has the largest id.
     tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
     for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
@@ -83,13 +84,13 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
     return folder
 
 
-def spelled(word: str) -> list[str]:
+def letters_of(word: str) -> list[str]:
     return [*word[:-1], word[-1] + "</w>"]
 
 
-def spelling(word: str) -> list[tuple[str, str]]:
-    """The byte-pair merges that make a word of its letters, from the left."""
-    letters = spelled(word)
+def merges_of(word: str) -> list[tuple[str, str]]:
+    """The byte-pair merges that build a word from its letters, from the left."""
+    letters = letters_of(word)
     return [("".join(letters[:i]), letters[i]) for i in range(1, len(letters))]
 
 
@@ -97,13 +98,13 @@ def text_encoder(folder: Path, kind: type, width: int, activation: str, tokens: 
     config = CLIPTextConfig(
         vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=width, hidden_act=activation,
-        bos_token_id=0, eos_token_id=2, pad_token_id=1)  # 2 as SDXL has
+        bos_token_id=0, eos_token_id=2, pad_token_id=1)  # as in SDXL's file
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
     weights = {}
     for name, shape in shapes.items():
         if not name.startswith("text_"):
-            # As the official files have it, and not every version of transformers.
+            # As in the official files, but not in every version of transformers.
             name = f"text_model.{name}"
         numbers = draw(f"{folder.name} {name}", *shape)
         weights[name] = (numbers / math.sqrt(shape[1]) if len(shape) > 1 else

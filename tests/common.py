@@ -1,16 +1,21 @@
-"""What the tests share with oracle.py: small configurations, and weights and inputs made from names."""
+"""What the tests and the oracles share: small configurations, and weights and inputs made from names."""
 
+import json
 import math
 import zlib
 from hashlib import sha256
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
+WEIGHTS = "diffusion_pytorch_model"  # the name of the weight files of a U-Net or VAE, without their suffix
+FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"
 
-# Configurations as the official files write them. All widths differ, so that none can be swapped.
+# Configurations as the official files write them. All widths differ, so that a swap of two is an error.
 SMALL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}
 SDXL = SMALL | {
     "block_out_channels": [32, 64, 96], "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 3],
@@ -56,7 +61,7 @@ def fill(network: nn.Module) -> nn.Module:
     for name, tensor in network.state_dict().items():
         numbers = draw(name, *tensor.shape)
         if tensor.dim() > 1:
-            numbers /= math.sqrt(numbers[0].numel())  # what enters and leaves a layer is equally large
+            numbers /= math.sqrt(numbers[0].numel())  # a layer's output is as large as its input
         else:
             numbers = 0.2 * numbers + name.endswith("weight")  # of a norm, near 1; or a bias, near 0
         tensor.copy_(numbers)
@@ -64,7 +69,7 @@ def fill(network: nn.Module) -> nn.Module:
 
 
 def inputs(config: dict, size: str) -> dict[str, Tensor]:
-    """What a U-Net of this configuration reads, by the names that `model.UNet.forward` gives them."""
+    """Inputs of a U-Net of this configuration, with the argument names of `model.UNet.forward`."""
     batch, height, width, timestep = SIZES[size]
     result = {"sample": draw(f"sample {size}", batch, 4, height, width), "timestep": torch.tensor(timestep),
               "context": draw(f"context {size}", batch, 7, config["cross_attention_dim"])}
@@ -76,7 +81,7 @@ def inputs(config: dict, size: str) -> dict[str, Tensor]:
 
 
 def pictures(size: str) -> tuple[Tensor, Tensor]:
-    """An image, whose sides the VAE need not be able to halve thrice, and a latent."""
+    """An image, its sides not always multiples of 8, and a latent."""
     batch, height, width = PICTURES[size]
     odd = 3 * (size == "odd")
     image = draw(f"image {size}", batch, 3, 8 * height + odd, 8 * width + odd).tanh()
@@ -84,11 +89,38 @@ def pictures(size: str) -> tuple[Tensor, Tensor]:
 
 
 def digest(network: nn.Module) -> str:
-    """Names and shapes of all tensors of a network in one number."""
+    """A hash of the names and shapes of all tensors of a network."""
     lines = sorted(f"{name} {tuple(tensor.shape)}" for name, tensor in network.state_dict().items())
     return sha256("\n".join(lines).encode()).hexdigest()
 
 
-def error(ours: Tensor, theirs: Tensor) -> float:
-    """Relative, and infinite if the shapes differ."""
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """Infinite if the shapes differ."""
     return float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else math.inf
+
+
+def same(network: nn.Module, weights: dict[str, Tensor]) -> bool:
+    """Whether the names, dtypes and bits of a network's tensors are these."""
+    ours = network.state_dict()
+    return ours.keys() == weights.keys() and all(
+        ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) for name, tensor in weights.items())
+
+
+def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
+    """Writes weights as three files and their index, as diffusers does; `half` names them as its fp16 variant."""
+    names, files = list(weights), [f"{WEIGHTS}{'.fp16' * half}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
+    for i, file in enumerate(files):
+        save_file({name: weights[name] for name in names[i::3]}, folder / file)
+    index = {"weight_map": {name: files[i % 3] for i, name in enumerate(names)}}
+    (folder / f"{WEIGHTS}.safetensors.index{'.fp16' * half}.json").write_text(json.dumps(index))
+    return [folder / file for file in files]
+
+
+def refusal(call, *args, **options) -> str:
+    """The one line with which a call refuses its input."""
+    with pytest.raises((FileNotFoundError, ValueError)) as caught:
+        call(*args, **options)
+    assert caught.type in (FileNotFoundError, ValueError)  # not a library's own kind
+    message = str(caught.value)
+    assert message and "\n" not in message
+    return message

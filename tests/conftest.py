@@ -1,4 +1,4 @@
-"""Lets `pytest` find the modules at the root of the project, as `python -m pytest` does."""
+"""Lets `pytest` import the programs at the root of the project, as `python -m pytest` does."""
 
 import signal
 import sys
@@ -10,6 +10,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(autouse=True, scope="session")
-def interrupts_are_heard():
-    """A job in the background ignores them, and so would what is tested."""
+def handle_interrupts():
+    """A job in the background ignores interrupts, and would pass that on to what is tested."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

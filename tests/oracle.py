@@ -1,10 +1,10 @@
 """
-Makes answers/diffusers.safetensors: what diffusers answers where the tests ask model.py.
+Makes answers/diffusers.safetensors: what diffusers computes where the tests ask model.py and support/vae.py.
 
     python tests/oracle.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 
 Outputs of its networks on small configurations, and as metadata a digest of the names and shapes of all
-tensors of the official networks. Uses nothing of model.py, neither to make the networks nor to fill them.
+tensors of the official networks. None of it uses our networks.
 """
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from common import ANSWERS, PICTURES, SIZES, UNETS, VAES, digest, fill, inputs, pictures
 
-FULL = {  # the official configurations, where they differ from what diffusers takes for granted
+FULL = {  # the official configurations, where they differ from diffusers' defaults
     "block_out_channels": [320, 640, 1280], "layers_per_block": 2, "transformer_layers_per_block": [1, 2, 10],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
@@ -32,7 +32,7 @@ FULL_VAE = {
 
 
 def predict(unet: UNet2DConditionModel, sample: Tensor, timestep: Tensor, context: Tensor, **added) -> Tensor:
-    """The answer of diffusers' U-Net to inputs by our names."""
+    """The prediction of diffusers' U-Net for inputs with our names."""
     conditions = {"text_embeds": added["pooled"], "time_ids": added["time_ids"]} if added else None
     return unet(sample, timestep, context, added_cond_kwargs=conditions).sample
 
@@ -47,8 +47,8 @@ def main():
         vae = fill(AutoencoderKL.from_config(config))
         for size in PICTURES:
             image, latent = pictures(size)
-            found = vae.encode(image).latent_dist
-            answers |= {f"{name} {size} mean": found.mean, f"{name} {size} logvar": found.logvar}
+            latents = vae.encode(image).latent_dist
+            answers |= {f"{name} {size} mean": latents.mean, f"{name} {size} logvar": latents.logvar}
             answers[f"{name} {size} image"] = vae.decode(latent).sample
     with torch.device("meta"):
         networks = {name: UNet2DConditionModel.from_config(config) for name, config in FULL_UNETS.items()}

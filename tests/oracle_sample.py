@@ -21,8 +21,8 @@ from bundles import CASES, Case
 ANSWERS = Path(__file__).with_name("answers") / "sample.safetensors"
 
 
-def drawn(case: Case, folder: Path) -> Tensor:
-    """The pictures (B, H, W, 3), uint8, of a case from its bundle."""
+def draw_pictures(case: Case, folder: Path) -> Tensor:
+    """The pictures (B, H, W, 3), uint8, that diffusers draws for a case, from the model in `folder`."""
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
@@ -37,7 +37,7 @@ def main():
     answers = {}
     for name, case in CASES.items():
         with tempfile.TemporaryDirectory() as folder:
-            answers[name] = drawn(case, case.bundle(Path(folder)))
+            answers[name] = draw_pictures(case, case.bundle(Path(folder)))
     save_file(answers, ANSWERS)
 
 

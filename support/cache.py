@@ -1,0 +1,68 @@
+"""
+A cache of what the frozen VAE and text encoders make of each image and caption.
+"""
+
+import math
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from model import read_json
+from support.files import write_json
+
+
+class Cache:
+    """
+    One file of fixed-size records, shared by processes, and by runs that read the same data.
+
+    A record is tensors of known shapes and dtypes, and a checksum of its number and contents. One that was never
+    written, is half-written, damaged or in the wrong place fails the checksum: it counts as absent and is made
+    again, so no lock is needed. `identity` is what the contents depend on; raises ValueError if the folder has
+    a cache of another identity.
+    """
+
+    def __init__(self, folder: Path, identity: dict, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
+        self.path, self.layout = folder / "records.bin", layout
+        self.sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
+        self.size = sum(self.sizes.values()) + 4
+        identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in layout.items()}
+        settings = folder / "cache.json"
+        found = read_json(settings) if settings.exists() else identity
+        changed = [f"{key} was {found.get(key)} and is {identity.get(key)}"
+                   for key in {**found, **identity} if found.get(key) != identity.get(key)]
+        if changed:
+            raise ValueError(f"--cache {folder} was made with other settings: {'; '.join(changed)}; give another --cache")
+        if not settings.exists():
+            write_json(settings, identity)
+        self.path.touch()
+
+    def read(self, index: int) -> dict[str, Tensor] | None:
+        """The tensors of a record; None if it is absent."""
+        with open(self.path, "rb") as file:
+            file.seek(index * self.size)
+            record = bytearray(file.read(self.size))
+        if len(record) != self.size or record[-4:] != self.checksum(index, record[:-4]):
+            return None
+        tensors, start = {}, 0
+        for name, (shape, dtype) in self.layout.items():
+            tensors[name] = torch.frombuffer(record, dtype=torch.uint8, count=self.sizes[name], offset=start)
+            tensors[name] = tensors[name].clone().view(dtype).view(shape)
+            start += self.sizes[name]
+        return tensors
+
+    def write(self, index: int, tensors: dict[str, Tensor]):
+        """Writes a record, unless its numbers are not finite. Others of `tensors` are not written."""
+        record = b""
+        for name, (shape, dtype) in self.layout.items():
+            tensor = tensors[name].to("cpu", dtype).reshape(shape).contiguous()
+            if not tensor.isfinite().all():
+                return
+            record += tensor.flatten().view(torch.uint8).numpy().tobytes()
+        with open(self.path, "r+b") as file:
+            file.seek(index * self.size)
+            file.write(record + self.checksum(index, record))
+
+    def checksum(self, index: int, record: bytes) -> bytes:
+        return zlib.crc32(record, zlib.crc32(index.to_bytes(8, "little"))).to_bytes(4, "little")
