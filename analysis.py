@@ -13,12 +13,10 @@ A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a fini
 
 import argparse
 import math
-import statistics
 from collections import defaultdict
 from functools import partial
-from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Iterable, Iterator
+from typing import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -28,16 +26,15 @@ from tqdm import tqdm
 
 import model
 from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, euler, guide, load_pipeline
-from support.cli import PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, preset, run
-from support.costs import STAGES, budget, latency
+from support.cli import (
+    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, preset, run)
+from support.costs import SA_STAGES, budget, latency
 from support.data import PROMPTS
 from support.files import atomic_write, local_folder, write_csv
 from support.plots import add_title, image_grid, line_chart, print_table, stack
 from support.table3 import ablation
 from support.text import CLIPTokenizer
 from toy import shapes
-
-PICTURE = 152  # height and width of the pictures in Figures 4 and 9, in pixels
 
 
 def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
@@ -91,20 +88,19 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
     """
     unet, steps = pipeline.unet, steps or pipeline.preset.steps
-    layers = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
+    layers = {stage: model.feature_paths(unet, "SA", stage)
+              for stage in model.stages(unet.config) if stage in SA_STAGES}
     norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
     features = model.Features(unet, list(norms.values()))        # what enters the self-attention layers
-    for i, prompt in enumerate(prompts):
+    for i, prompt in enumerate(tqdm(prompts, "attention", unit="image")):
         maps = {}
 
         def measure(step: int):
             if step != min(int(at * steps), steps - 1):
                 return
             for stage, paths in layers.items():
-                if paths:
-                    total = sum(attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0]
-                                for path in paths)
-                    maps[stage] = total.cpu() / len(paths)
+                total = sum(attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0] for path in paths)
+                maps[stage] = total.cpu() / len(paths)
 
         with features as captured:
             image, = pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
@@ -112,23 +108,17 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 
 
 def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
-    """
-    The query whose attention is shown, as shares of width and height, and the object that it is on: the one that
-    a caption of the toy names first. Otherwise it is the centre of the image, and there is no object.
-    """
+    """The query, as shares of width and height: on what the toy's caption names first, else the centre and None."""
     try:
         (colour, _), *_ = shapes.parse(prompt)[0]
-        objects = shapes.read(image)
-    except ValueError:                                           # the prompt or the image is not the toy's
+        found = next(found for found in shapes.read(image) if found.colour == colour)
+    except (ValueError, StopIteration):                          # not the toy's, or the object is missing
         return 0.5, 0.5, None
-    for found in objects:
-        if found.colour == colour:
-            found = found._replace(shape=found.shape or "square")  # a shapeless blob is about as large
-            return found.x / shapes.SIZE, found.y / shapes.SIZE, found
-    return 0.5, 0.5, None
+    found = found._replace(shape=found.shape or "square")        # a shapeless blob is about as large
+    return found.x / shapes.SIZE, found.y / shapes.SIZE, found
 
 
-def attention_on_object(row: Tensor, found: shapes.Object | None) -> float:
+def on_object(row: Tensor, found: shapes.Object | None) -> float:
     """How many times as much of a query's attention (T,) is on an object as if it were spread evenly."""
     if found is None:
         return math.nan
@@ -137,68 +127,56 @@ def attention_on_object(row: Tensor, found: shapes.Object | None) -> float:
     return ((row * area).sum() / area.mean()).item()
 
 
-def draw_tokens(colours: Tensor) -> Image.Image:
-    """Colours (T, 3) in 0..1 of the tokens of a square image."""
+def draw_tokens(colours: Tensor, size: int) -> Image.Image:
+    """Colours (T, 3) in 0..1 of the tokens of a square image, drawn `size` pixels wide."""
     side = math.isqrt(len(colours))
     pixels = (colours.float() * 255).round().byte().view(side, side, 3).numpy()
-    return Image.fromarray(pixels).resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
+    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
 
 
 def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
     """The image with a red box around the query at (x, y), shares of width and height."""
-    image, half = image.copy(), image.width / 32
-    x, y = x * image.width, y * image.height
+    image, half, x, y = image.copy(), image.width / 32, x * image.width, y * image.height
     ImageDraw.Draw(image).rectangle((x - half, y - half, x + half, y + half), outline="red", width=3)
     return image
 
 
 def attention(args: argparse.Namespace):
     """Measures the maps of all prompts, and draws some: (b) their components, (c) their row of one query."""
-    prompts, rows, drawn = read_prompts(args, 24), [], []
-    stages = STAGES[1:-1]                                        # those with self-attention
-    bar = tqdm(total=len(args.model) * len(prompts), desc="attention", unit="image")
+    prompts, rows, drawn, size = read_prompts(args, 24), [], [], 152  # pixels of a picture
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
             x, y, found = find_query(image, prompts[i])
-            components, queries = {}, {}                         # pictures of the stages
+            components, queries = dict.fromkeys(SA_STAGES), dict.fromkeys(SA_STAGES)  # None: a gap
             for stage, weights in maps.items():                  # (T, T)
                 side = math.isqrt(len(weights))
                 scores, explained = principal_components(weights)
                 query = weights[int(y * side) * side + int(x * side)]  # (T,)
-                rows.append([name, prompts[i], stage, len(weights), *explained.tolist(),
-                             attention_on_object(query, found)])
+                rows.append([name, prompts[i], stage, len(weights), *explained.tolist(), on_object(query, found)])
                 low, high = scores.amin(0), scores.amax(0)
-                components[stage] = draw_tokens((scores - low) / (high - low))
-                queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3))
+                components[stage] = draw_tokens((scores - low) / (high - low), size)
+                queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3), size)
             if i < args.rows:
-                image = image.resize((PICTURE, PICTURE))
-                drawn.append((i, Path(name).name, [image] + [components.get(stage) for stage in stages],
-                              [draw_query(image, x, y)] + [queries.get(stage) for stage in stages]))
-            bar.update()
+                image = image.resize((size, size))
+                drawn.append((i, Path(name).name, [image, *components.values()],
+                              [draw_query(image, x, y), *queries.values()]))
         del pipeline                                             # before the next is loaded
-    bar.close()
     header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     groups = defaultdict(list)
     for name, _, stage, _, *numbers in rows:
         groups[name, stage].append(numbers)
-    print_table(["model", "stage", *header[4:]],
-                [[*group, *map(mean, zip(*numbers))] for group, numbers in groups.items()])
+    means = [[*group, *torch.tensor(numbers).nanmean(dim=0).tolist()] for group, numbers in groups.items()]
+    print_table(["model", "stage", *header[4:]], means)
 
-    drawn.sort(key=itemgetter(0))                                # the models of a prompt below each other
+    drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
     _, names, components, queries = zip(*drawn)
     picture = add_title(
         "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
-        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in stages)]),
-        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in stages)]))
+        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in SA_STAGES)]),
+        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in SA_STAGES)]))
     atomic_write(args.out, picture.save)
-
-
-def mean(values: Iterable[float]) -> float:
-    """Of those that are numbers; nan if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(known) if known else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,8 +186,7 @@ def mean(values: Iterable[float]) -> float:
 def block_similarity(outputs: Tensor) -> Tensor:
     """Cosines (N - 1,) of N consecutive outputs (N, T, D), each to the one before, the mean over tokens."""
     a, b = outputs[:-1].double(), outputs[1:].double()
-    cosines = (a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()  # (N - 1, T)
-    return cosines.mean(dim=1)
+    return ((a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()).mean(dim=1)
 
 
 def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None) -> dict[str, Tensor]:
@@ -221,25 +198,21 @@ def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int, steps:
     unet, transformers = pipeline.unet, []                       # each with its stage and the paths of its blocks
     for stage, stage_path in model.stages(unet.config).items():
         for i, transformer in enumerate(unet.get_submodule(stage_path).attentions):
-            blocks = range(len(transformer.transformer_blocks))
-            transformers.append(
-                (stage, [f"{stage_path}.attentions.{i}.transformer_blocks.{j}" for j in blocks]))
-    features = model.Features(unet, sum((blocks for _, blocks in transformers), []))
-    similarities = defaultdict(list)
-    for i, prompt in enumerate(tqdm(prompts, "similarity", unit="image")):
-        cosines = defaultdict(list)
+            path, count = f"{stage_path}.attentions.{i}.transformer_blocks", len(transformer.transformer_blocks)
+            transformers.append((stage, [f"{path}.{j}" for j in range(count)]))
+    features, cosines = model.Features(unet, sum((blocks for _, blocks in transformers), [])), defaultdict(list)
 
-        def measure(step: int):
-            for stage, blocks in transformers:
-                if len(blocks) > 1:
-                    outputs = torch.stack([captured[path][-1] for path in blocks])  # with the prompt
-                    cosines[stage].append(block_similarity(outputs).cpu())
+    def measure(step: int):
+        for stage, blocks in transformers:
+            if len(blocks) > 1:
+                outputs = torch.stack([captured[block][-1] for block in blocks])  # (N, T, D), with the prompt
+                cosines[stage].append(block_similarity(outputs).cpu())
 
-        with features as captured:
+    with features as captured:
+        for i, prompt in enumerate(tqdm(prompts, "similarity", unit="image")):
             pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
-        for stage, values in cosines.items():
-            similarities[stage].append(torch.stack(values).mean(dim=0))
-    return {stage: torch.stack(values) for stage, values in similarities.items()}
+    return {stage: torch.stack(values).unflatten(0, (len(prompts), -1)).mean(dim=1)
+            for stage, values in cosines.items()}
 
 
 def similarity(args: argparse.Namespace):
@@ -249,9 +222,9 @@ def similarity(args: argparse.Namespace):
         pipeline = load_pipeline(name, device=args.device)
         curves = {}
         for stage, values in stage_similarities(pipeline, prompts, args.seed, args.steps).items():
-            spread = values.std(dim=0) if len(values) > 1 else torch.zeros(values.shape[1])
-            places = [(i + 1) / values.shape[1] for i in range(values.shape[1])]
-            curves[stage] = list(zip(places, values.mean(0).tolist(), spread.tolist()))
+            means, spreads = values.mean(dim=0), values.std(dim=0, correction=int(len(values) > 1))
+            index = torch.arange(1, len(means) + 1, dtype=torch.float64) / len(means)
+            curves[stage] = torch.stack([index, means, spreads], dim=1).tolist()
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
         charts.append(line_chart(f"{name}: cosine similarity of each transformer block's output to the one before",
                                  "normalised index of the block in its transformer",
@@ -280,11 +253,9 @@ def denoise(unet: model.UNet, noise: Tensor, conditions: list[Tensor], steps: in
 
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__, "%(prog)s COMMAND [options]")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands",
-                                     prog=parser.prog)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", prog=parser.prog)
 
     def command(name: str, function: Callable, meaning: str, models: str = "") -> Callable:
-        """Adds a command; returns what adds its options."""
         subparser = commands.add_parser(name, help=meaning, description=meaning)
         subparser.set_defaults(function=function)
         subparser.add_argument("--out", type=png_path, default=Path(f"{name}.png"), metavar="PNG",
@@ -294,7 +265,6 @@ def main(argv: list[str] | None = None):
                                    help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
         return subparser.add_argument
 
-    command("budget", budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
     for name, function, meaning in (
             ("attention", attention, "self-attention maps of each stage: components, and one query"),
             ("similarity", similarity, "cosine of each transformer block's output to the one before")):
@@ -304,9 +274,9 @@ def main(argv: list[str] | None = None):
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
         add("--device", type=nonempty, help="[a GPU if there is one]")
         if name == "attention":
-            add("--at", type=number(float, 0, 1), default=0.5, metavar="X",
-                help="share of the steps done when the maps are taken")
+            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the maps")
             add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+    command("budget", budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
     add = command("latency", partial(latency, denoise=denoise),
                   "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
     add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")

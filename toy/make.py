@@ -1,22 +1,22 @@
 """
-How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
+How the toy in toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make       # over two hours on two cores; resumes
-    python -m toy.make                                              # likewise, in one process
-
-First the VAE, then the U-Net and both text encoders together. All has SDXL's form: the text is the
-second-to-last layers of two CLIP encoders, joined; the second's pooled output and six size numbers are more
-conditions; the U-Net predicts v of latents (Salimans and Ho, arXiv 2202.00512). The result,
-runs/toy/bundle, is judged now and then:
-
+    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make        # hours on two cores; rerun it to resume
+    python -m toy.make                                               # the same, in one process
     python -m toy.make judge --captions 256
-    python -m toy.make publish                                      # copies it to toy/checkpoint, in float16
+    python -m toy.make publish                                       # copies it to toy/checkpoint, in float16
+
+First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text is
+the second-to-last layers of two CLIP encoders, side by side; the second's pooled output and six size numbers are
+further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the plain loss.
 """
 
 import argparse
+import copy
 import shutil
 from collections import Counter, defaultdict
 from dataclasses import replace
+from datetime import timedelta
 from itertools import product
 from pathlib import Path
 from typing import Sequence
@@ -24,30 +24,32 @@ from typing import Sequence
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-import files
 import model
-from chart import sheet
-from data import positions
-from options import PRESETS, begin, filled, number, parser_of, process, program
-from run import load_checkpoint, restore, save_checkpoint, trained
-from sample import SDXL_SCHEDULER, Schedule, load_pipeline
-from text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
+from sample import SDXL_SCHEDULER, NoiseSchedule, load_pipeline
+from support.checkpoint import lock_run_dir, process_ranks, resume, save_checkpoint
+from support.cli import PRESETS, ArgumentParser, number, path, run
+from support.data import micro_batches
+from support.files import atomic_write, write_json
+from support.plots import image_grid
+from support.text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
+from support.vae import VAE, VAEConfig, load_vae, save_vae
 from toy import shapes
 
-VAE = model.VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
+VAE_CONFIG = VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
 TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
-UNET = model.UNetConfig(
+UNET_CONFIG = model.UNetConfig(
     channels=(16, 32, 64), heads=(1, 2, 4), context_dim=sum(TEXT_WIDTHS.values()),
-    pooled_dim=TEXT_WIDTHS[ENCODERS[1]], size_dim=32, groups=8, sample_size=shapes.SIZE // VAE.downscale)
-# A fifth of SDXL's: shapes are so coarse that, at 1, even the strongest noise would show where they are, and
-# a sample's first noise, not its caption, would say where to put them.
-LATENT_STD = 0.2
-SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction"}
+    pooled_dim=TEXT_WIDTHS[ENCODERS[1]], size_dim=32, groups=8, sample_size=shapes.SIZE // VAE_CONFIG.downscale)
+# Stronger noise than SDXL's: shapes are so coarse that at its last timestep, sigma 14.6, they still showed, and the
+# initial noise of a sample, not its caption, would decide where things are. Here sigma is 73.
+SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction", "beta_start": 0.008, "beta_end": 0.0091}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -84,12 +86,12 @@ def write_tokenizers(folder: Path):
     for name, pad in zip(TOKENIZERS, ("<|endoftext|>", "!")):
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                    "pad_token": pad}
-        files.write_json(folder / name / "vocab.json", vocabulary)
-        files.write_json(folder / name / "special_tokens_map.json", special)
-        files.write_json(folder / name / "tokenizer_config.json", {
+        write_json(folder / name / "vocab.json", vocabulary)
+        write_json(folder / name / "special_tokens_map.json", special)
+        write_json(folder / name / "tokenizer_config.json", {
             "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
         lines = "\n".join(["#version: 0.2", *merges, ""])
-        files.write(folder / name / "merges.txt", lambda path: path.write_text(lines))
+        atomic_write(folder / name / "merges.txt", lambda path: path.write_text(lines))
 
 
 class Toy(nn.Module):
@@ -103,7 +105,7 @@ class Toy(nn.Module):
                 hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
                 projection_dim=width, eos_token_id=tokenizer.end)
             self.add_module(name, CLIP(config, projection=name == ENCODERS[1]))
-        self.unet = model.UNet(UNET).to(memory_format=torch.channels_last)
+        self.unet = model.UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("position_embedding.weight"):
                 nn.init.normal_(parameter, std=0.3)  # of two objects, one is the first
@@ -135,13 +137,13 @@ def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
     return pixels(images), list(captions)
 
 
-def train_vae(steps: int) -> model.VAE:
+def train_vae(steps: int) -> VAE:
     """The VAE on its own."""
     torch.manual_seed(0)
-    vae = model.VAE(VAE).to(memory_format=torch.channels_last)
+    vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for indices in (bar := tqdm(positions(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")):
+    for indices in (bar := tqdm(micro_batches(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")):
         images, _ = pictures(indices)
         mean, logvar = vae.encode(images)
         error = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)) - images
@@ -156,11 +158,10 @@ def train_vae(steps: int) -> model.VAE:
 
 
 @torch.no_grad()
-def scaled(vae: model.VAE, count: int = 512) -> model.VAE:
-    """The VAE with the scaling factor that gives the latents of so many pictures LATENT_STD."""
+def set_scaling_factor(vae: VAE, count: int = 512):
+    """Gives the scaled latents of training pictures unit variance."""
     std = vae.encode(pictures(range(count))[0])[0].std().item()
-    vae.config = replace(vae.config, scaling_factor=round(LATENT_STD / std, 5))
-    return vae
+    vae.config = replace(vae.config, scaling_factor=round(1 / std, 5))
 
 
 class MeanPictures:
@@ -171,7 +172,7 @@ class MeanPictures:
     once it could draw, it learned the side in three hundred.
     """
 
-    def __init__(self, vae: model.VAE, count: int = 600):
+    def __init__(self, vae: VAE, count: int = 600):
         places = defaultdict(list)                               # where objects lie, by their caption's form
         for scene in (shapes.scene(shapes.TRAIN_SEED, index) for index in range(count)):
             for i, o in enumerate(scene.objects):
@@ -184,7 +185,7 @@ class MeanPictures:
                 self.added[place, kind] = self.mean(vae, alone) - self.empty
 
     @staticmethod
-    def mean(vae: model.VAE, pictures: list[list[shapes.Object]]) -> Tensor:
+    def mean(vae: VAE, pictures: list[list[shapes.Object]]) -> Tensor:
         images = [shapes.render(shapes.Scene(objects, None)) for objects in pictures]
         return vae.encode(pixels(images))[0].mean(0) * vae.config.scaling_factor
 
@@ -196,7 +197,7 @@ class MeanPictures:
                             for objects, relation in asked])
 
 
-def examples(indices: list[int], vae: model.VAE, means: MeanPictures | None):
+def examples(indices: list[int], vae: VAE, means: MeanPictures | None):
     """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
     if means:
         captions = [shapes.caption(shapes.TRAIN_SEED, index) for index in indices]
@@ -208,71 +209,56 @@ def examples(indices: list[int], vae: model.VAE, means: MeanPictures | None):
 
 
 def prepare(bundle: Path, init: Path | None, vae_steps: int):
-    """Puts VAE and tokenizers into a bundle, the VAE from `init`, if given, or else trained."""
-    vae = model.load_vae(init, torch.float32) if init else train_vae(vae_steps)
-    model.save_vae(scaled(vae), bundle / "vae")
+    """Puts tokenizers and VAE into a bundle; the VAE is that of `init`, if given, or else trained."""
     write_tokenizers(bundle)
+    vae = load_vae(init, torch.float32) if init else train_vae(vae_steps)
+    set_scaling_factor(vae)
+    save_vae(vae, bundle / "vae")
 
 
 def on_means(args: argparse.Namespace, step: int) -> bool:
-    """Whether a step is on mean pictures: the first ones of either half of the training."""
+    """Whether a step is trained on mean pictures: the first ones of each half of the training."""
     return step % ((args.steps + 1) // 2) < args.mean_steps
-
-
-def resume(args: argparse.Namespace, toy: Toy,
-           optimizer: torch.optim.Optimizer) -> tuple[int, dict[str, Tensor]]:
-    """First weights: of the last checkpoint, or --init, or as they are; the steps done, and the averages."""
-    found = load_checkpoint(args.out)
-    if found:
-        past, tensors = found
-        if past.get("latent_std", LATENT_STD) != LATENT_STD:
-            raise ValueError(f"{args.out} was begun with LATENT_STD {past['latent_std']}; give another --out")
-        restore(tensors, past["step"], toy, optimizer)
-        return past["step"], {name: tensors[f"average.{name}"].clone() for name, _ in toy.named_parameters()}
-    if args.init:
-        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
-        for name in TEXT_WIDTHS:
-            getattr(toy, name).load_state_dict(load_clip(args.init, name, torch.float32).state_dict())
-    return 0, {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
 
 
 def train(args: argparse.Namespace):
     """Trains the VAE, if there is none yet, and then the U-Net and the text encoders; resumes."""
-    rank, world, _ = process()
+    rank, world, _ = process_ranks()
     if world > 1:
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo", timeout=timedelta(hours=2))
     bundle = args.out / "bundle"
+    _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
         prepare(bundle, args.init, args.vae_steps)
     if world > 1:
         dist.barrier()
-    vae = model.load_vae(bundle / "vae", torch.float32).requires_grad_(False)
-    tokenizers = [CLIPTokenizer(*(bundle / name / file for file in CLIPTokenizer.FILES))
-                  for name in TOKENIZERS]
+    vae = load_vae(bundle, torch.float32).requires_grad_(False)
+    tokenizers = [CLIPTokenizer(bundle / name) for name in TOKENIZERS]
 
     torch.manual_seed(0)
-    toy, schedule = Toy(tokenizers[0]), Schedule(SCHEDULER)
+    toy, schedule = Toy(tokenizers[0]), NoiseSchedule(SCHEDULER)
+    if args.init:
+        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
+        for name in TEXT_WIDTHS:
+            getattr(toy, name).load_state_dict(load_clip(args.init / name, torch.float32).state_dict())
+    average = copy.deepcopy(toy)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    step, average = resume(args, toy, optimizer)
-    means = MeanPictures(vae) if any(on_means(args, later) for later in range(step, args.steps)) else None
+    identity = {name: getattr(args, name) for name in ("steps", "mean_steps", "batch", "lr", "decay")}
+    first_step = resume(args.out, identity, toy, optimizer, lambda folder: load(folder, toy, average)).get("step", 0)
+    means = MeanPictures(vae) if any(on_means(args, step) for step in range(first_step, args.steps)) else None
     # The last layer of a text encoder has no part in the second-to-last's output.
-    predict = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
-    parts = positions(step, args.steps, args.batch, args.batch // world, rank, world)
-    bar = tqdm(range(step, args.steps), "U-Net", args.steps, initial=step, unit="step", disable=rank > 0)
+    ddp = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
+    positions = micro_batches(first_step, args.steps, args.batch, args.batch // world, rank, world)
+    bar = tqdm(range(first_step, args.steps), "U-Net", args.steps, initial=first_step, unit="step", disable=rank > 0)
 
-    for step, indices in zip(bar, parts):
+    for step, indices in zip(bar, positions):
         torch.manual_seed(step * world + rank)
         latents, timesteps, captions = examples(indices, vae, means if on_means(args, step) else None)
         noise = torch.randn_like(latents)
         ids = [tokenizer(captions) for tokenizer in tokenizers]
         kept = (torch.rand(len(latents)) >= 0.1).float()
-        prediction = predict(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
-        # The weight of Karras et al. (Table 1), on v: an error in the picture counts the same at
-        # all but the weakest noise.
-        sigma = schedule.all_sigmas[timesteps].float()
-        weight = (1 + (sigma / LATENT_STD) ** 2) / (1 + sigma ** 2)
-        error = prediction - schedule.target(latents, noise, timesteps)
-        loss = (weight * error.square().mean((1, 2, 3))).mean()
+        prediction = ddp(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
+        loss = F.mse_loss(prediction, schedule.target(latents, noise, timesteps))
         rise, fall = (step + 1) / 100, (args.steps - step) / (args.decay * args.steps)
         optimizer.param_groups[0]["lr"] = args.lr * min(1, rise, fall)
         optimizer.zero_grad()
@@ -281,52 +267,61 @@ def train(args: argparse.Namespace):
         optimizer.step()
         done = step + 1
         with torch.no_grad():
-            new = 1 - min(0.996, done / (done + 9))
-            torch._foreach_lerp_(list(average.values()), list(toy.parameters()), new)
+            weight = 1 - min(0.996, done / (done + 9))
+            torch._foreach_lerp_(list(average.parameters()), list(toy.parameters()), weight)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if rank == 0 and (done % 100 == 0 or done == args.steps):
-            averages = {f"average.{name}": tensor for name, tensor in average.items()}
-            save_checkpoint(args.out, done, trained(toy, optimizer) | averages, latent_std=LATENT_STD)
+            save_checkpoint(args.out, identity, {"step": done, "updates": done}, toy, optimizer,
+                            lambda folder: save(folder, toy, average))
         if rank == 0 and (done % args.judge_every == 0 or done == args.steps):
-            write_bundle(bundle, toy, average)
+            write_bundle(bundle, average)
             bar.write(f"step {done}: {judge(args)}")
 
 
-def write_bundle(folder: Path, toy: Toy, average: dict[str, Tensor]):
-    """Puts the averaged weights beside the VAE and the tokenizers: a bundle in the official layout."""
-    own = {name: parameter.detach().clone() for name, parameter in toy.named_parameters()}
-    toy.load_state_dict(average)
+def save(folder: Path, toy: Toy, average: Toy):
+    for name, network in (("weights", toy), ("average", average)):
+        tensors = {path: tensor.contiguous() for path, tensor in network.state_dict().items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load(folder: Path, toy: Toy, average: Toy):
+    toy.load_state_dict(model.read_tensors(folder / "weights.safetensors"))
+    average.load_state_dict(model.read_tensors(folder / "average.safetensors"))
+
+
+def write_bundle(folder: Path, toy: Toy):
+    """Puts U-Net and text encoders beside the VAE and the tokenizers: a model in the official layout."""
     model.save_unet(toy.unet, folder / "unet")
     for name in TEXT_WIDTHS:
         save_clip(getattr(toy, name), folder / name)
-    files.write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    files.write_json(folder / "model_index.json", INDEX)
-    toy.load_state_dict(own)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
 
 
 def judge(args: argparse.Namespace) -> dict[str, float]:
-    """What the judge says of the bundle, on captions not trained on; the first pictures are in grid.png."""
+    """The judge's scores of the bundle, on captions it was not trained on; the first pictures are in grid.png."""
     seeds = list(range(args.captions))
     captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
-    pipeline = load_pipeline(str(args.out / "bundle"))
+    pipeline = load_pipeline(args.out / "bundle")
     images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
     rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
-    sheet(rows or [images]).save(args.out / "grid.png")
+    image_grid(rows or [images]).save(args.out / "grid.png")
     return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
 
 
 def publish(bundle: Path, target: Path):
-    """The bundle as toy/checkpoint, with weights in float16."""
+    """Copies the bundle to `target`, with weights in float16; a damaged one raises before anything is written."""
+    unet, vae = model.load_unet(bundle).half(), load_vae(bundle).half()
+    encoders = {name: load_clip(bundle / name, torch.float16) for name in TEXT_WIDTHS}
     shutil.copytree(bundle, target, dirs_exist_ok=True)
-    model.save_unet(model.load_unet(bundle).half(), target / "unet")
-    model.save_vae(model.load_vae(bundle).half(), target / "vae")
-    for name in TEXT_WIDTHS:
-        save_clip(load_clip(bundle, name, torch.float16), target / name)
+    model.save_unet(unet, target / "unet")
+    save_vae(vae, target / "vae")
+    for name, clip in encoders.items():
+        save_clip(clip, target / name)
 
 
-def command_line() -> argparse.Namespace:
-    parser = parser_of(__doc__, "[train | judge | publish] [options]")
-    parser.prog = "python -m toy.make"
+def main(argv: list[str] | None = None):
+    parser = ArgumentParser(__doc__, "%(prog)s [train | judge | publish] [options]", prog="python -m toy.make")
     parser.add_argument("command", nargs="?", choices=["train", "judge", "publish"], default="train",
                         help="what to do")
 
@@ -334,28 +329,22 @@ def command_line() -> argparse.Namespace:
         parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
 
     count = number(int, 1)
-    add("--steps", count, 5800, "of U-Net and text encoders")
-    add("--mean-steps", number(int, 0), 300, "of these, the first ones of either half, on mean pictures")
+    add("--steps", count, 8000, "of U-Net and text encoders")
+    add("--mean-steps", number(int, 0), 400, "of these, the first ones of each half, on mean pictures")
     add("--vae-steps", count, 900, "of the VAE, in batches of 16")
-    add("--batch", count, 32, "images in a step, over all processes")
+    add("--batch", count, 16, "images in a step, over all processes")
     add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
-    add("--decay", number(float, 1e-9, 1), 0.5, "share of the steps, the last, in which it falls to 0")
-    add("--init", filled(Path), None, "first weights, such as toy/checkpoint [random]", "BUNDLE")
-    add("--judge-every", count, 500, "steps between judgements while training")
+    add("--decay", number(float, 1e-9, 1), 0.5, "last share of the steps, over which it falls to 0")
+    add("--init", path, None, "first weights, such as toy/checkpoint [random]", "FOLDER")
+    add("--judge-every", count, 1000, "steps between judgements while training")
     add("--captions", count, 64, "to judge on")
-    add("--guidance", number(float, 1), PRESETS["toy"].guidance, "of what is judged")
-    add("--out", filled(Path), Path("runs/toy"), "of the run", "FOLDER")
-    args = parser.parse_args()
-    if args.batch % process()[1]:
+    add("--guidance", number(float, 1), PRESETS["toy"].guidance, "guidance scale of what is judged")
+    add("--out", path, Path("runs/toy"), "of the run", "FOLDER")
+    args = parser.parse_args(argv)
+    if args.batch % process_ranks()[1]:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
-    if args.out.is_file():
-        parser.error(f"--out {args.out} is a file")
     if args.command != "train" and not Path(args.out, "bundle", "model_index.json").is_file():
-        parser.error(f"{args.out} has no bundle to {args.command}: train it first")
-    return args
-
-
-def main(args: argparse.Namespace):
+        parser.error(f"{args.out} has no model to {args.command}: train it first")
     if args.command == "train":
         train(args)
     elif args.command == "judge":
@@ -365,5 +354,4 @@ def main(args: argparse.Namespace):
 
 
 if __name__ == "__main__":
-    ARGS = begin(command_line)
-    program(lambda: main(ARGS), "lower --batch")
+    run(main, "lower --batch")
