@@ -122,8 +122,8 @@ def on_object(row: Tensor, found: shapes.Object | None) -> float:
     """How many times as much of a query's attention (T,) is on an object as if it were spread evenly."""
     if found is None:
         return math.nan
-    side = math.isqrt(len(row))
-    area = F.adaptive_avg_pool2d(torch.from_numpy(shapes.coverage(found))[None], side).flatten()  # (T,)
+    coverage = torch.from_numpy(shapes.coverage(found))          # (H, W), 0..1
+    area = F.adaptive_avg_pool2d(coverage[None], math.isqrt(len(row))).flatten()  # (T,)
     return ((row * area).sum() / area.mean()).item()
 
 
@@ -169,7 +169,6 @@ def attention(args: argparse.Namespace):
         groups[name, stage].append(numbers)
     means = [[*group, *torch.tensor(numbers).nanmean(dim=0).tolist()] for group, numbers in groups.items()]
     print_table(["model", "stage", *header[4:]], means)
-
     drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
     _, names, components, queries = zip(*drawn)
     picture = add_title(

@@ -5,9 +5,9 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
     python distill.py --student 700m --teacher sdxl --data laion/      # the paper's recipe, on one GPU
     torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
 
-A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and diffusers),
-and in the end a complete model. Rerun the same command to resume. Everything random about training sample p comes
-from (seed, p), so a run is the same on one process or many, stopped or not.
+A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
+diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about training
+sample p comes from (seed, p), so a run is the same on one process or many, stopped or not.
 """
 
 import argparse
@@ -46,17 +46,21 @@ from toy import judging
 # Which feature of the student learns from which of the teacher
 
 
-def match_features(student: model.UNet, teacher: model.UNet, features: str, sa_blocks: str = "bottom") -> dict[str, str]:
+def match_features(student: model.UNet, teacher: model.UNet, features: str,
+                   sa_blocks: str = "bottom") -> dict[str, str]:
     """
     Which module of the teacher each module of the student learns from, by their paths (Table 3).
 
-    `features` is as in "SA,LF@DW-1": types, at every stage or at one. Raises ValueError for what it cannot mean.
+    `features` is as in "SA,LF@DW-1": types, at every stage or at one. Raises ValueError for types and stages
+    that the student does not have.
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
         if at and at not in stages:
             raise ValueError(f"--features: the student has no stage {at}, only {', '.join(stages)}")
-        paths = [path for stage in ([at] if at else stages) for path in model.feature_paths(student, kind, stage)]
+        paths = []
+        for stage in [at] if at else stages:
+            paths += model.feature_paths(student, kind, stage)
         if not paths:
             raise ValueError(f"--features: the student has no {kind} at {at}")
         for path in paths:
@@ -137,7 +141,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = None) -> Batch:
-    """Encodes and noises samples of `support.data.Samples`; those that are new to the cache are written to it."""
+    """Encodes and noises samples of `support.data.Samples`, and writes those that are new to the cache to it."""
     device, vae, text = pipeline.device, pipeline.vae, pipeline.text
     new = [sample for sample in samples if "pixels" in sample]
     if new:
@@ -165,7 +169,7 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
 @torch.no_grad()
 def teacher_forward(teacher: model.UNet, features: model.Features, batch: Batch,
                     dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """The teacher's prediction, in its own dtype, and its features; no prediction if `features` stops it earlier."""
+    """The teacher's prediction, in its own dtype, and its features; None if `features` stops it before."""
     prediction = None
     with features as captured:
         prediction = teacher(batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype),
@@ -182,8 +186,9 @@ def student_forward(student: nn.Module, features: model.Features, batch: Batch,
     return prediction, [captured[path] for path in features.paths]
 
 
-def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None, teacher_features: model.Features,
-              student: nn.Module, student_features: model.Features, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None,
+              teacher_features: model.Features | None, student: nn.Module, student_features: model.Features,
+              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The loss of a batch, a scalar, and its three terms (3,), without gradient."""
     teacher_prediction, taught = None, []
     if teacher and (args.out_kd or teacher_features.paths):
@@ -210,7 +215,9 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     rank, world, _ = process_ranks()
     device, dtype = pipeline.device, pipeline.dtype
     student_features = model.Features(student, list(matched))
-    teacher_features = model.Features(teacher, list(matched.values()), stop=not args.out_kd) if teacher else None
+    teacher_features = None
+    if teacher:  # without outKD it stops after its last feature
+        teacher_features = model.Features(teacher, list(matched.values()), stop=not args.out_kd)
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
     state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped_samples": {},
@@ -227,6 +234,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
                              pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
     accumulation = args.batch // (args.micro_batch * world)
+    first_pass = min(len(samples.source), args.steps * args.batch)  # in images
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
     bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"], unit="step",
                disable=rank)
@@ -246,7 +254,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
                 scaler.scale(loss / accumulation).backward()
             sums[:3] += terms / accumulation
             for sample in micro_batch:
-                skipped |= sample["skipped"]                     # the reason, by the item's index
+                skipped |= {str(index): reason for index, reason in sample["skipped"].items()}  # as JSON has it
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
@@ -265,7 +273,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         state["updates"] += finite
         state["skipped_steps"] += not finite
         state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-        state["skipped_samples"] |= gather_dicts(skipped) if skips else {}
+        if skips:
+            state["skipped_samples"] |= gather_dicts(skipped)
 
         bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
         signal_number = 15 if terminations else 2 if interrupts else 0
@@ -286,7 +295,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
             bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
             judging.preview(args, pipeline, teacher, student, args.out / "previews" / f"step-{done:07d}.png")
-        if rank == 0 and step * args.batch < min(len(samples.source), args.steps * args.batch) <= done * args.batch:
+        if rank == 0 and step * args.batch < first_pass <= done * args.batch:
             bar.write(data_report(samples.source, state["skipped_samples"], done * args.batch))
         if signal_number:
             return signal_number
@@ -298,7 +307,7 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
-def data_report(source: Shapes | CaptionedImages, skipped: dict[int, str], seen: int) -> str:
+def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen: int) -> str:
     """What became of the data, once all of it, or all that the run needs of it, has been seen."""
     reasons = format_counts(Counter(skipped.values()) + source.skipped)
     return f"first pass over the data: {min(len(source) - len(skipped), seen)} pairs used; skipped: {reasons}"
@@ -314,8 +323,8 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
             "save_every": 50, "preview_every": 100},
 }
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
-IDENTITY = ("student", "features", "sa_blocks", "caption", "flip", "task", "out_kd", "feat_kd", "batch", "lr", "decay",
-            "clip", "dropout", "seed")
+IDENTITY = ("student", "features", "sa_blocks", "caption", "flip", "task", "out_kd", "feat_kd", "batch", "lr",
+            "decay", "clip", "dropout", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -349,19 +358,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--decay", "last share of the steps, over which the learning rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
     add("--dropout", "share of captions replaced by none", type=number(float, 0, 1), default=0.1)
-    add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8), default=0)
+    add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
+        default=0)
     add("--workers", "processes that read data [half the cores, at most 8]", type=number(int, 0, 1000),
         default=min(8, (os.cpu_count() or 2) // 2))
     add("--save-every", "steps between checkpoints", type=number(int, 1, 10**9))
     add("--preview-every", "steps between previews, 0 for none", type=number(int, 0, 10**9))
-    add("--judge", "captions that the toy is judged on at the end, 0 for none", type=number(int, 0, 10**5), default=64)
+    add("--judge", "captions that the toy is judged on at the end, 0 for none", type=number(int, 0, 10**5),
+        default=64)
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
     add("--precision", "[bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS))
-    add("--checkpointing", "what the backward pass recomputes", choices=list(model.CHECKPOINTING), default="none")
+    add("--checkpointing", "what the backward pass recomputes", choices=list(model.CHECKPOINTING),
+        default="none")
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", "[a GPU if there is one]", type=nonempty, metavar="D")
     add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
-    parser.add_argument("--dry-run", action="store_true", help="print settings, matched features and costs, and stop")
+    parser.add_argument("--dry-run", action="store_true",
+                        help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
 
     for name, value in RECIPES["toy" if args.teacher == "toy" else "paper"].items():
@@ -394,7 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def model_source(args: argparse.Namespace) -> str:
-    """The model that text encoders and VAE come from: the teacher; without one --init, or the toy if that has none."""
+    """Where text encoders and VAE come from: the teacher; without one --init, or the toy if that has none."""
     if args.teacher != "none":
         return args.teacher
     only_unet = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()
@@ -421,16 +434,15 @@ def new_student(args: argparse.Namespace, pipeline: Pipeline, shape: model.UNetC
 
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
-    networks = costs.networks(model_source(args))
-    config = networks.unet
+    texts, vae, config = costs.read_configs(model_source(args))
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
     else:
-        student_config = costs.networks(args.init).unet
+        _, _, student_config = costs.read_configs(args.init)
     with torch.device("meta"):
         matched = match_features(model.UNet(student_config), model.UNet(config), args.features, args.sa_blocks)
-    costs.dry_run(args, config if args.teacher != "none" else None, student_config, networks.vae,
-                  networks.texts[0].max_position_embeddings, matched)
+    costs.dry_run(args, config if args.teacher != "none" else None, student_config, vae,
+                  texts[0].max_position_embeddings, matched)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -478,8 +490,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     complete_model(args.out, pipeline.folder, pipeline.preset)
     if args.data == "shapes" and args.judge:
-        unets = {"teacher": teacher, "student before": new_student(args, pipeline, config), "student after": student}
-        unets = {name: unet for name, unet in unets.items() if unet}
+        unets = {"teacher": teacher} if teacher else {}
+        unets |= {"student before": new_student(args, pipeline, config), "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
     print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
     return 0

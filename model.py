@@ -19,9 +19,9 @@ There is one U-Net; every variant is a row of numbers in CONFIGS. Its stages hav
     T  transformer blocks, each self-attention (SA), cross-attention (CA), feed-forward (FFN):
        in SDXL two at DW-2 and UP-2, ten at DW-3, Mid and UP-1
 
-KOALA (section 4.1) drops one RT pair of every stage and cuts ten T to six (1B) or five (700M); 700M has no Mid.
-Modules are named as in the official checkpoints: `down_blocks.1` is DW-2, `up_blocks.0` is UP-1. Some slots exist
-for those names alone: `to_out.0` and `ff.net.2` were numbered around a dropout.
+KOALA (section 4.1) drops one RT pair of every stage and cuts ten T to six (1B) or five (700M), which also has
+no Mid. Modules are named as in the official checkpoints: `down_blocks.1` is DW-2, `up_blocks.0` is UP-1. Some
+slots exist for those names alone: `to_out.0` and `ff.net.2` were numbered around a dropout.
 
 Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled width.
 This file stands alone: it needs torch and safetensors, and no other file of the project.
@@ -172,7 +172,7 @@ def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
 
 
 def check_fixed(found: dict, supported: dict):
-    """Raises ValueError for entries of a config.json that are not supported; null, false, 0 and absent are equal."""
+    """Raises ValueError for entries of a config.json that are not supported; null, false and absent are equal."""
     wrong = [f"{key}={value!r}" for key, value in found.items()
              if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
     if wrong:
@@ -315,21 +315,20 @@ class Transformer(nn.Module):
         self.proj_out = projection(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        size = x.shape[2:]
         h = self.norm(x)                                         # (B, C, H, W)
-        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
+        if not self.linear:
+            h = self.proj_in(h)
+        h = h.flatten(2).transpose(1, 2)                         # (B, T, C)
+        if self.linear:
+            h = self.proj_in(h)
         for block in self.transformer_blocks:
             h = block(h, context)                                # (B, T, C)
-        h = to_image(self.proj_out(h), size) if self.linear else self.proj_out(to_image(h, size))
+        if self.linear:
+            h = self.proj_out(h)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])          # (B, C, H, W)
+        if not self.linear:
+            h = self.proj_out(h)
         return x + h                                             # (B, C, H, W)
-
-
-def to_tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)                          # (B, C, H, W) -> (B, T, C)
-
-
-def to_image(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x.transpose(1, 2).unflatten(2, size)                  # (B, T, C) -> (B, C, H, W)
 
 
 class Upsample(nn.Module):
@@ -611,7 +610,7 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
 
     Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
-    folder = Path(folder, "unet") if Path(folder, "unet", "config.json").is_file() else Path(folder)
+    folder = Path(folder, "unet") if Path(folder, "unet").is_dir() else Path(folder)
     config = read_config(folder, UNetConfig.from_diffusers)
     weights = read_weights(folder, "diffusion_pytorch_model", dtype)
     return build(partial(UNet, config), weights, folder, dtype, device)
@@ -657,15 +656,17 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str
     names = half + plain if dtype in HALF else plain + half
     found = [folder / name for name in names if (folder / name).is_file()]
     if not found:
-        pickles = sorted(folder.glob("*.bin"))
-        hint = f"; {pickles[0].name} is a pickle and is not opened: convert it to safetensors" if pickles else ""
+        hint = ""
+        if any(folder.glob("*.bin")):
+            hint = "; its .bin file is a pickle and is not opened: convert it to safetensors"
         raise FileNotFoundError(f"no {plain[0]} in the folder {folder}{hint}")
     shards = found[:1]
     if found[0].suffix == ".json":
         try:
-            shards = [folder / Path(name).name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
+            names = sorted(set(read_json(found[0])["weight_map"].values()))
+            shards = [folder / Path(name).name for name in names]
         except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{found[0]} does not say which file has which tensor; download it again") from None
+            raise ValueError(f"{found[0]} does not name the shards; download it again") from None
     weights = {}
     for shard in shards:
         weights |= read_tensors(shard)
@@ -701,7 +702,7 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
         if tensor.dtype not in (torch.float32, *HALF):
             raise ValueError(f"the weights in {folder} are {tensor.dtype} ({name}), not float32 or a half")
         if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"the weights in {folder} are NaN or infinite ({name}): download or train them again")
+            raise ValueError(f"the weights in {folder} are NaN or infinite ({name}): download them again")
         weights[name] = tensor.to(device, dtype)  # one by one, so that memory never holds all of them twice
     try:
         network.load_state_dict(weights, strict=True, assign=True)

@@ -74,7 +74,7 @@ class NoiseSchedule:
         self.prediction = config["prediction_type"]
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t at integer timesteps (B,) on the host: (B, 1, 1, 1), with dtype and device of `like`."""
+        """alpha_t and sigma_t, each (B, 1, 1, 1), at integer timesteps (B,) on the host, typed and placed as `like`."""
         squares = self.alphas_cumprod[timesteps, None, None, None]
         return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
 
@@ -111,7 +111,8 @@ class NoiseSchedule:
         return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
-def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule, steps: int) -> Tensor:
+def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule,
+          steps: int) -> Tensor:
     """
     Euler's method (Karras et al., Algorithm 1 without churn), from noise (B, C, H, W) of variance 1 to latents.
 
@@ -131,7 +132,7 @@ def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: N
 
 
 def guide(prediction: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598) of (2B, C, H, W): without and with the prompt."""
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598); the half without the prompt comes first."""
     uncond, cond = prediction.chunk(2)
     return uncond + guidance * (cond - uncond)
 
@@ -183,9 +184,9 @@ class Pipeline:
         One RGB image for each prompt, from noise drawn by a CPU generator with its seed.
 
         None is the model's preset, and no negative prompt; height and width are in pixels; a single seed is
-        every prompt's. `progress` names a progress bar; `callback(i)` is called after the i-th network call, from
-        0. Raises ValueError for words or sizes that the model does not support, for a wrong number of seeds,
-        and for images that are not finite.
+        every prompt's. `progress` names a progress bar; `callback(i)` is called after network call i = 0, 1, ...
+        Raises ValueError for words or sizes that the model does not support, for a wrong number of seeds, and
+        for images that are not finite.
         """
         steps = self.preset.steps if steps is None else steps
         guidance = self.preset.guidance if guidance is None else guidance
@@ -203,8 +204,8 @@ class Pipeline:
     def encode(self, text: TextEncoders, prompts: list[str], negative: str | None,
                guidance: float) -> tuple[Tensor, Tensor]:
         """
-        Text sequences (N, L, D) and pooled texts (N, P) of the prompts. With guidance there are 2N: those without
-        the prompt come first.
+        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N, those without the
+        prompt first.
         """
         text.check(prompts + [negative] * bool(negative))
         cond = text(prompts)
@@ -226,11 +227,12 @@ class Pipeline:
             raise ValueError(f"{height} x {width} is not a multiple of {downscale}, this VAE's factor")
         context, pooled = (part.to(dtype) for part in conditions)
         if (config.context_dim, config.pooled_dim) != (context.shape[2], pooled.shape[1]):
-            raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, the "
-                             f"text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong to "
+            raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, "
+                             f"the text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong to "
                              f"different models")
         shape = (config.in_channels, height // downscale, width // downscale)
-        noise = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         batches = torch.arange(len(seeds)).split(max(1, min(32, 2**20 // (height * width))))
         bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None)
         calls, latents = itertools.count(), []
@@ -259,7 +261,7 @@ class Pipeline:
         batch = max(1, min(32, 2**20 // (latents[0, 0].numel() * vae.config.downscale**2)))
         images = []
         for part in latents.split(1 if self.low_memory else batch):
-            with torch.autocast(self.device.split(":")[0], enabled=False):  # the VAE's own dtype, in training too
+            with torch.autocast(self.device.split(":")[0], enabled=False):  # in previews too
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
                 raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
@@ -273,8 +275,9 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` is where to take the U-Net from instead: a folder, hub id or name too; `dtype` None is float16 on a GPU
-    and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
+    `unet` is where to take the U-Net from instead: a folder, hub id or name too. `dtype` None is float16 on a
+    GPU and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is wrong and what
+    to do.
     """
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
@@ -299,16 +302,17 @@ def main(argv: list[str] | None = None):
     add("--unet", type=model_name, metavar="FOLDER", help="take the U-Net from here")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
-    add("--guidance", type=number(float, 1), metavar="X", help="guidance scale, 1 for none [the model's preset]")
+    add("--guidance", type=number(float, 1), metavar="X", help="scale, 1 for none [the model's preset]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
-    add("--count", type=number(int, 1, 1000), default=1, metavar="N", help="pictures of each prompt, seeds counting up")
+    add("--count", type=number(int, 1, 1000), default=1, metavar="N",
+        help="pictures of each prompt, seeds counting up")
     add("--height", type=size, metavar="N", help="in pixels [the first model's own]")
     add("--width", type=size, metavar="N", help="in pixels [the first model's own]")
-    add("--precision", choices=PRECISIONS, metavar="P", help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+    add("--precision", choices=list(PRECISIONS), help="[fp16 on a GPU, fp32 elsewhere]")
     add("--device", type=nonempty, help="[a GPU if there is one]")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     add("--compile", action="store_true", help="torch.compile the U-Net")
-    add("--out", type=png_path, default=Path("sample.png"), metavar="PNG", help="the picture to write")
+    add("--out", type=png_path, default="sample.png", metavar="PNG", help="the picture to write")
     args = parser.parse_args(argv)
     if args.unet and len(args.model) > 1:
         parser.error("--unet is for one --model")

@@ -33,7 +33,8 @@ class Cache:
         changed = [f"{key} was {found.get(key)} and is {identity.get(key)}"
                    for key in {**found, **identity} if found.get(key) != identity.get(key)]
         if changed:
-            raise ValueError(f"--cache {folder} was made with other settings: {'; '.join(changed)}; give another --cache")
+            raise ValueError(f"--cache {folder} was made with other settings: {'; '.join(changed)}; "
+                             f"give another --cache")
         if not settings.exists():
             write_json(settings, identity)
         self.path.touch()

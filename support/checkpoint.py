@@ -54,7 +54,7 @@ def lock_run_dir(folder: Path):
 
 
 def fingerprint(*networks: nn.Module) -> str:
-    """A checksum of names and of up to 1,024 numbers of each parameter: another model, or training, changes it."""
+    """A checksum of names and of up to 1,024 numbers of each parameter, which tells one model from another."""
     checksum = 0
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -68,14 +68,14 @@ def fingerprint(*networks: nn.Module) -> str:
 # Checkpoints
 
 
-def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module, optimizer: torch.optim.Optimizer,
-                    save_weights: Callable[[Path], object]):
+def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
+                    optimizer: torch.optim.Optimizer, save_weights: Callable[[Path], object]):
     """
     Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
 
-    `save_weights(folder)` writes the network's weights; if it makes a folder unet/, that appears in the run's folder
-    too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that are
-    not finite.
+    `save_weights(folder)` writes the network's weights; if it makes a folder unet/, that appears in the run's
+    folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
+    numbers that are not finite.
     """
     moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
                for name, parameter in network.named_parameters() if parameter in optimizer.state
@@ -91,7 +91,8 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module, 
         files = {path.relative_to(folder).as_posix(): file_checksum(path)
                  for path in sorted(folder.rglob("*")) if path.is_file()}
         content = json.dumps({"identity": identity, "state": state, "files": files})
-        (folder / "state.json").write_text(json.dumps({"checksum": zlib.crc32(content.encode()), "content": content}))
+        outer = {"checksum": zlib.crc32(content.encode()), "content": content}
+        (folder / "state.json").write_text(json.dumps(outer))
 
     folder = run / f"step-{state['step']:08d}"
     try:
@@ -148,7 +149,8 @@ def resume(run: Path, identity: dict, network: nn.Module, optimizer: torch.optim
     moments = read_tensors(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
         if f"{MOMENTS[0]}.{name}" in moments:
-            optimizer.state[parameter] = {"step": torch.tensor(float(state["updates"]), device=parameter.device)} | {
+            updates = torch.tensor(float(state["updates"]), device=parameter.device)
+            optimizer.state[parameter] = {"step": updates} | {
                 moment: torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}")) for moment in MOMENTS}
     show_unet(run, folder)
     return state
@@ -163,7 +165,7 @@ def file_checksum(path: Path) -> int:
 
 
 def show_unet(run: Path, checkpoint: Path):
-    """Has the U-Net of a checkpoint appear as the run's unet/, without a copy where the file system has links."""
+    """Shows the U-Net of a checkpoint as the run's unet/, without a copy where the file system has links."""
     for path in checkpoint.glob("unet/*"):
         temporary = run / "unet" / f"{WRITING}{path.name}"
         temporary.parent.mkdir(exist_ok=True)
@@ -173,6 +175,7 @@ def show_unet(run: Path, checkpoint: Path):
         except OSError:
             shutil.copyfile(path, temporary)
         os.replace(temporary, run / "unet" / path.name)
+        temporary.unlink(missing_ok=True)  # replacing a link to the same file does nothing
 
 
 def complete_model(run: Path, teacher: Path, preset: Preset):
@@ -224,7 +227,7 @@ def process_ranks() -> tuple[int, int, int]:
 
 
 class StopSignal:
-    """Within `with`, SIGINT or SIGTERM sets `received`, for the run to stop after the current step; a second ends it."""
+    """Within `with`, SIGINT or SIGTERM sets `received`, for the run to stop after its step; a second ends it."""
 
     def __enter__(self) -> "StopSignal":
         self.received = 0
@@ -244,7 +247,7 @@ class StopSignal:
 
 
 def ignore_signals(worker: int):
-    """For the processes that read data: what torchrun sends to a whole group is for the main process to handle."""
+    """For the processes that read data: signals to the whole group are for the main process to handle."""
     os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -27,7 +27,7 @@ class Preset(NamedTuple):
     source: str                                                  # a folder or a hub id
     steps: int = 25
     guidance: float = 7.5
-    spacing: str | None = None                                   # of timesteps; None: as its scheduler file says
+    spacing: str | None = None                                   # of timesteps; None: its scheduler file's
 
 
 TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
@@ -59,7 +59,8 @@ def preset(name: str | Path) -> Preset:
         return known[0] if known else Preset(str(name))
     try:
         own = Preset(str(name), **json.loads(path.read_text()))
-        if own.spacing not in (None, *SPACINGS) or own.steps not in range(1, 1001) or not 1 <= own.guidance < 1e9:
+        known = own.spacing in (None, *SPACINGS)
+        if not known or own.steps not in range(1, 1001) or not 1 <= own.guidance < 1e9:
             raise ValueError("steps, guidance or spacing out of range")
         return own._replace(steps=int(own.steps), guidance=float(own.guidance))
     except (ValueError, TypeError, RecursionError) as error:
@@ -69,7 +70,8 @@ def preset(name: str | Path) -> Preset:
 def model_name(text: str) -> str:
     """A type for argparse: a preset's name, a folder, or what looks like a hub id."""
     if text not in PRESETS and "/" not in text and not os.path.isdir(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {', '.join(PRESETS)}, nor a folder, nor a hub id")
+        known = ", ".join(PRESETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {known}, nor a folder, nor a hub id")
     return text
 
 
@@ -113,7 +115,7 @@ def png_path(text: str) -> Path:
     try:
         tempfile.TemporaryFile(dir=name.parent).close()
     except OSError as error:
-        raise argparse.ArgumentTypeError(f"nothing can be written in the folder {name.parent} ({error.strerror})")
+        raise argparse.ArgumentTypeError(f"the folder {name.parent} cannot be written ({error.strerror})")
     return name
 
 

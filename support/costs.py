@@ -1,21 +1,20 @@
 """
 What networks cost: parameters, FLOPs, memory and seconds (Figures 2 and 5, Tables 1 and 2).
-
-FLOPs are counted from shapes alone: matrix products, convolutions and attention, two for a multiply-add.
 """
 
 import argparse
 import math
-import re
 import statistics
 import time
 from collections import defaultdict
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -31,38 +30,21 @@ from support.vae import VAE, VAEConfig
 STAGES = list(model.stages(model.CONFIGS["sdxl"]))
 SA_STAGES = STAGES[1:-1]  # those with self-attention
 PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
-    "sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)}
-PAPER_PARTS = {"text encoders": (817, 0.008), "VAE": (83, 0.002)}  # Table 1; the seconds are its decoder's
-# What those seconds imply for float16 on an RTX 4090, if all of the time were the counted work; and its peak.
-PAPER_RATE, PEAK_RATE = 107.5e12, 165.2e12  # FLOP/s
+    ("sdxl", "U-Net"): (2567, 10.3, 3.133), ("1b", "U-Net"): (1161, 4.4, 1.604), ("700m", "U-Net"): (782, 3.0, 1.257)}
+PAPER |= {(name, "text encoders"): (817, math.nan, 0.008) for name in model.CONFIGS}
+PAPER |= {(name, "VAE"): (83, math.nan, 0.002) for name in model.CONFIGS}
+# The VAE's seconds are its decoder's, and cannot be right: an RTX 4090, at its peak of 165.2 TFLOP/s, needs 0.063.
+PAPER_RATE = 107.5e12  # FLOP/s of float16 that the U-Nets' seconds imply, if all of the time were the counted work
 
 
-class Configs(NamedTuple):
-    """The configurations of a model's networks."""
-
-    texts: tuple[CLIPConfig, ...]
-    vae: VAEConfig
-    unet: model.UNetConfig
-
-    @property
-    def tokens(self) -> int:
-        """Length of a prompt."""
-        return self.texts[0].max_position_embeddings
-
-    @property
-    def size(self) -> int:
-        """Height and width of its images, in pixels."""
-        return self.unet.sample_size * self.vae.downscale
-
-
-def read_configs(name: str) -> Configs:
-    """Those of sdxl, 1b and 700m without any files, those of another preset, hub id or folder from its files."""
+def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UNetConfig]:
+    """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json files."""
     if name in model.CONFIGS:
-        return Configs((CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name])
+        return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"))
-    return Configs(tuple(model.read_config(Path(folder, encoder), CLIPConfig.from_dict) for encoder in ENCODERS),
-                   model.read_config(Path(folder, "vae"), VAEConfig.from_diffusers),
-                   model.read_config(Path(folder, "unet"), model.UNetConfig.from_diffusers))
+    return (tuple(model.read_config(Path(folder, encoder), CLIPConfig.from_dict) for encoder in ENCODERS),
+            model.read_config(Path(folder, "vae"), VAEConfig.from_diffusers),
+            model.read_config(Path(folder, "unet"), model.UNetConfig.from_diffusers))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -70,12 +52,11 @@ def read_configs(name: str) -> Configs:
 
 
 def count_flops() -> FlopCounterMode:
-    """Counts the FLOPs of what runs within `with`; of the CPU's attention too, which PyTorch leaves out."""
-    ops = torch.ops.aten
-    return FlopCounterMode(display=False, custom_mapping={
-        ops._scaled_dot_product_flash_attention_for_cpu:
+    """Counts the FLOPs within `with`: of matrix products, convolutions and attention, two for a multiply-add."""
+    return FlopCounterMode(display=False, custom_mapping={       # of the CPU's attention, which PyTorch leaves out
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
-        ops._scaled_dot_product_flash_attention_for_cpu_backward:
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
             lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)})
 
 
@@ -90,47 +71,40 @@ def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1
 
 
 def count_unet(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], tuple[int, int]]:
-    """
-    Parameters and multiply-adds of a forward pass, by stage and kind: residual, transformer or rest.
-
-    The stage "rest" has the first and last convolution and the embeddings of the conditions. No memory is needed.
-    """
+    """Parameters and multiply-adds of a forward pass, by stage ("rest": outside of all) and kind of block."""
     with FakeTensorMode(), count_flops() as counter:
         unet = model.UNet(config)
         unet(*unet_inputs(config, tokens, config.sample_size))
-    flops, counts = counter.get_flop_counts(), defaultdict(lambda: [0, 0])
-    kinds = {"resnets": "residual", "attentions": "transformer"}
-    stages = {path: stage for stage, path in model.stages(config).items()}
-    for path, module in unet.named_modules():
-        found = re.fullmatch(r"(down_blocks\.\d+|mid_block|up_blocks\.\d+)\.(\w+)\.\d+", path)
-        if found:
-            part = stages[found[1]], kinds.get(found[2], "rest")
-        elif path and "." not in path and "block" not in path:
-            part = "rest", "rest"
-        else:
-            continue
-        counts[part][0] += count_parameters(module)
-        counts[part][1] += sum(flops.get(f"UNet.{path}", {}).values()) // 2
-    counts["rest", "rest"] = counts.pop(("rest", "rest"))        # at the end
-    return {part: tuple(count) for part, count in counts.items()}
+    kinds, parts = {"resnets": "residual", "attentions": "transformer"}, defaultdict(dict)
+    for stage, stage_path in model.stages(config).items():
+        for name, blocks in unet.get_submodule(stage_path).named_children():
+            for i, block in enumerate(blocks):
+                parts[stage, kinds.get(name, "rest")][f"UNet.{stage_path}.{name}.{i}"] = block
+    parts["rest", "rest"] = {f"UNet.{name}": child for name, child in unet.named_children() if "block" not in name}
+    flops = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
+    return {part: (count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2)
+            for part, modules in parts.items()}
+
+
+def count_network(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+    """Parameters, and multiply-adds of a forward pass."""
+    with count_flops() as counter:
+        network(*inputs)
+    return count_parameters(network), counter.get_total_flops() // 2
 
 
 @cache
 def count_others(texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, size: int) -> dict[str, tuple[int, int]]:
     """Parameters and multiply-adds of the networks beside the U-Net, for one image of `size` x `size`."""
-    side = size // vae_config.downscale
     with FakeTensorMode():
-        encoders, vae = [CLIP(config, projection=i == 1) for i, config in enumerate(texts)], VAE(vae_config)
-        with count_flops() as reading:
-            for clip in encoders:
-                clip(torch.zeros(1, clip.config.max_position_embeddings, dtype=torch.long))
-        with count_flops() as decoding:
-            vae.decode(torch.zeros(1, vae_config.latent_channels, side, side))
-        with count_flops() as encoding:
-            vae.encode(torch.zeros(1, 3, size, size))
-    return {"text encoders": (count_parameters(*encoders), reading.get_total_flops() // 2),
-            "VAE decoder": (count_parameters(vae.decoder, vae.post_quant_conv), decoding.get_total_flops() // 2),
-            "VAE encoder": (count_parameters(vae.encoder, vae.quant_conv), encoding.get_total_flops() // 2)}
+        encoders = [count_network(CLIP(config, projection=i == 1),
+                                  torch.zeros(1, config.max_position_embeddings, dtype=torch.long))
+                    for i, config in enumerate(texts)]
+        vae, side = VAE(vae_config), size // vae_config.downscale
+        latents, image = torch.zeros(1, vae_config.latent_channels, side, side), torch.zeros(1, 3, size, size)
+        return {"text encoders": tuple(map(sum, zip(*encoders))),
+                "VAE decoder": count_network(nn.Sequential(vae.post_quant_conv, vae.decoder), latents),
+                "VAE encoder": count_network(nn.Sequential(vae.encoder, vae.quant_conv), image)}
 
 
 def count_pass(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
@@ -154,10 +128,9 @@ def count_pass(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
 def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, student_config: model.UNetConfig,
             vae_config: VAEConfig, tokens: int, matched: dict[str, str]):
     """
-    Prints what a run of distill.py would be, without weights: settings, features, parameters, FLOPs, memory.
+    Prints what a run of distill.py would be: settings, features, parameters, FLOPs, memory. It needs no weights.
 
-    `args` are its settings; `tokens` is the length of a prompt; `matched` are the paths of the student's modules
-    and of those of the teacher that they learn from.
+    `tokens` is the length of a prompt; `matched` has the paths of the student's modules and of their teachers.
     """
     size = args.size or student_config.sample_size * vae_config.downscale
     torch.set_default_dtype(torch.bfloat16)
@@ -166,21 +139,17 @@ def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, s
         inputs = unet_inputs(student_config, tokens, size // vae_config.downscale)
         student_flops, activations = count_pass(student, *inputs)
         vae_flops, _ = count_pass(vae.encoder, torch.empty(1, 3, size, size))
-        s, t, v, teacher_flops = count_parameters(student), 0, count_parameters(vae), 0
-        if teacher_config:
-            teacher = model.UNet(teacher_config).requires_grad_(False)
-            t = count_parameters(teacher)
-            if args.out_kd or matched:
-                teacher_flops, _ = count_pass(teacher, *inputs)
+        teacher = model.UNet(teacher_config).requires_grad_(False) if teacher_config else None
+        teacher_flops = count_pass(teacher, *inputs)[0] if teacher and (args.out_kd or matched) else 0
+        s, t, v = count_parameters(student), count_parameters(teacher) if teacher else 0, count_parameters(vae)
     torch.set_default_dtype(torch.float32)
     # Bytes: the student's weights, gradients and two moments in float32, and its copy in bfloat16, in which
     # the teacher is too; the VAE in float32 if it asks for that.
     weights = (4 + 4 + 8 + 2) * s + 2 * t + (4 if vae_config.force_upcast else 2) * v
     step = args.batch * (teacher_flops + student_flops + vae_flops)
     most = "" if args.out_kd else "at most "                     # it stops after its last feature
-    for name, value in sorted(vars(args).items()):
-        if name != "dry_run":
-            print(f"{name:14} {value}")
+    for name in sorted(vars(args).keys() - {"dry_run"}):
+        print(f"{name:14} {getattr(args, name)}")
     print(f"\n{len(matched)} features, student <- teacher")
     for path, source in matched.items():
         print(f"  {path} <- {source}")
@@ -202,21 +171,120 @@ def budget(args: argparse.Namespace):
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
     rows, table, unets = [], {}, {}
     for name in args.model:
-        configs = read_configs(name)
-        unets[name] = count_unet(configs.unet, configs.tokens)
-        others = count_others(configs.texts, configs.vae, configs.size)
+        texts, vae, unet = read_configs(name)
+        unets[name] = count_unet(unet, texts[0].max_position_embeddings)
+        others = count_others(texts, vae, unet.sample_size * vae.downscale)
         rows += [[name, "U-Net", *part, *counts] for part, counts in unets[name].items()]
         rows += [[name, network, "", "", *counts] for network, counts in others.items()]
-        parameters, macs = map(sum, zip(*unets[name].values()))
-        paper, size, _ = PAPER.get(name, [math.nan] * 3)
-        table["U-Net", name] = [f"{name}: U-Net", parameters / 1e6, paper, macs / 1e12, 4 * parameters / 1e9, size]
-        encoder, (decoder, decoding) = others["VAE encoder"][0], others["VAE decoder"]
-        for part, (parameters, macs) in (("text encoders", others["text encoders"]), ("VAE", (encoder + decoder, decoding))):
-            paper = PAPER_PARTS[part][0] if name in PAPER else math.nan
-            row = [f"{name}: {part}", parameters / 1e6, paper, macs / 1e12, 4 * parameters / 1e9, math.nan]
-            table.setdefault((part, parameters), row)            # once, if models share it
-    write_csv(args.out.with_suffix(".csv"),
-              ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
+        (encoder, _), (decoder, decoding) = others["VAE encoder"], others["VAE decoder"]
+        totals = {"U-Net": [sum(column) for column in zip(*unets[name].values())],
+                  "text encoders": others["text encoders"], "VAE": (encoder + decoder, decoding)}
+        for network, (parameters, macs) in totals.items():
+            key = network, name if network == "U-Net" else parameters  # the others once, if models share them
+            millions, gigabytes, _ = PAPER.get((name, network), [math.nan] * 3)
+            table.setdefault(key, [f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
+                                   4 * parameters / 1e9, gigabytes])
+    csv_header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
+    write_csv(args.out.with_suffix(".csv"), csv_header, rows)
     header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
     cells = print_table(header, list(table.values()))
     print("multiply-adds are of one image: a pass of the U-Net, without guidance, and the VAE's decoder")
+    picture = stack(draw_table("Whole networks", header, cells),
+                    stage_chart("Millions of parameters", unets, 0, 1e6),
+                    stage_chart("Billions of multiply-adds", unets, 1, 1e9))
+    atomic_write(args.out, picture.save)
+
+
+def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> Image.Image:
+    """For each stage a bar of each model, in three parts; `which` of the counts of `count_unet`, in units."""
+    kinds, groups = ("residual", "transformer", "rest"), {}
+    for stage in (*STAGES, "rest"):
+        groups[stage] = []
+        for counts in unets.values():
+            groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])
+    title = f"{title} by stage; in each, {', '.join(unets)}"
+    return bar_chart(title, groups, ["residual blocks", "transformers", "rest"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Table 2, Figure 5: latency
+
+
+def random_network(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
+    """A network whose weights are noise: as fast as a trained one, and nothing to download."""
+    with torch.device("meta"):
+        network = build().requires_grad_(False).to(dtype)
+    network = network.to_empty(device=device)
+    for parameter in network.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return network.to(memory_format=torch.channels_last)
+
+
+def prepare(network: str, texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig,
+            denoise: Callable, steps: int, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """Builds a network of a model, with random weights; returns what runs it for one image."""
+    side, tokens = config.sample_size, texts[0].max_position_embeddings
+    noise = torch.randn(1, config.in_channels, side, side, device=device)
+    if network == "text encoders":
+        encoders = [random_network(partial(CLIP, text, projection=i == 1), dtype, device)
+                    for i, text in enumerate(texts)]
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
+        return lambda: [encoder(ids)[0] for encoder in encoders][-1]
+    if network == "U-Net":
+        unet = random_network(partial(model.UNet, config), dtype, device)
+        _, _, *conditions = unet_inputs(config, tokens, side, batch=2)
+        return partial(denoise, unet, noise, [x.to(device, dtype) for x in conditions], steps)
+    vae = random_network(partial(VAE, vae_config), dtype, device)
+    return partial(vae.decode, noise.to(dtype))
+
+
+def time_runs(run: Callable[[], Tensor], repeat: int) -> tuple[int, float]:
+    """FLOPs of one run, to warm up, and the median seconds of several after it."""
+    times = []
+    with count_flops() as counter:
+        run().sum().item()                                       # a number on the host: waits for the device
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run().sum().item()
+        times.append(time.perf_counter() - start)
+    return counter.get_total_flops(), statistics.median(times)
+
+
+@torch.inference_mode()
+def latency(args: argparse.Namespace, denoise: Callable[[model.UNet, Tensor, list[Tensor], int], Tensor]):
+    """Times each model's networks for one image; `denoise(unet, noise, conditions, steps)` is the sampling loop."""
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.precision, device)
+    header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
+              f"at {PAPER_RATE / 1e12:g} TFLOP/s"]
+    rows, bars, rate = [], {}, None
+    networks = product(args.model, ("text encoders", "U-Net", "VAE decoder"))
+    for name, network in tqdm(list(networks), "latency", unit="network"):
+        texts, vae, unet = read_configs(name)
+        size = args.size or unet.sample_size * vae.downscale
+        unet = replace(unet, sample_size=size // vae.downscale)
+        reset_peak_memory(device)
+        run = prepare(network, texts, vae, unet, denoise, args.steps, dtype, device)
+        flops, seconds = time_runs(run, args.repeat)
+        del run                                                  # before the next is built and measured
+        by_counting = paper = implied = math.nan
+        if (size, args.steps) == (1024, 25) and name in model.CONFIGS:
+            paper, implied = PAPER[name, network.removesuffix(" decoder")][2], flops / PAPER_RATE
+        if network == "U-Net":
+            rate = rate or flops / seconds                       # of the first model
+            by_counting = flops / rate
+            numbers = [seconds, by_counting, paper, implied]     # each a bar in its own colour, after parts of 0
+            bars[name] = [[0] * i + [number] for i, number in enumerate(numbers) if number > 0]
+        rows.append([name, network, flops / 1e12, seconds, flops / seconds / 1e12, by_counting,
+                     peak_memory(device), paper, implied])
+    if all(math.isnan(row[7]) for row in rows):                  # of these models the paper says nothing
+        header, rows = header[:7], [row[:7] for row in rows]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    cells = print_table(header, rows)
+    where = torch.cuda.get_device_name(device) if "cuda" in device else f"a CPU, {torch.get_num_threads()} threads"
+    where += f", {str(dtype).removeprefix('torch.')}"
+    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e12:.3g} TFLOP/s")
+    picture = stack(draw_table(f"Latency on {where}", header, cells),
+                    bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,
+                              ["measured", "by counting", *header[7:]]))
+    atomic_write(args.out, picture.save)

@@ -108,7 +108,7 @@ class CaptionedImages:
             raise ValueError(f"--data: {folder} has no image with a caption ({format_counts(self.skipped)}); "
                              f"see --help")
         # Changes if a file is added, removed, renamed or of another size, but not if the folder moves.
-        self.fingerprint = f"{zlib.crc32(self.spans.tobytes(), zlib.crc32(json.dumps(self.paths).encode())):08x}"
+        self.fingerprint = self.checksum(self.spans, json.dumps(self.paths))
 
     def __len__(self) -> int:
         return len(self.spans)
@@ -126,21 +126,29 @@ class CaptionedImages:
         self.paths, self.spans = list(paths), np.frombuffer(numbers, np.int64).reshape(-1, len(self.KINDS), 3)
 
     def write_index(self, index: Path, state: str):
-        metadata = {"state": state, "paths": json.dumps(self.paths), "skipped": json.dumps(self.skipped)}
+        lists = json.dumps([self.paths, self.skipped])
+        metadata = {"state": state, "lists": lists, "checksum": self.checksum(self.spans, lists)}
         atomic_write(index, lambda path: save_file({"spans": torch.from_numpy(self.spans)}, path, metadata))
 
     def read_index(self, index: Path, state: str) -> bool:
-        """Maps an index into memory; False if it is not there, or not of these shards."""
+        """Maps an index into memory; False if it is not there, damaged, or not of these shards."""
         try:
             with safe_open(index, framework="pt") as file:
                 metadata = file.metadata() or {}
                 if metadata.get("state") != state:
                     return False
-                self.spans = file.get_tensor("spans").numpy()
-                self.paths, self.skipped = json.loads(metadata["paths"]), Counter(json.loads(metadata["skipped"]))
-                return True
+                spans, lists = file.get_tensor("spans").numpy(), metadata["lists"]
+            if metadata["checksum"] != self.checksum(spans, lists):
+                return False
+            self.spans, (self.paths, skipped) = spans, json.loads(lists)
+            self.skipped = Counter(skipped)
+            return True
         except (OSError, SafetensorError, KeyError, ValueError):
             return False
+
+    @staticmethod
+    def checksum(spans: np.ndarray, lists: str) -> str:
+        return f"{zlib.crc32(spans.data, zlib.crc32(lists.encode())):08x}"
 
     def loose_files(self) -> Iterator[tuple[str, Span]]:
         for path in sorted(self.root.rglob("*")):
@@ -218,7 +226,7 @@ class CaptionedImages:
             raise Skip("too_large") from None
         except OSError as error:
             raise Skip("unreadable" if error.errno else "bad_image") from None
-        except (ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # damaged EXIF raises any of these
+        except (ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # of damaged EXIF
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
@@ -281,8 +289,8 @@ class Samples(Dataset):
     (4, s, s); index in the source; skipped, the reasons why others were not used, by index.
     """
 
-    def __init__(self, source: Shapes | CaptionedImages, size: int, latent_shape: tuple[int, int, int], seed: int,
-                 dropout: float, flip: bool, cache: Cache | None = None):
+    def __init__(self, source: Shapes | CaptionedImages, size: int, latent_shape: tuple[int, int, int],
+                 seed: int, dropout: float, flip: bool, cache: Cache | None = None):
         self.source, self.size, self.latent_shape = source, size, latent_shape
         self.seed, self.dropout, self.flip, self.cache = seed, dropout, flip, cache
         self.epoch, self.order = None, None
@@ -317,7 +325,7 @@ class Samples(Dataset):
             "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
-        """An image resized by its short side, flipped, then cropped: the crop's position is in the flipped image."""
+        """An image resized by its short side, flipped, and then cropped: the crop is that of the flipped image."""
         # With a cache the crop is the same in every epoch, and for every seed.
         rng = np.random.default_rng((0, 3, index) if self.cache else (self.seed, 3, p))
         image, caption, (height, width) = self.source.load(index)
@@ -338,8 +346,9 @@ class Samples(Dataset):
         return {"pixels": pixels, "caption": caption, "time_ids": time_ids}
 
 
-def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int, world: int) -> Iterator[list[int]]:
-    """The positions of each micro-batch of a process, from step `start` to `stop`; every rank takes its share."""
+def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int,
+                  world: int) -> Iterator[list[int]]:
+    """The positions of a process's micro-batches from step `start` to `stop`; each rank takes its share."""
     for step in range(start, stop):
         for first in range(step * batch + rank * micro_batch, (step + 1) * batch, world * micro_batch):
             yield list(range(first, first + micro_batch))

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Callable
 
-WRITING = ".writing-"  # begins the names of half-written files and folders, which a killed process leaves behind
+WRITING = ".writing-"  # begins the names of half-written files and folders, which a kill leaves behind
 
 # The folders of a model in the official layout, and the files that are read in them.
 PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
@@ -83,7 +83,7 @@ def error_summary(error: Exception) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]):
-    """Has `write` fill a temporary file, and renames it to `path`, which is always the old file or the new one."""
+    """Has `write` fill a temporary file and renames it: `path` is always the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
         temporary = Path(folder, path.name)

@@ -1,8 +1,7 @@
 """
 Table 3 in miniature: which features to distil, at which stages, from which blocks, in which combination.
 
-`python analysis.py ablation` runs distill.py for each row of the paper's table, scores each student, and
-says of each of the paper's findings whether it was found again.
+`python analysis.py ablation` runs distill.py for each row and seed, and checks the paper's findings F1 to F4.
 """
 
 import argparse
@@ -12,27 +11,26 @@ import re
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from itertools import product
 from pathlib import Path
-from threading import Event, Lock
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-import torch
 from PIL import Image
 from tqdm import tqdm
 
-import chart
 import distill
-import files
-from data import PROMPTS
 from sample import load_pipeline
+from support.data import PROMPTS
+from support.files import atomic_write, read_csv, write_csv
+from support.plots import draw_table, print_table, stack
 from toy import shapes
 
 
 class Row(NamedTuple):
-    """A row of Table 3: what is distilled, and the HPSv2 that the paper has for it."""
+    """A row of Table 3: what is distilled, and the paper's HPSv2."""
 
     hpsv2: float
     features: str
@@ -51,198 +49,137 @@ TABLE = {
            "SA + Res at DW-1 & UP-3": Row(26.94, "SA,Res@DW-1,Res@UP-3"),
            "SA + LF all": Row(26.83, "SA,LF"), "SA + Res all": Row(26.80, "SA,Res"),
            "SA + CA + Res + FFN + LF all": Row(26.39, "SA,CA,Res,FFN,LF")}}
+FINDINGS = {  # of section 4.2: the mean of some rows is better than that of each group of others
+    "3a": ("F1, self-attention is the best type of feature",
+           ["SA"], [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
+    "3b": ("F2, the decoder's stages matter more", ["SA at UP-1", "SA at UP-2"], [["SA at DW-2", "SA at DW-3"]]),
+    "3c": ("F3, the first blocks of a transformer matter most", ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
+    "3d": ("F4, LF helps where there is no self-attention, and only there",
+           ["SA + LF at DW-1 & UP-3"], [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
+SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # the scores of a run; 1: more is better
 
 
-class Finding(NamedTuple):
-    """What section 4.2 says: the mean of some rows is better than that of each group of others."""
-
-    table: str
-    claim: str
-    better: list[str]
-    worse: list[list[str]]
+def distill_flags(args: argparse.Namespace, features: str, blocks: str, seed: int) -> list[str]:
+    """The flags of a run: KOALA-1B on task and featKD, without outKD (section 4.2)."""
+    return ["--student", "1b", "--out-kd", "0", "--features", features, "--sa-blocks", blocks,
+            "--steps", str(args.steps), "--batch", str(args.batch), "--seed", str(seed),
+            "--judge", "0", "--preview-every", "0"]
 
 
-FINDINGS = {
-    "F1": Finding("3a", "self-attention is the best type of feature", ["SA"],
-                  [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
-    "F2": Finding("3b", "the decoder's stages matter more", ["SA at UP-1", "SA at UP-2"],
-                  [["SA at DW-2", "SA at DW-3"]]),
-    "F3": Finding("3c", "the first blocks of a transformer matter most", ["SA-bottom"],
-                  [["SA-interleave"], ["SA-up"]]),
-    "F4": Finding("3d", "LF helps where there is no self-attention, and only there",
-                  ["SA + LF at DW-1 & UP-3"],
-                  [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
-SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # 1: more is better
-
-
-def flags(args: argparse.Namespace, seed: int, row: Row) -> dict:
-    """What distill.py is told of a run: KOALA-1B on task and featKD, no outKD (section 4.2)."""
-    return {"--student": "1b", "--out-kd": 0, "--features": row.features, "--sa-blocks": row.blocks,
-            "--steps": args.steps, "--batch": args.batch, "--seed": seed, "--judge": 0, "--preview-every": 0}
-
-
-def words_of(flags: dict) -> list[str]:
-    """Flags and their values, as on a command line."""
-    return [str(word) for flag in flags.items() for word in flag]
-
-
-def teacher_of(args: argparse.Namespace) -> str:
-    """The teacher that the flags for distill.py name. Raises ValueError if they are not for this command."""
-    own = flags(args, 0, TABLE["3a"]["task loss only"])
-    refused = [*own, "--feat-kd", "--cache", "--out", "--dry-run"]
-    if taken := [flag for flag in args.distill if flag.split("=")[0] in refused]:
-        raise ValueError(f"{taken[0]} is not for distill.py here: each run of the table has its own")
-    teacher = distill.command_line([*words_of(own), *args.distill]).teacher
+def parse_teacher(args: argparse.Namespace) -> str:
+    """The teacher that the flags for distill.py name. Raises ValueError for flags that the table sets itself."""
+    own = distill_flags(args, "none", "bottom", 0)
+    for flag in args.distill:
+        if flag.split("=")[0] in (*own[::2], "--feat-kd", "--cache", "--out", "--dry-run"):
+            raise ValueError(f"{flag} is not for distill.py here: each run of the table has its own")
+    teacher = distill.parse_args(own + args.distill).teacher
     if teacher == "none":
         raise ValueError("--teacher none: Table 3 is about what a teacher's features teach")
     return teacher
 
 
-def prompts_of(teacher: str, count: int) -> tuple[str, ...]:
-    """What is drawn to score a run: the toy's captions that were not trained on, else prompts of ours."""
-    if teacher != "toy":
-        return tuple(PROMPTS[:count])
-    return tuple(shapes.caption(shapes.JUDGE_SEED, i) for i in range(count))
-
-
-def threads_of(args: argparse.Namespace) -> int:
-    """Of each of the runs that are done at the same time."""
-    return max(1, (os.cpu_count() or 1) // args.jobs)
-
-
-def distilled(args: argparse.Namespace, seed: int, row: Row) -> Path:
-    """The folder of a finished run of distill.py, made or made longer if there is none."""
-    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', row.features)}-{row.blocks}-{seed}"
+def run_distill(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
+    """Runs distill.py, or resumes it, in a folder of `--runs`. Returns the folder; raises ValueError if it fails."""
+    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, Path(__file__).with_name("distill.py"), *words_of(flags(args, seed, row)),
-               "--out", folder, *args.distill]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads_of(args))} if args.jobs > 1 else {})
+    flags = distill_flags(args, features, blocks, seed) + args.distill
+    command = [sys.executable, distill.__file__, "--out", str(folder), *flags]
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
     with open(folder / "distill.log", "w") as log:
-        done = subprocess.run(list(map(str, command)), stdout=log, stderr=log, env=environment)
-    if done.returncode:
-        told = (folder / "distill.log").read_text().strip().splitlines()
-        told = told or [f"it ended with {done.returncode}"]
-        said = re.sub(r"--out\b(?!-)", "--runs", told[-1].removeprefix("error: "))
-        raise ValueError(f"{folder}: {said}")
+        status = subprocess.run(command, stdout=log, stderr=log, env=os.environ | threads).returncode
+    if status:
+        lines = (folder / "distill.log").read_text().strip().splitlines() or [f"it ended with {status}"]
+        raise ValueError(f"{folder}: {lines[-1].removeprefix('error: ')}")
     return folder
 
 
+@lru_cache(maxsize=2)  # the teacher's are asked for after each student's, and so stay
 def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> list[Image.Image]:
-    """Pictures by the teacher, or by a student in the place of its U-Net, sampled alike."""
+    """Images by the teacher, or by a student in the place of its U-Net, from the same noise."""
     return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))
 
 
-@cache
-def drawn_by(teacher: str, prompts: tuple[str, ...]) -> list[Image.Image]:
-    """Pictures by the teacher, drawn once for all runs."""
-    return draw(teacher, prompts)
-
-
-DRAWING = Lock()  # runs that are scored at the same time wait for the first of them to draw the teacher's
-
-
-def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> dict[str, float]:
+def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> list[float]:
     """
-    The judge's scores of a run, nan if it is not the toy's, and its distance to the teacher.
+    The scores of a run: the judge's, nan if the teacher is not the toy, and the distance to the teacher.
 
-    The distance is the root mean square difference of pictures from the same noise, in 0..1.
+    The distance is the root mean square difference of images from the same noise, in 0..1.
     """
-    path = folder / f"score-{steps}-{len(prompts)}.csv"  # a run may be made longer
-    if not path.exists() or not files.read_csv(path):
-        with DRAWING:
-            taught = drawn_by(teacher, prompts)
+    path = folder / f"score-{steps}-{len(prompts)}.csv"          # by steps, as a run may be made longer
+    if not path.exists() or not read_csv(path):
         images = draw(teacher, prompts, folder / "unet")
         scores = dict.fromkeys(SIGNS, math.nan)
         if teacher == "toy":
             scores |= shapes.scores(images, prompts)
-        pairs = [[np.asarray(image, np.float64) / 255 for image in pair] for pair in zip(images, taught)]
-        scores["distance"] = statistics.fmean(float(((a - b) ** 2).mean() ** 0.5) for a, b in pairs)
-        files.write_csv(path, list(scores), [list(scores.values())])
-    return {key: float(value) for key, value in files.read_csv(path)[0].items()}
+        distances = []
+        for ours, theirs in zip(images, draw(teacher, prompts)):
+            difference = np.asarray(ours, np.float64) / 255 - np.asarray(theirs, np.float64) / 255
+            distances.append((difference**2).mean() ** 0.5)
+        scores["distance"] = statistics.fmean(distances)
+        write_csv(path, list(scores), [list(scores.values())])
+    return [float(value) for value in read_csv(path)[0].values()]
 
 
-def verdict(better: list[list[float]], worse: list[list[list[float]]], sign: int) -> str:
+def verdict(gains: list[np.ndarray]) -> str:
     """
-    Whether rows, each with a score for every seed, are better than every group of others, by the spread.
+    Whether some rows are better than each group of others, from their gains (seeds,) over each group.
 
-    Runs of one seed have the same data and noise, so a difference is taken seed by seed; it tells something
-    if its mean is larger than its standard deviation. `sign` is -1 where less is better.
+    A gain is clear if its mean is larger than its standard deviation; runs of one seed have the same data and noise.
     """
-    if len(better[0]) < 2:
+    if len(gains[0]) < 2:
         return "too close to tell, for one seed has no spread"
-    by_seed = lambda rows: [statistics.fmean(scores) for scores in zip(*rows)]
-    gains = [[sign * (a - b) for a, b in zip(by_seed(better), by_seed(group))] for group in worse]
-    if all(statistics.fmean(gain) > statistics.stdev(gain) for gain in gains):
+    if all(gain.mean() > gain.std(ddof=1) for gain in gains):
         return "agrees"
-    if any(statistics.fmean(gain) < -statistics.stdev(gain) for gain in gains):
+    if any(gain.mean() < -gain.std(ddof=1) for gain in gains):
         return "disagrees"
     return "too close to tell"
 
 
-def in_parallel(jobs: int, work: Callable, items: list) -> dict:
-    """What `work` gives for each item, so many at a time; once one has failed, no other is begun."""
-    failed = Event()
-
-    def one(item):
-        if not failed.is_set():
-            try:
-                return work(item)
-            except BaseException:
-                failed.set()
-                raise
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            begun = {pool.submit(one, item): item for item in items}
-            return {begun[done]: done.result()
-                    for done in tqdm(as_completed(begun), "runs", len(items), unit="run")}
-        finally:
-            failed.set()
+def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray]) -> str:
+    """What each of the scores says of a finding; `scores` (scores, seeds) are by row of the finding's table."""
+    best, gains, verdicts = np.mean([scores[row] for row in better], axis=0), [], []
+    for group in worse:
+        gains.append(best - np.mean([scores[row] for row in group], axis=0))  # (scores, seeds)
+    for i, (key, sign) in enumerate(SIGNS.items()):
+        if not np.isnan(best[i]).any():
+            verdicts.append(f"by {key} {verdict([sign * gain[i] for gain in gains])}")
+    return "; ".join(verdicts)
 
 
 def ablation(args: argparse.Namespace):
     """Runs and scores every row with every seed; rows that are the same run are run once."""
-    teacher = teacher_of(args)
-    prompts = prompts_of(teacher, args.judge)
-    rows = {(table, name): row for table, named in TABLE.items() if args.table in (table, "all")
-            for name, row in named.items()}
-    runs = list(dict.fromkeys(row._replace(hpsv2=0) for row in rows.values()))
-    todo = [(seed, row) for seed in range(args.seeds) for row in runs]
-    if args.jobs > 1:
-        torch.set_num_threads(threads_of(args))
-    both = lambda run: score(distilled(args, *run), args.steps, teacher, prompts)
-    found = in_parallel(args.jobs, both, todo)
-    scores = {place: {key: [found[seed, row._replace(hpsv2=0)][key] for seed in range(args.seeds)]
-                      for key in SIGNS} for place, row in rows.items()}
+    teacher, tables = parse_teacher(args), list(TABLE) if args.table == "all" else [args.table]
+    prompts = tuple(PROMPTS[:args.judge])
+    if teacher == "toy":                                         # captions that were not trained on
+        prompts = tuple(shapes.caption(shapes.JUDGE_SEED, i) for i in range(args.judge))
+    runs = {}                                                    # to their scores
+    for seed, table in product(range(args.seeds), tables):
+        runs |= {(row.features, row.blocks, seed): None for row in TABLE[table].values()}
+    for i in tqdm(range(0, len(runs), args.jobs), "runs"):       # once a run has failed, no other is started
+        some = list(runs)[i:i + args.jobs]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            folders = list(pool.map(lambda run: run_distill(args, *run), some))
+        for run, folder in zip(some, folders):
+            runs[run] = score(folder, args.steps, teacher, prompts)
 
-    spread = lambda values: statistics.stdev(values) if len(values) > 1 else math.nan
-    numbers = [[*place, f"{rows[place].hpsv2:.2f}", *(number for values in scores[place].values()
-                                             for number in (statistics.fmean(values), spread(values)))]
-               for place in rows]
-    names = ["table", "row", "paper's HPSv2", *(key + part for key in SIGNS for part in ("", " spread"))]
-    files.write_csv(args.out.with_suffix(".csv"), names, numbers)
-    cell = lambda *numbers: " ± ".join(f"{number:.3f}" for number in numbers if not math.isnan(number))
-    header = [*names[:3], *names[3::2]]
-    cells = chart.show(header, [row[:3] + [cell(*pair) for pair in zip(row[3::2], row[4::2])]
-                                for row in numbers])
-    told = findings(scores)
-    print("\n".join(told))
+    rows, cells, findings = [], [], []
+    for table in tables:
+        scores = {}
+        for name, row in TABLE[table].items():
+            scores[name] = np.array([runs[row.features, row.blocks, seed] for seed in range(args.seeds)]).T
+            means = scores[name].mean(axis=1)
+            spreads = scores[name].std(axis=1, ddof=1) if args.seeds > 1 else means * math.nan
+            rows.append([table, name, f"{row.hpsv2:.2f}", *np.stack([means, spreads], axis=1).flatten().tolist()])
+            cells.append(rows[-1][:3] + [f"{mean:.3f} ± {spread:.3f}".removesuffix(" ± nan").removesuffix("nan")
+                                         for mean, spread in zip(means, spreads)])
+        claim, better, worse = FINDINGS[table]
+        findings.append([claim, check_finding(better, worse, scores)])
+    header = ["table", "row", "paper's HPSv2", *SIGNS]
+    csv_header = header[:3] + [key + kind for key, kind in product(SIGNS, ("", " spread"))]
+    write_csv(args.out.with_suffix(".csv"), csv_header, rows)
+    print_table(header, cells)
+    print("\n".join(map(": ".join, findings)))
     title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seeds, "
              f"{len(prompts)} captions")
-    files.write(args.out, lambda path: chart.stack(
-        chart.table(title, header, cells), chart.paragraph(told)).save(path))
-
-
-def findings(scores: dict[tuple[str, str], dict[str, list[float]]]) -> list[str]:
-    """A line for each finding whose table was run; `scores`, one for each seed, are by place and name."""
-    told = []
-    for name, (table, claim, better, worse) in FINDINGS.items():
-        if (table, better[0]) not in scores:
-            continue
-        verdicts = []
-        for key, sign in SIGNS.items():
-            of = lambda names: [scores[table, one][key] for one in names]
-            if not math.isnan(of(better)[0][0]):
-                verdicts.append(f"by {key} {verdict(of(better), [of(group) for group in worse], sign)}")
-        told.append(f"{name}, {claim}: {'; '.join(verdicts)}")
-    return told
+    atomic_write(args.out, stack(draw_table(title, header, cells),
+                                 draw_table("Findings of section 4.2", ["finding", "verdict"], findings)).save)

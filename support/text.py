@@ -43,7 +43,8 @@ class CLIPConfig:
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act cannot be {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} does not divide into {self.num_attention_heads} heads")
+            raise ValueError(f"hidden_size {self.hidden_size} does not divide into "
+                             f"{self.num_attention_heads} heads")
 
     @classmethod
     def from_dict(cls, config: dict) -> "CLIPConfig":
@@ -239,8 +240,8 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str 
         length, size = encoder.config.max_position_embeddings, encoder.config.vocab_size
         if tokenizer.length > length or tokenizer.bpe.get_vocab_size() > size:
             raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of "
-                             f"{tokenizer.bpe.get_vocab_size()} kinds, and its text encoder reads {length} of {size}: "
-                             f"they belong to different models")
+                             f"{tokenizer.bpe.get_vocab_size()} kinds, and its text encoder reads {length} of "
+                             f"{size}: they belong to different models")
     return TextEncoders(encoders, tokenizers)
 
 

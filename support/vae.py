@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    Attention, ResBlock, Upsample, build, check_fixed, check_numbers, read_config, read_weights, save_network,
-    to_image, to_tokens)
+    Attention, ResBlock, Upsample, build, check_fixed, check_numbers, read_config, read_weights, save_network)
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class VAEConfig:
     """An AutoencoderKL in numbers; the defaults are SDXL's."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
-    layers: int = 2                                   # residual blocks in an encoder stage; a decoder's has one more
+    layers: int = 2                                   # residual blocks in an encoder stage; one more in a decoder's
     latent_channels: int = 4
     groups: int = 32                                  # of every group norm
     scaling_factor: float = 0.13025                   # the U-Net sees latents times this
@@ -84,7 +83,8 @@ class VAEAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + to_image(super().forward(to_tokens(self.group_norm(x))), x.shape[2:])
+        h = self.group_norm(x).flatten(2).transpose(1, 2)        # (B, T, C)
+        return x + super().forward(h).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class VAEMid(nn.Module):
@@ -101,7 +101,8 @@ def vae_stage(cin: int, cout: int, blocks: int, groups: int, **sampler: nn.Modul
     """Residual blocks, and a down- or upsampler if there is one."""
     widths = [cin] + [cout] * (blocks - 1)
     resnets = nn.Sequential(*(ResBlock(width, cout, groups, 1e-6) for width in widths))
-    return nn.Sequential(OrderedDict(resnets=resnets) | {name: nn.Sequential(part) for name, part in sampler.items()})
+    samplers = {name: nn.Sequential(module) for name, module in sampler.items()}
+    return nn.Sequential(OrderedDict(resnets=resnets, **samplers))
 
 
 def encoder(config: VAEConfig) -> nn.Sequential:
@@ -135,7 +136,7 @@ def decoder(config: VAEConfig) -> nn.Sequential:
 
 
 class VAE(nn.Module):
-    """Images in [-1, 1] to latents and back. Latents are unscaled: the caller applies `config.scaling_factor`."""
+    """Images in [-1, 1] to unscaled latents and back; the caller applies `config.scaling_factor`."""
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -188,7 +189,7 @@ def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str =
 
     Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
-    folder = Path(folder, "vae") if Path(folder, "vae", "config.json").is_file() else Path(folder)
+    folder = Path(folder, "vae") if Path(folder, "vae").is_dir() else Path(folder)
     config = read_config(folder, VAEConfig.from_diffusers)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor

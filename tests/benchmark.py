@@ -23,8 +23,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
-from toy.make import UNET as TOY  # noqa: E402
-from weights import WEIGHTS  # noqa: E402
+from support.vae import VAE, VAEConfig, save_vae  # noqa: E402
+from toy.make import UNET_CONFIG as TOY  # noqa: E402
 
 NARROW = replace(model.CONFIGS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
                        pooled_dim=128)
@@ -115,7 +115,7 @@ def load():
             parameter.normal_(std=0.02)
         model.save_unet(unet, folder)
         del unet
-        size = Path(folder, f"{WEIGHTS}.safetensors").stat().st_size / 1e9
+        size = Path(folder, "diffusion_pytorch_model.safetensors").stat().st_size / 1e9
         ours = f"import torch, model\n# ---\nmodel.load_unet({folder!r}, torch.float16)"
         theirs = (f"import torch, diffusers\nfrom diffusers import UNet2DConditionModel\n# ---\n"
                   f"UNet2DConditionModel.from_pretrained({folder!r}, torch_dtype=torch.float16)")
@@ -129,9 +129,10 @@ def load():
 
 def sample():
     from diffusers import StableDiffusionXLPipeline
-    from sample import PRESETS, load_pipeline
+    from sample import load_pipeline
+    from support.cli import TOY
 
-    ours, theirs = load_pipeline("toy"), StableDiffusionXLPipeline.from_pretrained(PRESETS["toy"].source)
+    ours, theirs = load_pipeline("toy"), StableDiffusionXLPipeline.from_pretrained(TOY)
     theirs.set_progress_bar_config(disable=True)
     prompts = ["a red circle left of a blue square"] * 4
     in_turns("toy, 25 steps, 4 images", lambda: ours(prompts, guidance=5.0),
@@ -188,7 +189,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
         theirs[1].enable_gradient_checkpointing()
         theirs[1].train()
         vae = AutoencoderKL.from_config(replace(
-            model.VAEConfig(), channels=(24, 48, 96, 96), groups=8).to_diffusers()).requires_grad_(False)
+            VAEConfig(), channels=(24, 48, 96, 96), groups=8).to_diffusers()).requires_grad_(False)
     optimizers = [torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True),
                   torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
 
@@ -239,14 +240,14 @@ unet(*x).square().mean().backward()
 
 def resident():
     """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
-    from costs import networks, random_weights
-    from text import CLIP, ENCODERS, save_clip
+    from support.costs import networks, random_weights
+    from support.text import CLIP, ENCODERS, save_clip
 
     found = networks("700m")
     with tempfile.TemporaryDirectory() as folder:
         bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
         model.save_unet(random_weights(lambda: model.UNet(found.unet), torch.float16, "cpu"), bundle / "unet")
-        model.save_vae(random_weights(lambda: model.VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
+        save_vae(random_weights(lambda: VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
         for i, (name, config) in enumerate(zip(ENCODERS, found.texts)):
             save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"),
                       bundle / name)

@@ -1,15 +1,85 @@
-"""Lets `pytest` import the programs at the root of the project, as `python -m pytest` does."""
+"""Lets `pytest` import the programs at the root of the project, as `python -m pytest` does; runs of distill.py."""
 
+import itertools
+import runpy
 import signal
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import distill  # noqa: E402
+from runs import RUN, write_pairs, write_teacher  # noqa: E402
+from support import files  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
 def handle_interrupts():
     """A job in the background ignores interrupts, and would pass that on to what is tested."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """The folder of a small model that runs of distill.py learn from."""
+    return write_teacher(tmp_path_factory.mktemp("teacher") / "small")
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """The folder of six captioned images, of which two are bad."""
+    return write_pairs(tmp_path / "pairs")
+
+
+@pytest.fixture(scope="session")
+def begun(teacher, tmp_path_factory):
+    """The folder of a run that is finished after two steps, each with a checkpoint."""
+    folder = tmp_path_factory.mktemp("begun") / "run"
+    flags = ["--teacher", teacher, "--out", folder, *RUN, "--steps", "2", "--save-every", "1"]
+    assert distill.main([*map(str, flags)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(teacher, tmp_path, monkeypatch):
+    """Runs distill.py in this process, with more flags than RUN has; returns its exit status."""
+    monkeypatch.setattr(files, "sync", lambda path: None)  # nothing here has to be on the disk
+
+    def run(*flags, out="run"):
+        try:
+            return distill.main([*map(str, ("--teacher", teacher, "--out", tmp_path / out, *RUN, *flags))])
+        except Exception as error:
+            raise error.with_traceback(None)  # its frames would keep the folder locked
+    return run
+
+
+@pytest.fixture
+def during(monkeypatch):
+    """Calls an action with the number of each call of `losses`, and multiplies the terms by what it returns."""
+    losses = distill.losses
+
+    def during(action):
+        calls = itertools.count(1)
+
+        def watched(*inputs):
+            factor = action(next(calls))
+            return tuple(term * (1 if factor is None else factor) for term in losses(*inputs))
+        monkeypatch.setattr(distill, "losses", watched)
+    return during
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """Runs distill.py as a process would; returns its exit status, its output and what it says of an error."""
+    def program(*flags):
+        monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(ROOT / "distill.py"), run_name="__main__")
+        code = exit.value.code
+        out, err = capsys.readouterr()
+        return (1, out, code) if isinstance(code, str) else (code or 0, out, err)  # Python prints a text
+    return program

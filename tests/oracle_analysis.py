@@ -1,5 +1,5 @@
 """
-Makes answers/analysis.safetensors: self-attention maps of diffusers, where the tests ask analysis.py.
+Makes answers/analysis.safetensors: self-attention maps of diffusers, for the tests of analysis.py.
 
     python tests/oracle_analysis.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 
@@ -16,20 +16,18 @@ from oracle import predict
 
 
 class Probabilities:
-    """diffusers' attention, written out, that keeps its probabilities."""
+    """diffusers' self-attention, written out, that keeps its probabilities."""
 
-    def __call__(self, attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-                 **rest) -> Tensor:
-        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        q, k, v = (attention.head_to_batch_dim(layer(x)) for layer, x in (
-            (attention.to_q, hidden_states), (attention.to_k, context), (attention.to_v, context)))
-        self.kept = attention.get_attention_scores(q, k)         # (B * heads, T, T or L)
+    def __call__(self, attention, hidden_states: Tensor, **rest) -> Tensor:
+        q, k, v = (attention.head_to_batch_dim(layer(hidden_states))
+                   for layer in (attention.to_q, attention.to_k, attention.to_v))
+        self.kept = attention.get_attention_scores(q, k)         # (B * heads, T, T)
         out = attention.batch_to_head_dim(torch.bmm(self.kept, v))
         return attention.to_out[0](out)
 
 
 @torch.no_grad()
-def maps(paths: list[str], name: str = "sdxl", size: str = "batch") -> dict[str, Tensor]:
+def attention_maps(paths: list[str], name: str = "sdxl", size: str = "batch") -> dict[str, Tensor]:
     """Self-attention maps (B, T, T) of these modules, the mean over heads."""
     unet = fill(UNet2DConditionModel.from_config(UNETS[name]))
     processors = {path: Probabilities() for path in paths}
@@ -46,5 +44,5 @@ FIRST = [f"{stage}.attentions.0.transformer_blocks.0.attn1"
 
 
 if __name__ == "__main__":
-    save_file({path: map.contiguous() for path, map in maps(FIRST).items()},
+    save_file({path: found.contiguous() for path, found in attention_maps(FIRST).items()},
               ANSWERS.with_name("analysis.safetensors"))

@@ -1,97 +1,33 @@
-"""The figures: what is drawn and counted is diffusers', numpy's and the paper's."""
+"""The figures: attention maps are diffusers', components are numpy's, counts are the paper's."""
 
+import argparse
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from bundles import bundle
 from common import ANSWERS, UNETS, fill, inputs
-from PIL import Image
 from safetensors.torch import load_file
 
 import analysis
-import chart
-import costs
 import model
-from analysis import attention_map, block_similarity, on_object, principal_components, query_of, watch
-from files import read_csv as read
+from analysis import attention_map, block_similarity, find_query, main, on_object, principal_components
 from model import UNet, UNetConfig
 from sample import load_pipeline
+from support import costs, plots
+from support.files import read_csv
+from support.vae import VAEConfig
 from toy import shapes
 
-ROOT = Path(__file__).parents[1]
 STORED = load_file(ANSWERS.with_name("analysis.safetensors"))
 
 
 def run(*words):
-    args = analysis.command_line(list(map(str, words)))
-    getattr(analysis, args.command)(args)
-
-
-# Attention
-
-
-@torch.no_grad()
-def maps(paths: list[str]) -> dict[str, torch.Tensor]:
-    unet, found = fill(UNet(UNetConfig.from_diffusers(UNETS["sdxl"]))), {}
-    norms = [path.replace("attn1", "norm1") for path in paths]
-    each = lambda outputs: found.update({path: attention_map(unet.get_submodule(path), outputs[norm])
-                                         for path, norm in zip(paths, norms)})
-    with watch(unet, norms, each):
-        unet(**inputs(UNETS["sdxl"], "batch"))
-    return found
-
-
-def test_attention_maps_are_those_of_diffusers():
-    found = maps(list(STORED))
-    for path, expected in STORED.items():
-        torch.testing.assert_close(found[path], expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(found[path].sum(2), torch.ones(expected.shape[:2]))
-        assert expected.std(2).mean() > 0.05 / expected.shape[2], "not every token is attended to alike"
-
-
-def test_all_attention_maps_are_those_of_the_diffusers_that_is_installed():
-    pytest.importorskip("diffusers")
-    import oracle_analysis
-    unet = UNet(UNetConfig.from_diffusers(UNETS["sdxl"]))
-    paths = [path for stage in model.stages(unet.config) for path in model.feature_paths(unet, "SA", stage)]
-    expected = oracle_analysis.maps(paths)
-    for path, found in maps(paths).items():
-        torch.testing.assert_close(found, expected[path], rtol=1e-5, atol=1e-5)
-
-
-def test_principal_components_are_numpys():
-    rows = (torch.randn(40, 30, generator=torch.Generator().manual_seed(0))
-            @ torch.diag(torch.linspace(0.1, 3, 30)))
-    scores, explained = principal_components(rows)
-    centred = rows.double().numpy() - rows.double().numpy().mean(0)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
-    signs = np.sign(right[np.arange(3), np.abs(right[:3]).argmax(1)])
-    np.testing.assert_allclose(scores.numpy(), (left * values)[:, :3] * signs, atol=1e-9)
-    np.testing.assert_allclose(explained.numpy(), (values**2 / (values**2).sum())[:3], atol=1e-12)
-    assert torch.equal(scores, principal_components(rows)[0])
-    # The sign is the direction's, not the data's.
-    torch.testing.assert_close(principal_components(-rows)[0], -scores)
-
-
-def test_the_toys_query_lies_on_what_the_caption_names_first():
-    blue, red = (shapes.Object("blue", "square", 20, 40, 10), shapes.Object("red", "circle", 46, 18, 10))
-    image = shapes.render(shapes.Scene([blue, red], None))
-    x, y, found = query_of(image, "a red circle and a blue square")
-    assert (round(x * 64), round(y * 64)) == (46, 18) and found.colour == "red"
-    assert query_of(image, "a portrait of a koala") == (0.5, 0.5, None)
-    assert query_of(image, "a green circle") == (0.5, 0.5, None)
-    uniform, there = torch.full((64,), 1 / 64), torch.zeros(64)
-    there[2 * 8 + 5] = 1                                         # the patch at (44, 20), inside of the circle
-    assert on_object(uniform, found) == pytest.approx(1)
-    assert on_object(there, found) == pytest.approx(64 * 64 / shapes.coverage(found).sum(), rel=0.01)
-    assert math.isnan(on_object(uniform, None))
+    main([str(word) for word in words])
 
 
 @pytest.fixture(scope="module")
@@ -106,117 +42,199 @@ def prompts(tmp_path):
     return path
 
 
-def test_attention_draws_models_below_each_other_and_gaps_for_what_is_not_there(
-        folder, prompts, tmp_path, capsys):
+# Attention
+
+
+@torch.no_grad()
+def attention_maps(paths: list[str]) -> dict[str, torch.Tensor]:
+    """Maps (B, T, T) of self-attention layers of a small U-Net."""
+    unet = fill(UNet(UNetConfig.from_diffusers(UNETS["sdxl"])))
+    norms = {path: path.replace("attn1", "norm1") for path in paths}
+    with model.Features(unet, list(norms.values())) as captured:
+        unet(**inputs(UNETS["sdxl"], "batch"))
+    return {path: attention_map(unet.get_submodule(path), captured[norm]) for path, norm in norms.items()}
+
+
+def test_attention_maps_are_those_of_diffusers():
+    maps = attention_maps(list(STORED))
+    for path, expected in STORED.items():
+        torch.testing.assert_close(maps[path], expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(maps[path].sum(2), torch.ones(expected.shape[:2]))
+        assert expected.std(2).mean() > 0.05 / expected.shape[2], "a map that is not uniform"
+
+
+def test_attention_maps_are_those_of_the_installed_diffusers():
+    pytest.importorskip("diffusers")
+    import oracle_analysis
+    unet, paths = UNet(UNetConfig.from_diffusers(UNETS["sdxl"])), []
+    for stage in model.stages(unet.config):
+        paths += model.feature_paths(unet, "SA", stage)
+    expected = oracle_analysis.attention_maps(paths)
+    for path, found in attention_maps(paths).items():
+        torch.testing.assert_close(found, expected[path], rtol=1e-5, atol=1e-5)
+
+
+def test_principal_components_are_numpys():
+    rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) @ torch.diag(torch.linspace(0.1, 3, 30))
+    scores, explained = principal_components(rows)
+    centred = rows.double().numpy() - rows.double().numpy().mean(0)
+    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    signs = np.sign(right[np.arange(3), np.abs(right[:3]).argmax(1)])
+    np.testing.assert_allclose(scores.numpy(), (left * values)[:, :3] * signs, atol=1e-9)
+    np.testing.assert_allclose(explained.numpy(), (values**2 / (values**2).sum())[:3], atol=1e-12)
+    torch.testing.assert_close(principal_components(-rows)[0], -scores)  # the sign is the direction's
+
+
+def test_the_query_is_on_the_object_that_the_caption_names_first():
+    blue, red = shapes.Object("blue", "square", 20, 40, 10), shapes.Object("red", "circle", 46, 18, 10)
+    image = shapes.render(shapes.Scene([blue, red], None))
+    x, y, found = find_query(image, "a red circle and a blue square")
+    assert (round(x * 64), round(y * 64)) == (46, 18) and found.colour == "red"
+    assert find_query(image, "a portrait of a koala") == (0.5, 0.5, None)
+    assert find_query(image, "a green circle") == (0.5, 0.5, None)
+    assert find_query(image.resize((32, 32)), "a red circle") == (0.5, 0.5, None)
+    uniform, patch = torch.full((64,), 1 / 64), torch.zeros(64)
+    patch[2 * 8 + 5] = 1                                         # at (44, 20), inside the circle
+    assert on_object(uniform, found) == pytest.approx(1)
+    assert on_object(patch, found) == pytest.approx(64 * 64 / shapes.coverage(found).sum(), rel=0.01)
+    assert math.isnan(on_object(uniform, None))
+
+
+def test_attention_measures_every_stage_with_self_attention(folder, prompts, tmp_path):
     small = bundle(tmp_path / "700m", "700m")
     command = ("attention", "--model", folder, small, "--prompts", prompts, "--steps", 2, "--out")
     run(*command, tmp_path / "a.png")
-    rows = read(tmp_path / "a.csv")
-    assert [(Path(row["model"]).name, row["prompt"], row["stage"]) for row in rows] == [
-        (name, prompt, stage) for name, stages in ((folder.name, ("DW-2", "DW-3", "Mid", "UP-1", "UP-2")),
-                                                   ("700m", ("DW-2", "DW-3", "UP-1", "UP-2")))
-        for prompt in ("a red box", "blue sky on my box") for stage in stages]
+    rows, expected = read_csv(tmp_path / "a.csv"), []
+    for name, stages in ((folder.name, ("DW-2", "DW-3", "Mid", "UP-1", "UP-2")), ("700m", ("DW-2", "DW-3", "UP-1", "UP-2"))):
+        for prompt in ("a red box", "blue sky on my box"):
+            expected += [(name, prompt, stage) for stage in stages]
+    assert [(Path(row["model"]).name, row["prompt"], row["stage"]) for row in rows] == expected
     for row in rows:
         parts = [float(row[f"PC{i}"]) for i in (1, 2, 3)]
         assert 1 >= parts[0] >= parts[1] >= parts[2] >= 0 and sum(parts) <= 1 + 1e-9
-    picture = np.asarray(Image.open(tmp_path / "a.png"))
-    assert picture.shape[1] >= 6 * 152 and "PC1" in capsys.readouterr().out
+    assert Image.open(tmp_path / "a.png").width >= 6 * 152
     run(*command, tmp_path / "b.png")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
 
 
-def test_the_map_is_of_the_step_and_of_the_half_that_sees_the_prompt(folder):
+def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(folder):
     pipeline = load_pipeline(str(folder))
-    _, early = analysis.stage_maps(pipeline, "a red box", 0, 4, 0.0)
-    _, late = analysis.stage_maps(pipeline, "a red box", 0, 4, 1.0)
-    _, other = analysis.stage_maps(pipeline, "blue sky", 0, 4, 0.0)
-    assert not torch.equal(early["Mid"], late["Mid"]) and not torch.equal(early["Mid"], other["Mid"])
-    _, again = analysis.stage_maps(pipeline, "a red box", 0, 4, 0.0)
+
+    def maps(prompt: str, at: float) -> dict[str, torch.Tensor]:
+        return next(analysis.stage_maps(pipeline, [prompt], 0, 4, at))[1]
+
+    early = maps("a red box", 0.0)
+    assert not torch.equal(early["Mid"], maps("a red box", 1.0)["Mid"])
+    assert not torch.equal(early["Mid"], maps("blue sky", 0.0)["Mid"])
+    again = maps("a red box", 0.0)
     assert all(torch.equal(early[stage], again[stage]) for stage in early)
-    assert not any(module._forward_hooks for module in pipeline.unet.modules()), "no hook is left behind"
 
 
 # Similarity
 
 
 def test_similarity_of_known_vectors():
-    a, b, c = torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[3.0, 4.0]]]), torch.tensor([[[-6.0, -8.0]]])
-    assert block_similarity([a, b, c]).tolist() == [[0.6, -1.0]]
+    outputs = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[-6.0, -8.0]]])
+    assert block_similarity(outputs).tolist() == [0.6, -1.0]
 
 
 def test_similarity_of_blocks_that_add_nothing_is_one(folder):
     pipeline = load_pipeline(str(folder))
     for path, module in pipeline.unet.mid_block.named_modules():
         if path.endswith(("attn1.to_out.0", "attn2.to_out.0", "ff.net.2")):
-            torch.nn.init.zeros_(module.weight), torch.nn.init.zeros_(module.bias)
-    found = analysis.stage_similarity(pipeline, "a red box", 0, 2)
-    assert found["Mid"].tolist() == [1.0, 1.0]                   # three blocks
-    assert found.keys() == {"DW-2", "DW-3", "Mid", "UP-1", "UP-2"} and len(found["DW-2"]) == 1
-    assert all(-1 <= value < 1 for stage in ("DW-3", "UP-1") for value in found[stage].tolist())
+            torch.nn.init.zeros_(module.weight)
+            torch.nn.init.zeros_(module.bias)
+    found = analysis.stage_similarities(pipeline, ["a red box"], 0, 2)
+    assert found["Mid"].tolist() == [[1.0, 1.0]]                 # three blocks
+    assert found.keys() == {"DW-2", "DW-3", "Mid", "UP-1", "UP-2"} and found["DW-2"].shape == (1, 1)
+    for stage in ("DW-3", "UP-1"):
+        assert (-1 <= found[stage]).all() and (found[stage] < 1).all()
 
 
-def test_similarity_averages_prompts(folder, prompts, tmp_path):
-    run("similarity", "--model", folder, "--prompts", prompts, "--steps", 2, "--seed", 5,
-        "--out", tmp_path / "s.png")
-    rows = [row for row in read(tmp_path / "s.csv") if row["stage"] == "UP-1"]
+def test_similarity_is_the_mean_over_prompts(folder, prompts, tmp_path):
+    run("similarity", "--model", folder, "--prompts", prompts, "--steps", 2, "--seed", 5, "--out", tmp_path / "s.png")
+    rows = [row for row in read_csv(tmp_path / "s.csv") if row["stage"] == "UP-1"]
     pipeline = load_pipeline(str(folder))
-    one, two = (analysis.stage_similarity(pipeline, prompt, seed, 2)["UP-1"].tolist()
-                for prompt, seed in (("a red box", 5), ("blue sky on my box", 6)))
+    one, = analysis.stage_similarities(pipeline, ["a red box"], 5, 2)["UP-1"].tolist()
+    two, = analysis.stage_similarities(pipeline, ["blue sky on my box"], 6, 2)["UP-1"].tolist()
     for row, a, b in zip(rows, one, two, strict=True):
-        assert (float(row["cosine"]) == pytest.approx((a + b) / 2)
-                and float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5))
+        assert float(row["cosine"]) == pytest.approx((a + b) / 2)
+        assert float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5)
     assert [float(row["normalised index"]) for row in rows] == [0.5, 1.0]
 
 
 # Budget and latency
 
 
-def test_budget_is_the_papers(tmp_path, capsys):
+def test_budget_is_the_papers(tmp_path):
     run("budget", "--out", tmp_path / "budget.png")
-    rows = [row for row in read(tmp_path / "budget.csv") if row["network"] == "U-Net"]
-    total = lambda name, key: sum(int(row[key]) for row in rows if row["model"] == name)
-    assert [total(name, "parameters") // 10**6 for name in ("sdxl", "1b", "700m")] == [2567, 1161, 782]
-    assert [total(name, "parameters") for name in ("sdxl", "1b", "700m")] == [
-        2_567_463_684, 1_161_184_324, 782_822_724]
-    # A count that was made in another way: 6.761, 3.432 and 2.702 TFLOP for a pass at 1024 x 1024.
-    work = [2 * total(name, "multiply-adds") / 1e12 for name in ("sdxl", "1b", "700m")]
-    assert work == pytest.approx([6.761, 3.432, 2.702], rel=2e-3)
-    transformers = sum(int(row["parameters"]) for row in rows
-                       if (row["model"], row["kind"]) == ("sdxl", "transformer"))
-    assert transformers > 0.8 * total("sdxl", "parameters")      # the bottleneck of section 3
-    assert not any(row["stage"] == "Mid" for row in rows if row["model"] == "700m")
-    texts, vae = ([row for row in read(tmp_path / "budget.csv") if row["network"].startswith(part)]
-                  for part in ("text", "VAE"))
-    assert int(texts[0]["parameters"]) // 10**6 == 817
-    assert sum(int(row["parameters"]) for row in vae if row["model"] == "sdxl") == 83_653_863
-    assert "2,567" in capsys.readouterr().out
+    rows = read_csv(tmp_path / "budget.csv")
+
+    def total(key: str, **parts: str) -> int:
+        return sum(int(row[key]) for row in rows if parts.items() <= row.items())
+
+    for name, parameters, teraflops in (("sdxl", 2_567_463_684, 6.761), ("1b", 1_161_184_324, 3.432),
+                                        ("700m", 782_822_724, 2.702)):
+        assert total("parameters", model=name, network="U-Net") == parameters  # Table 2
+        # Counted in another way, for a pass at 1024 x 1024.
+        assert 2 * total("multiply-adds", model=name, network="U-Net") / 1e12 == pytest.approx(teraflops, rel=2e-3)
+    assert total("parameters", model="sdxl", kind="transformer") > 0.8 * 2_567_463_684  # section 3's bottleneck
+    assert total("parameters", model="700m", stage="Mid") == 0
+    assert total("parameters", model="sdxl", network="text encoders") // 10**6 == 817   # Table 1
+    vae = [total("parameters", model="sdxl", network=f"VAE {part}") for part in ("encoder", "decoder")]
+    assert sum(vae) == 83_653_863
 
 
-def test_parts_of_the_work_are_all_of_it(folder):
-    config = model.read_config(UNet, folder)[0]
-    with costs.flop_counter() as counter:
-        UNet(config)(*costs.unet_inputs(config, 77, config.sample_size))
-    assert 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values()) == counter.get_total_flops()
+def test_the_counts_of_all_parts_are_those_of_the_whole(folder):
+    config = model.read_config(folder / "unet", UNetConfig.from_diffusers)
+    unet = UNet(config)
+    with costs.count_flops() as counter:
+        unet(*costs.unet_inputs(config, 77, config.sample_size))
+    counts = costs.count_unet(config, 77).values()
+    assert sum(parameters for parameters, _ in counts) == costs.count_parameters(unet)
+    assert 2 * sum(macs for _, macs in counts) == counter.get_total_flops()
 
 
-def test_latency_on_any_machine(folder, tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_latency_on_any_machine(folder, tmp_path, precision):
     run("latency", "--model", folder, "--steps", 2, "--repeat", 1, "--size", 64, "--device", "cpu",
-        "--out", tmp_path / "l.png")
-    rows = read(tmp_path / "l.csv")
-    assert [row["network"] for row in rows] == ["text encoders", "U-Net", "VAE decoder"]
-    config = replace(model.read_config(UNet, folder)[0], sample_size=8)
-    work = 2 * 2 * 2 * sum(macs for _, macs in costs.unet_parts(config, 77).values())  # steps, guidance, FLOP
-    assert float(rows[1]["TFLOP"]) == pytest.approx(work / 1e12)
-    assert all(float(row["seconds"]) > 0 for row in rows) and "paper, RTX 4090" not in rows[1]
+        "--precision", precision, "--out", tmp_path / "l.png")
+    rows = read_csv(tmp_path / "l.csv")
+    texts, vae, unet = costs.read_configs(str(folder))
+    others = costs.count_others(texts, vae, 64)
+    unet_macs = sum(macs for _, macs in costs.count_unet(replace(unet, sample_size=8), 77).values())
+    macs = {"text encoders": others["text encoders"][1], "U-Net": 2 * 2 * unet_macs,  # two steps, with guidance
+            "VAE decoder": others["VAE decoder"][1]}
+    assert [row["network"] for row in rows] == list(macs)
+    for row in rows:
+        assert float(row["TFLOP"]) == pytest.approx(2 * macs[row["network"]] / 1e12)
+        assert float(row["seconds"]) > 0 and "paper, RTX 4090" not in row
     assert float(rows[1]["by counting"]) == pytest.approx(float(rows[1]["seconds"]))
-    assert "TFLOP/s" in capsys.readouterr().out
 
 
-def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
-    ends, calls = iter([0, 100, 0, 3, 0, 1, 0, 2]), []
+def test_seconds_are_the_median_after_a_run_to_warm_up(monkeypatch):
+    ends, calls = iter([0, 3, 0, 1, 0, 2]), []
+
+    def run() -> torch.Tensor:
+        calls.append(1)
+        return torch.ones(2, 3) @ torch.ones(3, 4)
+
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ends))
-    assert costs.seconds(lambda: calls.append(1), "cpu", 3) == 2 and len(calls) == 4
+    assert costs.time_runs(run, 3) == (2 * 2 * 3 * 4, 2) and len(calls) == 4
+
+
+def test_dry_run_counts_a_step_from_sdxl_to_koala_700m(capsys):
+    args = argparse.Namespace(size=0, batch=128, micro_batch=10, out_kd=1.0, dry_run=True)
+    teacher = model.CONFIGS["sdxl"]
+    costs.dry_run(args, teacher, model.student_config(teacher, "700m"), VAEConfig(), 77, {"a": "b"})
+    printed = " ".join(capsys.readouterr().out.split())
+    for text in ("teacher 2,567,463,684, student 782,822,724", "teacher 6.761", "8.264", "4.879",
+                 "step of 128: 2548", "moments 19.56", "26.08"):
+        assert text in printed
+    costs.dry_run(args, None, model.CONFIGS["700m"], VAEConfig(), 77, {})
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "step of 128: 1682" in printed and torch.get_default_dtype() == torch.float32
 
 
 # Charts
@@ -224,57 +242,64 @@ def test_seconds_is_a_median_after_one_to_warm_up(monkeypatch):
 
 def test_ticks_are_round_and_enclose():
     for low, high in ((0, 1), (0.75, 1), (-3.2, 8.9), (0.0012, 0.0047), (5, 5.00001), (1, 1), (0.0, 0.0)):
-        found = chart.ticks(low, high)
+        found = plots.ticks(low, high)
         assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
-    assert chart.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert plots.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+def pixels_of(picture: np.ndarray, colour: str) -> np.ndarray:
+    """Where a picture (H, W, 3), below its title and legend, has exactly this colour."""
+    rgb = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    return (picture[80:] == rgb).all(axis=2)
 
 
 def test_bars_are_as_long_as_their_numbers():
-    picture = np.asarray(chart.bars("t", {"a": [[1.0, 2.0]], "b": [[4.0]]}, ["first", "second"]))
-    # Without the legend.
-    colour = lambda i: (picture == [int(chart.COLOURS[i][j:j + 2], 16) for j in (1, 3, 5)]).all(2)[80:]
-    longest = lambda i: np.sort(colour(i).sum(1))
-    first, second = longest(0), longest(1)
-    assert first[-1] / second[-1] == pytest.approx(2, rel=0.02)
+    picture = np.asarray(plots.bar_chart("t", {"a": [[1.0, 2.0]], "b": [[4.0]]}, ["first", "second"]))
+    first, second = (pixels_of(picture, plots.COLOURS[i]).sum(axis=1).max() for i in (0, 1))
+    assert first / second == pytest.approx(2, rel=0.02)
 
 
 def test_a_curve_goes_up_where_its_numbers_do():
-    picture = np.asarray(chart.lines("t", "x", "y", {"c": [(0.0, 0.0, 0.0), (1.0, 1.0, 0.1)]}))
-    blue = np.argwhere((picture == [0x00, 0x72, 0xb2]).all(2) & (np.arange(len(picture)) > 120)[:, None])
-    left, right = blue[blue[:, 1].argmin()], blue[blue[:, 1].argmax()]
+    picture = np.asarray(plots.line_chart("t", "x", "y", {"c": [(0.0, 0.0, 0.0), (1.0, 1.0, 0.1)]}))
+    points = np.argwhere(pixels_of(picture, plots.COLOURS[0]))
+    left, right = points[points[:, 1].argmin()], points[points[:, 1].argmax()]
     assert left[0] > right[0] + 200
+
+
+def test_numbers_are_readable():
+    numbers = [1234567, 2567.46, 0.123456, math.nan, "text"]
+    assert [plots.format_number(number) for number in numbers] == ["1,234,567", "2,567", "0.1235", "", "text"]
 
 
 # Bad input
 
 
-@pytest.mark.parametrize("words, told", [
-    (["attention", "--model", "nothing"], "--model nothing is neither"),
-    (["budget", "--out", "x.jpg"], "not the name of a .png file"),
-    (["similarity", "--at", "2"], "unrecognized arguments"),
-    (["latency", "--size", "60"], "the nearest: 56 or 64"),
-    (["ablation", "--table", "3e"], "invalid choice"),
-    ([], "required: COMMAND"), (["figures"], "invalid choice")])
-def test_mistakes_are_told_in_a_line_before_torch_is_imported(words, told):
-    done = subprocess.run([sys.executable, "-X", "importtime", ROOT / "analysis.py", *words],
-                          capture_output=True, text=True, env=os.environ | {"PYTHONPATH": ""})
-    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if "import time:" in line}
-    assert done.returncode in (1, 2) and not imported & {"torch", "numpy", "PIL"}
-    assert told in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error: ")
+@pytest.mark.parametrize("words", [
+    "attention --model nothing", "budget --out x.jpg", "similarity --at 2", "latency --size 60", "ablation --table 3e",
+    "", "figures"])
+def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(*words.split())
+    assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_file_of_prompts_without_any_is_told(folder, tmp_path):
-    for content, told in ((b"\n\n", "has no prompts"), (b"\xff\xfe\x80", "is not a text in UTF-8")):
-        (tmp_path / "none.txt").write_bytes(content)
-        with pytest.raises(ValueError, match=f"none.txt {told}"):
-            run("similarity", "--model", folder, "--prompts", tmp_path / "none.txt",
-                "--out", tmp_path / "s.png")
+@pytest.mark.parametrize("content", [b"\n\n", b"\xff\xfe\x80"])
+def test_a_file_without_prompts_is_named(folder, tmp_path, content):
+    (tmp_path / "none.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="none.txt"):
+        run("similarity", "--model", folder, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "s.png")
+
+
+def test_toys_are_given_captions_and_others_prompts(folder):
+    args = argparse.Namespace(prompts=None, model=["toy", str(folder)])
+    captions = analysis.read_prompts(args, 5)
+    assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
 
 
 @pytest.mark.parametrize("command", ["", "attention", "similarity", "budget", "latency", "ablation"])
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit):
-        analysis.command_line([*filter(None, [command]), "--help"])
+        run(*command.split(), "--help")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 40 and "None" not in printed

@@ -322,7 +322,7 @@ def test_every_feature_of_a_student_has_a_gradient(mode, name):
     student.set_checkpointing(mode)
     features = Features(student, all_paths(student))
     for kind in FEATURE_TYPES:
-        path = feature_paths(student, kind, "UP-2")[-1]
+        path = feature_paths(student, kind, "UP-1")[-1]
         student.zero_grad()
         with features as captured:
             student(**inputs(UNETS["sdxl"], "odd"))

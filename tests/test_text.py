@@ -1,4 +1,4 @@
-"""text.py beside transformers: the same tokens, and the same numbers."""
+"""Text encoders and tokenizers give the numbers and tokens of transformers."""
 
 import json
 from collections import Counter
@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from text import CLIPTokenizer, load_clip, load_text, save_clip
+from common import refusal, same
+from support.text import CLIPTokenizer, load_clip, load_text, save_clip
 
 PROMPTS = [
     "a portrait of a koala", "", "   ", "Don't  stop\n\tTHE koala's!!! -- it's 3.14 o'clock, we'll",
@@ -45,7 +46,7 @@ def vocabulary(tmp_path_factory):
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
-@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "as the official files say it"])
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "as in the official files"])
 def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
     special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>"}
     if wrapped:
@@ -53,22 +54,19 @@ def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
                           "rstrip": False, "single_word": False} for name, token in special.items()}
     config = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": pad, **special}
     (vocabulary / "tokenizer_config.json").write_text(json.dumps(config))
-    ours = CLIPTokenizer(*(vocabulary / name
-                           for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
+    ours = CLIPTokenizer(vocabulary)
     theirs = transformers.CLIPTokenizer.from_pretrained(vocabulary)
     expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True,
                       return_tensors="pt").input_ids
     assert torch.equal(ours(PROMPTS), expected)
-    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1, (
-        "the texts differ in their tokens")
+    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1  # the prompts differ in their tokens
 
 
-def test_the_cut_is_what_follows_the_last_token(vocabulary):
+def test_what_is_truncated_is_what_follows_the_last_token(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
-    tokenizer = CLIPTokenizer(*(vocabulary / name
-                                for name in ("vocab.json", "merges.txt", "tokenizer_config.json")))
-    assert tokenizer.cut_off("the koala the koala the") == ""
-    assert tokenizer.cut_off("the  koala The koala the  KOALA painting") == "KOALA painting"
+    tokenizer = CLIPTokenizer(vocabulary)
+    assert tokenizer.truncated("the koala the koala the") == ""
+    assert tokenizer.truncated("the  koala The koala the  KOALA painting") == "KOALA painting"
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +86,7 @@ def test_numbers_are_those_of_transformers(folder, tmp_path, name, kind, eos):
               {"format": "pt"})
     ids = torch.randint(3, config["vocab_size"] - 1, (3, 77), generator=torch.Generator().manual_seed(0))
     ids[torch.arange(3), torch.tensor([0, 40, 76])] = config["vocab_size"] - 1 if eos == 2 else eos
-    sequence, pooled = load_clip(tmp_path, name, torch.float32)(ids)
+    sequence, pooled = load_clip(tmp_path / name, torch.float32)(ids)
     expected = kind.from_pretrained(tmp_path / name, dtype=torch.float32).eval()(
         ids, output_hidden_states=True)
     torch.testing.assert_close(sequence, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
@@ -99,41 +97,45 @@ def test_numbers_are_those_of_transformers(folder, tmp_path, name, kind, eos):
 
 
 def test_older_files_have_position_ids_and_newer_ones_no_prefix(folder, tmp_path):
-    expected = load_clip(folder, "text_encoder", torch.float32).state_dict()
-    weights = load_file(folder / "text_encoder" / "model.safetensors")
+    source, target = folder / "text_encoder", tmp_path / "text_encoder"
+    expected = load_clip(source, torch.float32).state_dict()
+    weights = load_file(source / "model.safetensors")
     older = weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     newer = {name.removeprefix("text_model."): tensor for name, tensor in weights.items()}
-    for case, stored in (("older", older), ("newer", newer)):
-        (tmp_path / case / "text_encoder").mkdir(parents=True)
-        config = (folder / "text_encoder" / "config.json").read_text()
-        (tmp_path / case / "text_encoder" / "config.json").write_text(config)
-        save_file(stored, tmp_path / case / "text_encoder" / "model.safetensors")
-        found = load_clip(tmp_path / case, "text_encoder", torch.float32).state_dict()
-        assert (found.keys() == expected.keys()
-                and all(torch.equal(found[name], expected[name]) for name in found))
+    target.mkdir()
+    (target / "config.json").write_text((source / "config.json").read_text())
+    for stored in (older, newer):
+        save_file(stored, target / "model.safetensors")
+        assert same(load_clip(target, torch.float32), expected)
 
 
-def test_what_is_saved_transformers_loads(folder, tmp_path):
-    for name, kind in (("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)):
-        clip = load_clip(folder, name, torch.float16)
-        save_clip(clip, tmp_path / name)
-        again = load_clip(tmp_path, name, torch.float16)
-        assert again.config == clip.config
-        assert all(torch.equal(a, b) for a, b in zip(clip.state_dict().values(), again.state_dict().values()))
-        loaded, told = kind.from_pretrained(tmp_path / name, output_loading_info=True)
-        assert not told["missing_keys"] and not told["unexpected_keys"] and loaded.dtype == torch.float32
+@pytest.mark.parametrize("name, kind", [
+    ("text_encoder", CLIPTextModel), ("text_encoder_2", CLIPTextModelWithProjection)])
+def test_transformers_loads_what_is_saved(folder, tmp_path, name, kind):
+    clip = load_clip(folder / name, torch.float16)
+    save_clip(clip, tmp_path / name)
+    again = load_clip(tmp_path / name)
+    assert again.config == clip.config and same(again, clip.state_dict())
+    theirs, report = kind.from_pretrained(tmp_path / name, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.dtype == torch.float32
 
 
-def test_a_strange_activation_or_a_damaged_vocabulary_is_told(tmp_path):
-    folder = bundle(tmp_path)
-    (folder / "tokenizer" / "merges.txt").write_text("x y\n")
-    with pytest.raises(ValueError, match="merges.txt is damaged"):
-        load_text(folder, torch.float32)
-    (folder / "tokenizer" / "merges.txt").write_text("")
-    with pytest.raises(ValueError, match="merges.txt is empty"):
-        load_text(folder, torch.float32)
-    bundle(tmp_path)
-    path = folder / "text_encoder" / "config.json"
+@pytest.mark.parametrize("merges", ["x y\n", "", "#version: 0.2\na b c d\n"])
+def test_a_damaged_vocabulary(tmp_path, merges):
+    path = bundle(tmp_path) / "tokenizer" / "merges.txt"
+    path.write_text(merges)
+    message = refusal(load_text, tmp_path, torch.float32)
+    assert "merges.txt" in message and str(path.parent) in message
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    path = bundle(tmp_path) / "tokenizer_2" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 78}))
+    assert "78" in refusal(load_text, tmp_path)  # and the text encoder reads 77
+
+
+def test_an_activation_that_is_not_supported(tmp_path):
+    path = bundle(tmp_path) / "text_encoder" / "config.json"
     path.write_text(path.read_text().replace("quick_gelu", "relu"))
-    with pytest.raises(ValueError, match="hidden_act cannot be .relu."):
-        load_text(folder, torch.float32)
+    message = refusal(load_text, tmp_path, torch.float32)
+    assert "hidden_act" in message and "relu" in message and str(path) in message

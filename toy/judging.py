@@ -31,8 +31,9 @@ def preview(args: argparse.Namespace, pipeline: Pipeline, teacher: UNet | None, 
     prompts = [args.caption] * 4 if args.caption else PROMPTS[::9]
     if args.data == "shapes":
         prompts = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(8)]
-    rows = {name: draw(pipeline, unet, prompts) for name, unet in (("teacher", teacher), ("student", student)) if unet}
-    atomic_write(png, lambda path: image_grid(list(rows.values()), list(rows)).save(path))
+    unets = {"teacher": teacher, "student": student} if teacher else {"student": student}
+    rows = [draw(pipeline, unet, prompts) for unet in unets.values()]
+    atomic_write(png, lambda path: image_grid(rows, list(unets)).save(path))
 
 
 def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict[str, UNet]):
@@ -47,8 +48,10 @@ def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict
     if [(row["steps"], row["captions"]) for row in rows[-1:]] != [(str(steps), str(count))]:
         captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(count)]
         images = {name: draw(pipeline, unet, captions, f"judging {name}") for name, unet in unets.items()}
-        grid = [[image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]] for row in images.values()]
-        atomic_write(run / "judged.png", lambda path: image_grid(grid, list(images)).save(path))
+        rows = []
+        for row in images.values():
+            rows.append([image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]])
+        atomic_write(run / "judged.png", lambda path: image_grid(rows, list(images)).save(path))
         scores = {name: shapes.scores(row, captions) for name, row in images.items()}
         write_csv(path, header, [[name, *(f"{score:.3f}" for score in scores[name].values()), steps, count]
                                  for name in scores])

@@ -6,9 +6,9 @@ How the toy in toy/checkpoint was made: a whole SDXL in miniature, trained on ca
     python -m toy.make judge --captions 256
     python -m toy.make publish                                       # copies it to toy/checkpoint, in float16
 
-First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text is
-the second-to-last layers of two CLIP encoders, side by side; the second's pooled output and six size numbers are
-further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the plain loss.
+First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text
+is the second-to-last layers of two CLIP encoders, side by side; the second's pooled output and six size numbers
+are further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the plain loss.
 """
 
 import argparse
@@ -47,8 +47,8 @@ TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
 UNET_CONFIG = model.UNetConfig(
     channels=(16, 32, 64), heads=(1, 2, 4), context_dim=sum(TEXT_WIDTHS.values()),
     pooled_dim=TEXT_WIDTHS[ENCODERS[1]], size_dim=32, groups=8, sample_size=shapes.SIZE // VAE_CONFIG.downscale)
-# Stronger noise than SDXL's: shapes are so coarse that at its last timestep, sigma 14.6, they still showed, and the
-# initial noise of a sample, not its caption, would decide where things are. Here sigma is 73.
+# Stronger noise than SDXL's: shapes are so coarse that they still show at its last timestep, sigma 14.6, and a
+# sample's initial noise, not its caption, would decide where things are. Here sigma is 73.
 SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction", "beta_start": 0.008, "beta_end": 0.0091}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
@@ -244,12 +244,14 @@ def train(args: argparse.Namespace):
     average = copy.deepcopy(toy)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     identity = {name: getattr(args, name) for name in ("steps", "mean_steps", "batch", "lr", "decay")}
-    first_step = resume(args.out, identity, toy, optimizer, lambda folder: load(folder, toy, average)).get("step", 0)
+    state = resume(args.out, identity, toy, optimizer, lambda folder: load(folder, toy, average))
+    first_step = state.get("step", 0)
     means = MeanPictures(vae) if any(on_means(args, step) for step in range(first_step, args.steps)) else None
     # The last layer of a text encoder has no part in the second-to-last's output.
     ddp = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
     positions = micro_batches(first_step, args.steps, args.batch, args.batch // world, rank, world)
-    bar = tqdm(range(first_step, args.steps), "U-Net", args.steps, initial=first_step, unit="step", disable=rank > 0)
+    bar = tqdm(range(first_step, args.steps), "U-Net", args.steps, initial=first_step, unit="step",
+               disable=rank > 0)
 
     for step, indices in zip(bar, positions):
         torch.manual_seed(step * world + rank)
@@ -329,7 +331,7 @@ def main(argv: list[str] | None = None):
         parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
 
     count = number(int, 1)
-    add("--steps", count, 8000, "of U-Net and text encoders")
+    add("--steps", count, 6000, "of U-Net and text encoders")
     add("--mean-steps", number(int, 0), 400, "of these, the first ones of each half, on mean pictures")
     add("--vae-steps", count, 900, "of the VAE, in batches of 16")
     add("--batch", count, 16, "images in a step, over all processes")
