@@ -197,8 +197,8 @@ def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int, steps:
     unet, transformers = pipeline.unet, []                       # each with its stage and the paths of its blocks
     for stage, stage_path in model.stages(unet.config).items():
         for i, transformer in enumerate(unet.get_submodule(stage_path).attentions):
-            path, count = f"{stage_path}.attentions.{i}.transformer_blocks", len(transformer.transformer_blocks)
-            transformers.append((stage, [f"{path}.{j}" for j in range(count)]))
+            prefix, count = f"{stage_path}.attentions.{i}.transformer_blocks", len(transformer.transformer_blocks)
+            transformers.append((stage, [f"{prefix}.{j}" for j in range(count)]))
     features, cosines = model.Features(unet, sum((blocks for _, blocks in transformers), [])), defaultdict(list)
 
     def measure(step: int):
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None):
     def command(name: str, function: Callable, meaning: str, models: str = "") -> Callable:
         subparser = commands.add_parser(name, help=meaning, description=meaning)
         subparser.set_defaults(function=function)
-        subparser.add_argument("--out", type=png_path, default=Path(f"{name}.png"), metavar="PNG",
+        subparser.add_argument("--out", type=png_path, default=f"{name}.png", metavar="PNG",
                                help="and a .csv beside it")
         if models:
             subparser.add_argument("--model", type=model_name, nargs="+", default=models.split(), metavar="NAME",

@@ -147,7 +147,6 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
     if new:
         pixels = torch.stack([sample["pixels"] for sample in new]).to(device) / 127.5 - 1
         captions = [sample["caption"] for sample in new]
-        text.tokenizers[0].check_words(captions)
         mean, logvar = vae.encode(pixels.to(next(vae.parameters()).dtype))
         context, pooled = text(captions)
         for i, sample in enumerate(new):
@@ -424,7 +423,8 @@ def new_student(args: argparse.Namespace, pipeline: Pipeline, shape: model.UNetC
         torch.manual_seed(args.seed)
         student = model.UNet(model.student_config(shape, args.student))
         if args.init == "teacher":
-            model.inherit(student, model.load_unet(pipeline.unet_folder, torch.float32))
+            folder = local_folder(preset(args.teacher).source, ("unet",))
+            model.inherit(student, model.load_unet(folder, torch.float32))
     else:
         student = model.load_unet(local_folder(preset(args.init).source, ("unet",)), torch.float32)
         if args.teacher != "none" and student.config != model.student_config(shape, args.student):

@@ -25,7 +25,7 @@ import model
 from support.cli import (
     PRECISIONS, PRESETS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory, png_path,
     preset, reset_peak_memory, resolve_device, resolve_dtype, run)
-from support.files import atomic_write, local_folder
+from support.files import PARTS, atomic_write, local_folder
 from support.plots import image_grid
 from support.text import TextEncoders, load_text
 from support.vae import VAE, VAEConfig, load_vae
@@ -207,7 +207,7 @@ class Pipeline:
         Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N, those without the
         prompt first.
         """
-        text.check(prompts + [negative] * bool(negative))
+        text.warn_of_cuts(prompts + [negative] * bool(negative))
         cond = text(prompts)
         if guidance <= 1:
             return cond
@@ -282,9 +282,11 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
-    folder = unet_folder = local_folder(chosen.source, half=half)
     if unet:
+        folder = local_folder(chosen.source, tuple(part for part in PARTS if part != "unet"), half)
         unet_folder = local_folder(preset(unet).source, ("unet",), half)
+    else:
+        folder = unet_folder = local_folder(chosen.source, half=half)
     return Pipeline(folder, unet_folder, chosen, dtype, device, low_memory, compile)
 
 

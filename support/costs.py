@@ -41,7 +41,7 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
     """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json files."""
     if name in model.CONFIGS:
         return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
-    folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"))
+    folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
     return (tuple(model.read_config(Path(folder, encoder), CLIPConfig.from_dict) for encoder in ENCODERS),
             model.read_config(Path(folder, "vae"), VAEConfig.from_diffusers),
             model.read_config(Path(folder, "unet"), model.UNetConfig.from_diffusers))
@@ -82,8 +82,10 @@ def count_unet(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], t
                 parts[stage, kinds.get(name, "rest")][f"UNet.{stage_path}.{name}.{i}"] = block
     parts["rest", "rest"] = {f"UNet.{name}": child for name, child in unet.named_children() if "block" not in name}
     flops = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
-    return {part: (count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2)
-            for part, modules in parts.items()}
+    counts = {}
+    for part, modules in parts.items():
+        counts[part] = count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2
+    return counts
 
 
 def count_network(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
@@ -146,7 +148,6 @@ def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, s
     # Bytes: the student's weights, gradients and two moments in float32, and its copy in bfloat16, in which
     # the teacher is too; the VAE in float32 if it asks for that.
     weights = (4 + 4 + 8 + 2) * s + 2 * t + (4 if vae_config.force_upcast else 2) * v
-    step = args.batch * (teacher_flops + student_flops + vae_flops)
     most = "" if args.out_kd else "at most "                     # it stops after its last feature
     for name in sorted(vars(args).keys() - {"dry_run"}):
         print(f"{name:14} {getattr(args, name)}")
@@ -157,7 +158,7 @@ def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, s
 parameters   teacher {t:,}, student {s:,}{f" ({s / t - 1:+.1%})" if t else ""}, VAE {v:,}
 work         TFLOP an image: teacher {most}{teacher_flops / 1e12:.4g}, student forward and backward
              {student_flops / 1e12:.4g}, VAE encoder {vae_flops / 1e12:.4g} (once, with --cache);
-             a step of {args.batch}: {step / 1e12:.4g}
+             a step of {args.batch}: {args.batch * (teacher_flops + student_flops + vae_flops) / 1e12:.4g}
 memory       GB: weights of all, gradients and moments {weights / 1e9:.2f}; activations of {args.micro_batch} images,
              without checkpointing, {args.micro_batch * activations / 1e9:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
@@ -258,8 +259,7 @@ def latency(args: argparse.Namespace, denoise: Callable[[model.UNet, Tensor, lis
     header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
               f"at {PAPER_RATE / 1e12:g} TFLOP/s"]
     rows, bars, rate = [], {}, None
-    networks = product(args.model, ("text encoders", "U-Net", "VAE decoder"))
-    for name, network in tqdm(list(networks), "latency", unit="network"):
+    for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
         texts, vae, unet = read_configs(name)
         size = args.size or unet.sample_size * vae.downscale
         unet = replace(unet, sample_size=size // vae.downscale)

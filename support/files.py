@@ -18,12 +18,13 @@ PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_
 WEIGHTS = re.compile(r"(diffusion_pytorch_|/)model(-\d+-of-\d+)?(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 
 
-def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False) -> Path:
+def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False,
+                 weights: bool = True) -> Path:
     """
     The folder of a model: `source` itself if it is one, or else a hub id's snapshot, downloaded if need be.
 
-    Of a hub id only `parts` are downloaded, and of two variants of weights only one: float16 if `half`. Raises
-    FileNotFoundError, one line that says what to do.
+    Of a hub id only `parts` are downloaded, and of two variants of weights only one, float16 if `half`, or none.
+    Raises FileNotFoundError, one line that says what to do.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -47,12 +48,13 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
                 f"({error_summary(error)}); elsewhere run: hf download {source}, then give its folder or set HF_HOME"
             ) from None
     try:
-        return Path(snapshot_download(source, allow_patterns=bundle_files(names, parts, half)))
+        return Path(snapshot_download(source, allow_patterns=bundle_files(names, parts, half, weights)))
     except Exception as error:
         raise FileNotFoundError(f"the download of {source} failed: {error_summary(error)}; run this again") from None
 
 
-def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False) -> list[str]:
+def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False,
+                 weights: bool = True) -> list[str]:
     """
     Of the files of a model those that are read: configurations, vocabularies, one variant of the weights.
 
@@ -63,11 +65,12 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
         own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
         if parts == ("unet",):
             own = own or [name for name in names if "/" not in name]  # a repository of a U-Net alone
-        weights = [name for name in own if WEIGHTS.search(name)]
-        fp16 = [name for name in weights if ".fp16" in name]
-        plain = [name for name in weights if ".fp16" not in name]
+        wanted += [name for name in own if name.endswith((".json", ".txt"))]
+        fp16 = [name for name in own if WEIGHTS.search(name) and ".fp16" in name]
+        plain = [name for name in own if WEIGHTS.search(name) and ".fp16" not in name]
         first, second = (fp16, plain) if half and part != "vae" else (plain, fp16)
-        wanted += [name for name in own if name.endswith((".json", ".txt"))] + (first or second)
+        if weights:
+            wanted += first or second
     return wanted
 
 

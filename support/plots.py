@@ -32,7 +32,7 @@ def format_number(value: object) -> str:
 
 def print_table(header: list[str], rows: list[list]) -> list[list[str]]:
     """Prints a table, and returns its cells as text."""
-    cells = [[format_number(value) for value in row] for row in rows]
+    cells = [list(map(format_number, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells)]
     for first, *rest in [header, *cells]:
         print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
@@ -151,7 +151,7 @@ def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]
 
 def draw_table(title: str, header: list[str], cells: list[list[str]]) -> Image.Image:
     """Cells of text, the first column to the left, the others to the right."""
-    widths = [max(text_width(cell, 15) for cell in column) + 28 for column in zip(header, *cells)]
+    widths = [math.ceil(max(map(font(15).getlength, column))) + 28 for column in zip(header, *cells)]
     line = 26
     picture = Image.new("RGB", (max(WIDTH, sum(widths) + 16), line * (len(cells) + 1) + 16), "white")
     draw = ImageDraw.Draw(picture)

@@ -156,10 +156,10 @@ def ablation(args: argparse.Namespace):
     for seed, table in product(range(args.seeds), tables):
         runs |= {(row.features, row.blocks, seed): None for row in TABLE[table].values()}
     for i in tqdm(range(0, len(runs), args.jobs), "runs"):       # once a run has failed, no other is started
-        some = list(runs)[i:i + args.jobs]
+        group = list(runs)[i:i + args.jobs]
         with ThreadPoolExecutor(args.jobs) as pool:
-            folders = list(pool.map(lambda run: run_distill(args, *run), some))
-        for run, folder in zip(some, folders):
+            folders = list(pool.map(lambda run: run_distill(args, *run), group))
+        for run, folder in zip(group, folders):
             runs[run] = score(folder, args.steps, teacher, prompts)
 
     rows, cells, findings = [], [], []

@@ -183,7 +183,15 @@ class CLIPTokenizer:
         return AddedToken(found["content"], normalized=found.get("normalized", False))
 
     def __call__(self, texts: list[str]) -> Tensor:
-        """Token ids (B, L): start, as much of the text as there is room for, end, padding."""
+        """
+        Token ids (B, L): start, as much of the text as there is room for, end, padding.
+
+        Raises ValueError for words that are not in a small vocabulary.
+        """
+        unknown = sorted(set(" ".join(texts).lower().split()) - set(self.words)) if self.words else []
+        if unknown:
+            raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
+                             f"{', '.join(self.words)}. A larger one knows more, such as 700m")
         rows = []
         for encoding in self.bpe.encode_batch(texts, add_special_tokens=False):
             row = [self.start, *encoding.ids[:self.length - 2], self.end]
@@ -194,14 +202,6 @@ class CLIPTokenizer:
         """The end of a text that does not fit into `length` tokens."""
         offsets = self.bpe.encode(text, add_special_tokens=False).offsets[self.length - 2:]
         return text[offsets[0][0]:] if offsets else ""
-
-    def check_words(self, texts: list[str]):
-        """Raises ValueError for words that are not in a small vocabulary."""
-        if self.words is None:
-            return
-        if unknown := sorted(set(" ".join(texts).lower().split()) - set(self.words)):
-            raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
-                             f"{', '.join(self.words)}. A larger one knows more, such as 700m")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -215,11 +215,11 @@ class TextEncoders(nn.Module):
         super().__init__()
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
 
-    def check(self, prompts: list[str]):
-        """Warns of what is cut off; raises ValueError for words that are not in a small vocabulary."""
-        self.tokenizers[0].check_words(prompts)
+    def warn_of_cuts(self, prompts: list[str]):
+        """Prints what of the prompts CLIP does not read."""
         for prompt in dict.fromkeys(prompts):
-            if rest := self.tokenizers[0].truncated(prompt):
+            rest = self.tokenizers[0].truncated(prompt)
+            if rest:
                 print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that "
                       f"CLIP reads; cut: {rest!r}", file=sys.stderr)
 

@@ -240,15 +240,15 @@ unet(*x).square().mean().backward()
 
 def resident():
     """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
-    from support.costs import networks, random_weights
+    from support.costs import random_weights, read_configs
     from support.text import CLIP, ENCODERS, save_clip
 
-    found = networks("700m")
+    texts, vae_config, unet_config = read_configs("700m")
     with tempfile.TemporaryDirectory() as folder:
         bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
-        model.save_unet(random_weights(lambda: model.UNet(found.unet), torch.float16, "cpu"), bundle / "unet")
-        save_vae(random_weights(lambda: VAE(found.vae), torch.float16, "cpu"), bundle / "vae")
-        for i, (name, config) in enumerate(zip(ENCODERS, found.texts)):
+        model.save_unet(random_weights(lambda: model.UNet(unet_config), torch.float16, "cpu"), bundle / "unet")
+        save_vae(random_weights(lambda: VAE(vae_config), torch.float16, "cpu"), bundle / "vae")
+        for i, (name, config) in enumerate(zip(ENCODERS, texts)):
             save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"),
                       bundle / name)
         for flags in ([], ["--low-memory"]):

@@ -103,16 +103,18 @@ def same(network: nn.Module, weights: dict[str, Tensor]) -> bool:
     """Whether the names, dtypes and bits of a network's tensors are these."""
     ours = network.state_dict()
     return ours.keys() == weights.keys() and all(
-        ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor) for name, tensor in weights.items())
+        ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
+        for name, tensor in weights.items())
 
 
 def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
-    """Writes weights as three files and their index, as diffusers does; `half` names them as its fp16 variant."""
-    names, files = list(weights), [f"{WEIGHTS}{'.fp16' * half}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
+    """Writes weights as three files and their index, as diffusers does; `half` gives the names of fp16."""
+    variant, names = ".fp16" * half, list(weights)
+    files = [f"{WEIGHTS}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
     for i, file in enumerate(files):
         save_file({name: weights[name] for name in names[i::3]}, folder / file)
     index = {"weight_map": {name: files[i % 3] for i, name in enumerate(names)}}
-    (folder / f"{WEIGHTS}.safetensors.index{'.fp16' * half}.json").write_text(json.dumps(index))
+    (folder / f"{WEIGHTS}.safetensors.index{variant}.json").write_text(json.dumps(index))
     return [folder / file for file in files]
 
 

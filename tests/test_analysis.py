@@ -19,6 +19,7 @@ from analysis import attention_map, block_similarity, find_query, main, on_objec
 from model import UNet, UNetConfig
 from sample import load_pipeline
 from support import costs, plots
+from support.data import PROMPTS
 from support.files import read_csv
 from support.vae import VAEConfig
 from toy import shapes
@@ -105,7 +106,8 @@ def test_attention_measures_every_stage_with_self_attention(folder, prompts, tmp
     command = ("attention", "--model", folder, small, "--prompts", prompts, "--steps", 2, "--out")
     run(*command, tmp_path / "a.png")
     rows, expected = read_csv(tmp_path / "a.csv"), []
-    for name, stages in ((folder.name, ("DW-2", "DW-3", "Mid", "UP-1", "UP-2")), ("700m", ("DW-2", "DW-3", "UP-1", "UP-2"))):
+    for name, stages in ((folder.name, ("DW-2", "DW-3", "Mid", "UP-1", "UP-2")),
+                         ("700m", ("DW-2", "DW-3", "UP-1", "UP-2"))):
         for prompt in ("a red box", "blue sky on my box"):
             expected += [(name, prompt, stage) for stage in stages]
     assert [(Path(row["model"]).name, row["prompt"], row["stage"]) for row in rows] == expected
@@ -290,10 +292,12 @@ def test_a_file_without_prompts_is_named(folder, tmp_path, content):
         run("similarity", "--model", folder, "--prompts", tmp_path / "none.txt", "--out", tmp_path / "s.png")
 
 
-def test_toys_are_given_captions_and_others_prompts(folder):
+def test_small_vocabularies_are_given_captions_and_others_prompts(folder, monkeypatch):
     args = argparse.Namespace(prompts=None, model=["toy", str(folder)])
     captions = analysis.read_prompts(args, 5)
     assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
+    monkeypatch.setattr(analysis.CLIPTokenizer, "SMALL", 0)
+    assert analysis.read_prompts(args, 5) == PROMPTS
 
 
 @pytest.mark.parametrize("command", ["", "attention", "similarity", "budget", "latency", "ablation"])

@@ -176,23 +176,43 @@ class Parts(NamedTuple):
         return {name: parameter.grad for name, parameter in self.student.named_parameters()}
 
 
-@pytest.fixture
-def parts(run, monkeypatch):
+    def but(self, *flags) -> "Parts":
+        """The same networks, and other weights of the terms or other features."""
+        args = parse_args([*flags])
+        return self._replace(args=args, matched=match_features(self.student, self.teacher, args.features))
+
+
+@pytest.fixture(scope="module")
+def parts(teacher, tmp_path_factory):
     """The parts of a run of distill.py with these flags, which ends where the training would begin."""
     def parts(*flags) -> Parts:
         found = []
-        with monkeypatch.context() as patch:
+        flags = ["--teacher", teacher, "--out", tmp_path_factory.mktemp("parts"), *RUN, *flags]
+        with pytest.MonkeyPatch.context() as patch:
             patch.setattr(distill, "train", lambda *parts: found.append(Parts(*parts)) or 15)
-            assert run(*flags, out="parts") == 128 + 15
+            assert distill.main([*map(str, flags)]) == 128 + 15
         return found[0]
     return parts
 
 
+@pytest.fixture(scope="module")
+def given(parts):
+    return parts()
+
+
+@pytest.fixture
+def unhooked(given):
+    """Removes hooks that a test adds."""
+    before = {module: dict(module._forward_hooks) for module in given.teacher.modules()}
+    yield
+    for module, hooks in before.items():
+        module._forward_hooks.clear()
+        module._forward_hooks.update(hooks)
+
+
 @pytest.mark.parametrize("term", TERMS)
-def test_each_term_alone_has_a_gradient_that_checkpointing_leaves_as_it_is(parts, term):
-    given = parts()
-    for name in TERMS:
-        setattr(given.args, name, float(name == term))
+def test_each_term_alone_has_a_gradient_that_checkpointing_leaves_as_it_is(given, term):
+    given = given.but(*itertools.chain(*([f"--{name.replace('_', '-')}", str(int(name == term))] for name in TERMS)))
     batch, gradients = given.batch(0, 1), {}
     for mode in ("none", "selective", "full"):
         given.student.set_checkpointing(mode)

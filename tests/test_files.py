@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from common import FILE, HALF_FILE, WEIGHTS, refusal, save_shards
 from sample import load_pipeline
 from support import files
-from support.files import atomic_folder, atomic_write, bundle_files, local_folder, read_csv, write_csv, write_json
+from support.files import (
+    atomic_folder, atomic_write, bundle_files, local_folder, read_csv, write_csv, write_json)
 
 # ------------------------------------------------------------------------------------------------------------
 # Written beside and renamed into place
@@ -101,13 +102,15 @@ def test_json_and_csv(tmp_path):
 # Which files of a model are downloaded
 
 SDXL = """
-    .gitattributes README.md model_index.json sd_xl_base_1.0.safetensors 01.png scheduler/scheduler_config.json
+    .gitattributes README.md model_index.json sd_xl_base_1.0.safetensors scheduler/scheduler_config.json
     text_encoder/config.json text_encoder/flax_model.msgpack text_encoder/model.fp16.safetensors
     text_encoder/model.onnx text_encoder/model.safetensors text_encoder/openvino_model.bin
     text_encoder_2/config.json text_encoder_2/model.fp16.safetensors text_encoder_2/model.onnx_data
     text_encoder_2/model.safetensors text_encoder_2/openvino_model.xml
-    tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
-    tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    tokenizer/merges.txt tokenizer/special_tokens_map.json
+    tokenizer/tokenizer_config.json tokenizer/vocab.json
+    tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json
+    tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
     unet/config.json unet/diffusion_flax_model.msgpack unet/diffusion_pytorch_model.fp16.safetensors
     unet/diffusion_pytorch_model.safetensors unet/diffusion_pytorch_model.bin unet/model.onnx
     unet/diffusion_pytorch_model.non_ema.safetensors
@@ -116,18 +119,21 @@ SDXL = """
     unet/old/diffusion_pytorch_model.safetensors""".split()
 SMALL_FILES = """
     model_index.json scheduler/scheduler_config.json text_encoder/config.json text_encoder_2/config.json
-    tokenizer/merges.txt tokenizer/special_tokens_map.json tokenizer/tokenizer_config.json tokenizer/vocab.json
-    tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
+    tokenizer/merges.txt tokenizer/special_tokens_map.json
+    tokenizer/tokenizer_config.json tokenizer/vocab.json
+    tokenizer_2/merges.txt tokenizer_2/special_tokens_map.json
+    tokenizer_2/tokenizer_config.json tokenizer_2/vocab.json
     unet/config.json vae/config.json""".split()
 
 
 @pytest.mark.parametrize("half, variant", [(False, ""), (True, ".fp16")])
 def test_one_variant_of_the_weights_is_downloaded(half, variant):
     weights = [f"text_encoder/model{variant}.safetensors", f"text_encoder_2/model{variant}.safetensors",
-               f"unet/diffusion_pytorch_model{variant}.safetensors", "vae/diffusion_pytorch_model.safetensors"]
+               f"unet/{WEIGHTS}{variant}.safetensors", f"vae/{FILE}"]
     assert sorted(bundle_files(SDXL, half=half)) == sorted(SMALL_FILES + weights)
     unet = ["model_index.json", "unet/config.json", weights[2]]
     assert sorted(bundle_files(SDXL, ("unet",), half)) == unet
+    assert sorted(bundle_files(SDXL, half=half, weights=False)) == sorted(SMALL_FILES)
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -210,12 +216,15 @@ def test_a_download_is_complete(served, tmp_path, dtype, shards):
     pipeline = load_pipeline("a/model", dtype=dtype)
     expected = half if dtype == torch.float16 else plain
     assert torch.equal(pipeline.unet.conv_in.bias, expected["conv_in.bias"])
-    assert len([name for name in served if name.startswith("unet/diff") and name.endswith(".safetensors")]) == (
-        3 if shards else 1)
+    weights = [name for name in served if name.startswith("unet/") and name.endswith(".safetensors")]
+    assert len(weights) == (3 if shards else 1)
     assert "README.md" not in served and len(served) == len(set(served))
     served.clear()
     load_pipeline(hub, "a/model", dtype)
     assert served and all(name.startswith("unet/") or name == "model_index.json" for name in served)
+    served.clear()
+    load_pipeline("a/model", hub, dtype)
+    assert served and not any(name.startswith("unet/") for name in served)
 
 
 def test_a_download_that_fails(served, hub, monkeypatch, tmp_path):

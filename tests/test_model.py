@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import model
 from common import (
-    ANSWERS, FILE, HALF_FILE, SIZES, UNETS, digest, draw, fill, inputs, refusal, relative_error, same, save_shards)
+    ANSWERS, FILE, HALF_FILE, SIZES, UNETS, digest, draw, fill, inputs, refusal, relative_error, same,
+    save_shards)
 from model import (
     CONFIGS, FEATURE_TYPES, Features, UNet, UNetConfig, feature_paths, inherit, load_unet, save_unet, stages,
     student_config)
@@ -247,7 +248,8 @@ def hook_by_definition(network: UNet) -> dict:
             take_output(path, module)
     for blocks in ("down_blocks", "up_blocks"):
         for i, stage in enumerate(getattr(network, blocks)[:-1]):
-            take_output(f"{blocks}.{i}", (stage.downsamplers if blocks == "down_blocks" else stage.upsamplers)[0])
+            samplers = stage.downsamplers if blocks == "down_blocks" else stage.upsamplers
+            take_output(f"{blocks}.{i}", samplers[0])
     bottom = f"down_blocks.{len(network.down_blocks) - 1}"
     if network.config.mid_depth:
         take_input(bottom, network.mid_block)
@@ -290,7 +292,7 @@ def gradients(network: torch.nn.Module, features: Features, given: dict) -> tupl
     loss.backward()
     assert features.captured is None
     assert captured.keys() == before.keys() == set(features.paths)
-    assert all(captured[path] is before[path] for path in before)  # the backward pass adds and replaces nothing
+    assert all(captured[path] is before[path] for path in before)  # the backward pass captures nothing
     grads = [parameter.grad for parameter in network.parameters()]
     network.zero_grad()
     return loss.detach(), *grads

@@ -180,7 +180,8 @@ def test_noise_and_targets_are_those_of_the_sampler():
 def test_pictures_are_those_of_diffusers(name, tmp_path):
     case = CASES[name]
     ours = load_pipeline(case.bundle(tmp_path))(
-        list(case.PROMPTS), case.negative, case.steps, case.guidance, list(case.SEEDS), case.height, case.width)
+        list(case.PROMPTS), case.negative, case.steps, case.guidance, list(case.SEEDS),
+        case.height, case.width)
     stored = load_file(ROOT / "tests" / "answers" / "sample.safetensors")[name].numpy()
     assert pixels(ours).shape == stored.shape and stored.std() > 40
     assert np.abs(pixels(ours) - stored).max() <= 2
@@ -213,7 +214,8 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
 
 
 def test_one_seed_is_for_all_prompts(pipeline):
-    assert same(pipeline(["a box", "a box"], seed=5, **SMALL), pipeline(["a box", "a box"], seed=[5, 5], **SMALL))
+    prompts = ["a box", "a box"]
+    assert same(pipeline(prompts, seed=5, **SMALL), pipeline(prompts, seed=[5, 5], **SMALL))
     for prompts, seeds in ((["a box"], [1, 2]), ([], 0), ([], [])):
         assert "seeds" in refusal(pipeline, prompts, seed=seeds)
 
@@ -343,7 +345,8 @@ def test_the_same_command_gives_the_same_bytes(program, folder, tmp_path):
 
     # The settings in the file are enough to draw it again.
     [settings] = json.loads(Image.open("a.png").text["settings"])
-    assert settings["prompt"] == ["a red box"] and settings["guidance"] == 7.5 and settings["precision"] == "fp32"
+    assert settings["prompt"] == ["a red box"] and settings["guidance"] == 7.5
+    assert settings["precision"] == "fp32"
     flags = []
     for name, value in settings.items():
         if value not in (None, False):
@@ -351,7 +354,8 @@ def test_the_same_command_gives_the_same_bytes(program, folder, tmp_path):
     sample.main([*flags, "--out", "c.png"])
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "c.png").read_bytes()
 
-    program("--prompt", "a red box", "--model", folder, "--seed", "1", "--negative", "", *FLAGS, "--out", "d.png")
+    program("--prompt", "a red box", "--model", folder, "--seed", "1", "--negative", "", *FLAGS,
+            "--out", "d.png")
     second = Image.open("a.png").crop((48, 0, 96, 32))
     assert np.abs(pixels([second]) - pixels([Image.open("d.png")])).max() <= 1
 
@@ -464,15 +468,17 @@ def test_damaged_weights_are_named(program, folder, tmp_path):
     ("scheduler/scheduler_config.json", "steps_offset", None),
     ("unet/config.json", "norm_num_groups", 0), ("unet/config.json", "norm_num_groups", 7),
     ("unet/config.json", "attention_head_dim", [3, 3, 5]), ("unet/config.json", "sample_size", None),
-    ("unet/config.json", "layers_per_block", 0), ("unet/config.json", "block_out_channels", ["32", "64", "96"]),
-    ("unet/config.json", "block_out_channels", []), ("unet/config.json", "cross_attention_dim", 10**9),
+    ("unet/config.json", "layers_per_block", 0), ("unet/config.json", "block_out_channels", []),
+    ("unet/config.json", "block_out_channels", ["32", "64", "96"]),
+    ("unet/config.json", "cross_attention_dim", 10**9),
     ("vae/config.json", "norm_num_groups", 0), ("vae/config.json", "scaling_factor", None),
     ("vae/config.json", "scaling_factor", float("inf")),
     ("text_encoder/config.json", "num_attention_heads", 3), ("text_encoder/config.json", "hidden_act", []),
     ("text_encoder_2/config.json", "eos_token_id", None),
     ("tokenizer/tokenizer_config.json", "model_max_length", None),
     ("tokenizer_2/tokenizer_config.json", "model_max_length", 0),
-    ("tokenizer/tokenizer_config.json", "bos_token", None), ("tokenizer_2/tokenizer_config.json", "pad_token", ""),
+    ("tokenizer/tokenizer_config.json", "bos_token", None),
+    ("tokenizer_2/tokenizer_config.json", "pad_token", ""),
     ("preset.json", "steps", 0), ("preset.json", "guidance", 0.5), ("preset.json", "guidance", float("inf")),
     ("preset.json", "spacing", "foo")])
 def test_bad_values_are_reported(folder, tmp_path, path, key, value):
@@ -557,14 +563,16 @@ def test_help_fits_a_screen(program, monkeypatch):
     assert "None" not in printed.out and printed.out.count("[toy]") == 1
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"step": 3}', '{"steps": "x"}', '{"guidance": null}', "[" * 100_000])
+@pytest.mark.parametrize("text", [
+    "{", "[]", '{"step": 3}', '{"steps": "x"}', '{"guidance": null}', "[" * 100_000])
 def test_a_broken_preset_is_named(text, tmp_path):
     (tmp_path / "preset.json").write_text(text)
     assert str(tmp_path / "preset.json") in refusal(preset, str(tmp_path))
 
 
 def test_presets(tmp_path):
-    assert preset("lightning-700m")[1:] == (10, 3.5, "trailing") == preset("etri-vilab/koala-lightning-700m")[1:]
+    for name in ("lightning-700m", "etri-vilab/koala-lightning-700m"):
+        assert preset(name)[1:] == (10, 3.5, "trailing")
     assert preset("toy") == preset(ROOT / "toy" / "checkpoint") and preset(tmp_path)[1:] == (25, 7.5, None)
     (tmp_path / "preset.json").write_text('{"steps": 4, "guidance": 2, "spacing": "trailing"}')
     assert preset(tmp_path) == (str(tmp_path), 4, 2.0, "trailing")

@@ -94,7 +94,8 @@ def test_ablation_does_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
     assert read_csv(tmp_path / "t.csv") == rows
 
 
-@pytest.mark.parametrize("log, status, message", [("error: the disk is full\n", 1, "the disk is full"), ("", -9, "-9")])
+@pytest.mark.parametrize("log, status, message", [
+    ("error: the disk is full\n", 1, "the disk is full"), ("", -9, "-9")])
 def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch, log, status, message):
     started = []
 

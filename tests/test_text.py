@@ -59,7 +59,7 @@ def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
     expected = theirs(PROMPTS, padding="max_length", max_length=77, truncation=True,
                       return_tensors="pt").input_ids
     assert torch.equal(ours(PROMPTS), expected)
-    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1  # the prompts differ in their tokens
+    assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1  # they differ in their tokens
 
 
 def test_what_is_truncated_is_what_follows_the_last_token(vocabulary):

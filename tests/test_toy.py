@@ -1,22 +1,26 @@
 """The embedded toy: its bundle, what it draws, and the script that made it."""
 
-import json
-import runpy
+import ast
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from runs import checkpoint, contents, equal
+from safetensors.torch import load_file
 
 import model
-from options import PRESETS, program
+import sample
 from sample import load_pipeline
+from support import cli
+from support.cli import PRESETS
+from support.cli import TOY as CHECKPOINT
+from support.vae import load_vae
 from toy import make, shapes
 
-CHECKPOINT = Path(PRESETS["toy"].source)
 PROMPT = "a red circle left of a blue square"
 
 
@@ -28,11 +32,11 @@ def toy():
 def test_the_bundle_is_small_and_has_sdxls_topology():
     assert sum(path.stat().st_size for path in CHECKPOINT.rglob("*") if path.is_file()) <= 20e6
     unet = model.load_unet(CHECKPOINT)
-    assert unet.config == make.UNET and {p.dtype for p in unet.parameters()} == {torch.float16}
+    assert unet.config == make.UNET_CONFIG and {p.dtype for p in unet.parameters()} == {torch.float16}
     assert unet.config.depths == model.CONFIGS["sdxl"].depths and unet.config.pairs == 2
     student = model.student_config(unet.config, "700m")
-    count = lambda config: sum(torch.Size(shape).numel() for shape in model.meta_shapes(config).values())
-    assert count(student) / count(unet.config) == pytest.approx(782_822_724 / 2_567_463_684, abs=0.005)
+    ours, theirs = (sum(p.numel() for p in model.UNet(config).parameters()) for config in (student, unet.config))
+    assert ours / theirs == pytest.approx(782_822_724 / 2_567_463_684, abs=0.005)
 
 
 def test_every_word_of_a_caption_is_one_token(toy):
@@ -56,54 +60,56 @@ def test_diffusers_draws_the_same(toy):
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(CHECKPOINT)
     theirs.set_progress_bar_config(disable=True)
-    expected = theirs(PROMPT, num_inference_steps=25, guidance_scale=PRESETS["toy"].guidance,
+    expected = theirs(PROMPT, num_inference_steps=10, guidance_scale=PRESETS["toy"].guidance,
                       generator=torch.Generator().manual_seed(3)).images[0]
-    difference = np.abs(np.int16(toy([PROMPT], seed=3)[0]) - np.int16(expected))
+    difference = np.abs(np.int16(toy([PROMPT], seed=3, steps=10)[0]) - np.int16(expected))
     assert difference.max() <= 2
 
 
 def test_unknown_words_are_named(toy):
-    with pytest.raises(ValueError, match=r"does not know dog, pink; it knows .*triangle.*such as 700m"):
+    with pytest.raises(ValueError, match=r"dog, pink.*triangle"):
         toy(["a pink dog"])
 
 
-def test_a_damaged_bundle_says_what_is_missing_and_how_to_make_it(tmp_path, monkeypatch):
-    shutil.copytree(CHECKPOINT, tmp_path / "toy", ignore=shutil.ignore_patterns("vae"))
-    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(source=str(tmp_path / "toy")))
-    with pytest.raises(SystemExit, match=r"^error: no vae/config.json in .*; git checkout toy restores it"):
-        program(lambda: load_pipeline("toy"), "")
-    shutil.copytree(CHECKPOINT / "vae", tmp_path / "toy" / "vae")
-    (tmp_path / "toy" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
-    with pytest.raises(SystemExit, match=r"safetensors is cut or damaged.*; git checkout toy restores it"):
-        program(lambda: load_pipeline("toy"), "")
-    with pytest.raises(SystemExit) as found:
-        program(lambda: load_pipeline("./nowhere"), "")
-    assert "no folder ./nowhere" in found.value.code and "checkout" not in found.value.code
+def test_a_damaged_bundle_says_how_to_restore_it(tmp_path, monkeypatch):
+    def message(action) -> str:
+        with pytest.raises(SystemExit, match="^error: ") as error:
+            cli.run(action, "")
+        return error.value.code
 
-    def refuse():
-        raise ValueError(f"--data: {tmp_path / 'toy'} has no image with a caption")
-
-    with pytest.raises(SystemExit, match="caption$"):
-        program(refuse, "")
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "toy", ignore=shutil.ignore_patterns("vae"))
+    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(source=str(folder)))
+    monkeypatch.setattr(cli, "TOY", folder)
+    missing = message(lambda: load_pipeline("toy"))
+    assert "vae" in missing and "git checkout toy" in missing
+    shutil.copytree(CHECKPOINT / "vae", folder / "vae")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"half")
+    damaged = message(lambda: load_pipeline("toy"))
+    assert "safetensors" in damaged and "git checkout toy" in damaged
+    assert "git checkout" not in message(lambda: load_pipeline("./nowhere"))
 
 
-@pytest.mark.parametrize("words, told", [
-    ("judge --out runs/none", "runs/none has no bundle to judge: train it first"),
-    ("publish --out runs/none", "no bundle to publish"), ("--out README.md", "README.md is a file"),
-    ("--out ", "--out: is blank"), ("--steps 0", "--steps: 0 is not")])
-def test_slips_in_the_command_line_of_its_making(monkeypatch, capsys, words, told):
-    monkeypatch.setattr(sys, "argv", ["make", *words.split(" ")])
-    monkeypatch.chdir(Path(model.__file__).parent)
-    with pytest.raises(SystemExit) as found:
-        runpy.run_path(make.__file__, run_name="__main__")
-    printed = capsys.readouterr().err
-    assert found.value.code == 2 and printed.startswith("error: ") and told in printed
-    assert printed.count("\n") == 1
+@pytest.mark.parametrize("words", [
+    "judge --out runs/none", "publish --out runs/none", "--out ", "--steps 0", "--batch 3", "paint", "--lr -1"])
+def test_slips_in_the_command_line_of_its_making(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as exit:
+        make.main(words.split(" "))
+    err = capsys.readouterr().err
+    assert exit.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+    assert words.split(" ")[-1] in err and not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Its making
 
 
 @pytest.fixture(scope="module")
 def vae():
-    return model.load_vae(CHECKPOINT, torch.float32).requires_grad_(False)
+    vae = load_vae(CHECKPOINT, torch.float32).requires_grad_(False)
+    make.set_scaling_factor(vae, 64)
+    return vae
 
 
 @pytest.fixture(scope="module")
@@ -112,48 +118,104 @@ def means(vae):
 
 
 def test_mean_pictures_are_means_of_pictures(vae, means):
-    """Of the same places, told by colour and shape: nearly what the pictures themselves have in the mean."""
+    """Of one caption's places, nearly what pictures themselves have in the mean."""
     kinds = (("red", "circle"), ("blue", "square"))
     scenes = [shapes.scene(shapes.TRAIN_SEED, index) for index in range(8)]
     images = [shapes.render(shapes.Scene([o._replace(colour=colour, shape=shape)
                                           for o, (colour, shape) in zip(scene.objects, kinds)], None))
               for scene in scenes if scene.relation == "above"]
     true = vae.encode(make.pixels(images))[0].mean(0) * vae.config.scaling_factor
-    told, swapped = means(["a red circle above a blue square", "a blue square above a red circle"])
-    error = lambda guess: ((guess - true).norm() / (true - means.empty).norm()).item()
-    assert error(told) < 0.2 < 0.5 < error(swapped)
+    right, swapped = means(["a red circle above a blue square", "a blue square above a red circle"])
+
+    def error(guess: torch.Tensor) -> float:
+        return ((guess - true).norm() / (true - means.empty).norm()).item()
+
+    assert error(right) < 0.2 < 0.5 < error(swapped)
 
 
-def test_latents_are_scaled_to_their_standard_deviation():
-    other = model.load_vae(CHECKPOINT, torch.float32)
-    published, other.config = other.config, replace(other.config, scaling_factor=1.0)
-    assert make.scaled(other, 64).config.scaling_factor == pytest.approx(published.scaling_factor, rel=0.05)
+def test_scaled_latents_have_unit_variance(vae):
+    """Those of other pictures than the ones that the factor was measured on, too."""
+    images, captions = make.pictures(range(64, 128))
+    assert images.shape == (64, 3, 64, 64) and captions[0] == shapes.caption(shapes.TRAIN_SEED, 64)
+    means = vae.encode(images)[0] * vae.config.scaling_factor
+    assert means.std().item() == pytest.approx(1, rel=0.05)
+    latents, timesteps, texts = make.examples(range(64, 128), vae, None)
+    assert 1 < latents.std() < 1.2 and texts == captions         # the VAE's own noise comes on top
+    assert timesteps.min() < 100 and timesteps.max() > 900
 
 
-def test_training_resumes_and_leaves_a_bundle(means, tmp_path, monkeypatch):
-    """Three steps, on means, a picture and means, stopped after the first or not, give the same weights."""
-    def run(folder: Path, steps: int):
-        monkeypatch.setattr(sys, "argv", [
-            "make", "--steps", str(steps), "--vae-steps", "2", "--batch", "2", "--decay", "0.1",
-            "--mean-steps", "1", "--captions", "1", "--out", str(folder)])
-        make.main(make.command_line())
+@pytest.mark.xfail(reason="remove this line when weights of this schedule are published", strict=True)
+def test_the_checkpoint_is_of_the_recipe():
+    assert model.read_json(CHECKPOINT / "scheduler" / "scheduler_config.json") == make.SCHEDULER
+    assert model.read_json(CHECKPOINT / "model_index.json") == make.INDEX
+    published = load_vae(CHECKPOINT, torch.float32)
+    means = published.encode(make.pictures(range(64))[0])[0] * published.config.scaling_factor
+    assert means.std().item() == pytest.approx(1, rel=0.05)
 
+
+@pytest.fixture
+def train(means, monkeypatch):
+    """Trains a smaller toy for three steps, on mean pictures, a picture and mean pictures, without judging it."""
     monkeypatch.setattr(make, "MeanPictures", lambda vae: means)  # these four take a while
-    monkeypatch.setattr(make, "UNET", replace(make.UNET, depths=(0, 1, 1), mid_depth=1))
-    monkeypatch.setattr(make, "scaled", lambda vae: vae)
-    judge, examples, on_means = make.judge, make.examples, []
+    monkeypatch.setattr(make, "UNET_CONFIG", replace(make.UNET_CONFIG, depths=(0, 1, 1), mid_depth=1))
+    monkeypatch.setattr(make, "set_scaling_factor", lambda vae: None)
     monkeypatch.setattr(make, "judge", lambda args: None)
-    monkeypatch.setattr(make, "examples", lambda indices, vae, means: (
-        on_means.append(means is not None), examples(indices, vae, means))[1])
-    run(tmp_path / "whole", 3)
-    assert on_means == [True, False, True]
-    shutil.copytree(tmp_path / "whole" / "bundle" / "vae", tmp_path / "parts" / "bundle" / "vae")
-    make.write_tokenizers(tmp_path / "parts" / "bundle")
-    run(tmp_path / "parts", 1)
+    monkeypatch.setattr(make, "SAVE_EVERY", 1)
+
+    def train(run: Path, *flags):
+        try:
+            make.main(["--steps", "3", "--vae-steps", "1", "--batch", "2", "--mean-steps", "1",
+                       "--judge-every", "1", "--out", str(run), *flags])
+        except Exception as error:
+            raise error.with_traceback(None)  # its frames would keep the folder locked
+    return train
+
+
+def test_training_resumes_and_leaves_a_bundle(train, tmp_path, monkeypatch):
+    """Stopped while the VAE is saved, killed after the first step, and in the end published."""
+    run, killed, calls, examples = tmp_path / "run", tmp_path / "killed", [], make.examples
+
+    def judge(args):
+        if not killed.exists():
+            shutil.copytree(run, killed)                         # what a kill would leave here
+            with pytest.raises(BlockingIOError, match="--out"):
+                train(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(make, "save_vae", lambda vae, folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train(run)
+    assert not (run / "bundle" / "vae" / "config.json").exists()
     monkeypatch.setattr(make, "judge", judge)
-    run(tmp_path / "parts", 3)
-    whole, parts = (make.load_checkpoint(tmp_path / name)[1] for name in ("whole", "parts"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[name], parts[name]) for name in whole)
-    make.publish(tmp_path / "parts" / "bundle", tmp_path / "published")
-    assert len(load_pipeline(str(tmp_path / "published"))([PROMPT], steps=1)) == 1
-    assert json.loads((tmp_path / "published" / "model_index.json").read_text()) == make.INDEX
+    monkeypatch.setattr(make, "examples", lambda indices, vae, means: (
+        calls.append(means is not None), examples(indices, vae, means))[1])
+    train(run)
+    assert calls == [True, False, True]
+    with pytest.raises(ValueError, match="lr was 0.001 and is 0.002"):
+        train(killed, "--lr", "0.002")
+    train(killed)
+    assert len(calls) == 5
+    (whole, tensors), (resumed, others) = checkpoint(run), checkpoint(killed)
+    assert whole == resumed and whole["step"] == 3 and equal(tensors, others)
+    assert equal(model.load_unet(run / "bundle").state_dict(), model.load_unet(killed / "bundle").state_dict())
+
+    make.publish(run / "bundle", tmp_path / "published")
+    assert len(load_pipeline(tmp_path / "published")([PROMPT], steps=1)) == 1
+    weights = [load_file(path) for path in (tmp_path / "published").rglob("*.safetensors")]
+    assert len(weights) == 4 and {tensor.dtype for file in weights for tensor in file.values()} == {torch.float16}
+    before = contents(tmp_path / "published")
+    path = run / "bundle" / "text_encoder_2" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="model.safetensors"):
+        make.publish(run / "bundle", tmp_path / "published")
+    assert contents(tmp_path / "published") == before
+
+
+def test_a_bundle_is_judged(tmp_path, capsys, monkeypatch):
+    shutil.copytree(CHECKPOINT, tmp_path / "bundle")
+    monkeypatch.setattr(sample, "preset", lambda name: cli.preset(name)._replace(steps=2))
+    make.main(["judge", "--captions", "2", "--out", str(tmp_path)])
+    scores = ast.literal_eval(capsys.readouterr().out)
+    assert scores.keys() == {"colour", "shape", "spatial"} and all(0 <= score <= 1 for score in scores.values())
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (2 * shapes.SIZE, shapes.SIZE)

@@ -103,7 +103,8 @@ def test_vae_and_diffusers_read_each_other(vae, tmp_path):
 def test_older_files_have_other_names(vae, tmp_path):
     save_vae(vae, tmp_path)
     old = load_file(tmp_path / FILE)
-    for new_name, old_name in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+    old_names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    for new_name, old_name in old_names.items():
         for half in ("encoder", "decoder"):
             for kind in ("weight", "bias"):
                 attention = f"{half}.mid_block.attentions.0"
@@ -134,7 +135,8 @@ def test_tiles_are_put_together_again(vae, monkeypatch, size):
 
     monkeypatch.setattr(vae, "decode", enlarge)
     latent = draw("latent", 1, 4, *size)
-    torch.testing.assert_close(vae.decode_tiled(latent, tile=8, overlap=4), enlarge(latent), rtol=0, atol=1e-6)
+    tiled = vae.decode_tiled(latent, tile=8, overlap=4)
+    torch.testing.assert_close(tiled, enlarge(latent), rtol=0, atol=1e-6)
     ones = vae.decode_tiled(torch.ones(1, 4, *size), tile=8, overlap=4)
     assert (ones == 1).all() and ones.shape == (1, 3, 8 * size[0], 8 * size[1])
 

@@ -44,7 +44,8 @@ def test_diffusers_and_we_read_each_other(name, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     ours = fill(UNet(UNetConfig.from_diffusers(UNETS[name])))
     save_unet(ours, tmp_path / "ours")
-    theirs, report = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    theirs, report = diffusers.UNet2DConditionModel.from_pretrained(
+        tmp_path / "ours", output_loading_info=True)
     assert same(ours, theirs.state_dict()) and not any(report.values())
     theirs.save_pretrained(tmp_path / "theirs" / "unet")
     for source in (tmp_path / "theirs", f"{tmp_path}/theirs/unet/"):
@@ -82,7 +83,8 @@ def test_which_variant_is_read(folder, weights):
     plain = half | {"conv_in.bias": half["conv_in.bias"] + 1}  # tells the two files apart
     save_file(half, folder / HALF_FILE)
     save_file(plain, folder / FILE)
-    for dtype, expected in {torch.float16: half, torch.bfloat16: half, torch.float32: plain, None: plain}.items():
+    files = {torch.float16: half, torch.bfloat16: half, torch.float32: plain, None: plain}
+    for dtype, expected in files.items():
         bias = load_unet(folder, dtype).conv_in.bias
         assert torch.equal(bias, expected["conv_in.bias"].to(dtype or torch.float16)), dtype
     (folder / FILE).rename(folder / "aside")
@@ -156,8 +158,8 @@ def test_a_file_that_is_missing(folder, name):
 
 
 @pytest.mark.parametrize("text", [
-    "", "{", "<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1\n", "\x80\x02", "{}", "[]", "null",
-    "[" * 100_000, '{"block_out_channels": 320}'])
+    "", "{", "<!DOCTYPE html>", "version https://git-lfs.github.com/spec/v1\n", "\x80\x02", "{}", "[]",
+    "null", "[" * 100_000, '{"block_out_channels": 320}'])
 def test_a_config_that_is_damaged(folder, text):
     (folder / "config.json").write_bytes(text.encode("latin1"))
     message = refusal(load_unet, folder)
@@ -229,7 +231,7 @@ def test_a_file_that_was_cut(folder, saved):
     assert "cut or damaged" in refusal(load_unet, folder)
 
 
-@pytest.mark.parametrize("length", [0x80, 0x480])  # of the header: the first bytes of the file, as in a pickle
+@pytest.mark.parametrize("length", [0x80, 0x480])  # of the header: the file's first bytes, as in a pickle
 def test_a_cut_file_is_not_taken_for_a_pickle(folder, length):
     header = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
     (folder / FILE).write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0")

@@ -50,6 +50,7 @@ UNET_CONFIG = model.UNetConfig(
 # Stronger noise than SDXL's: shapes are so coarse that they still show at its last timestep, sigma 14.6, and a
 # sample's initial noise, not its caption, would decide where things are. Here sigma is 73.
 SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction", "beta_start": 0.008, "beta_end": 0.0091}
+SAVE_EVERY = 100  # steps
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -272,7 +273,7 @@ def train(args: argparse.Namespace):
             weight = 1 - min(0.996, done / (done + 9))
             torch._foreach_lerp_(list(average.parameters()), list(toy.parameters()), weight)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if rank == 0 and (done % 100 == 0 or done == args.steps):
+        if rank == 0 and (done % SAVE_EVERY == 0 or done == args.steps):
             save_checkpoint(args.out, identity, {"step": done, "updates": done}, toy, optimizer,
                             lambda folder: save(folder, toy, average))
         if rank == 0 and (done % args.judge_every == 0 or done == args.steps):
