@@ -6,6 +6,7 @@ The paper's figures and tables. Each command writes a PNG to look at, and beside
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
     python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
+    python analysis.py curves runs/toy-700m                      # the losses of runs
 
 A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a finished run of distill.py.
 `budget` and `latency` need no weights.
@@ -31,7 +32,7 @@ from support.cli import (
 from support.costs import SA_STAGES, budget, latency
 from support.data import PROMPTS
 from support.files import atomic_write, local_folder, write_csv
-from support.plots import add_title, image_grid, line_chart, print_table, stack
+from support.plots import add_title, image_grid, line_chart, loss_curves, print_table, stack
 from support.table3 import ablation
 from support.text import CLIPTokenizer
 from toy import shapes
@@ -250,6 +251,12 @@ def denoise(unet: model.UNet, noise: Tensor, conditions: list[Tensor], steps: in
     return euler(predict, noise, NoiseSchedule(SDXL_SCHEDULER), steps)
 
 
+def curves(args: argparse.Namespace):
+    """Draws the losses of runs."""
+    picture = loss_curves(args.run)
+    atomic_write(args.out, picture.save)
+
+
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__, "%(prog)s COMMAND [options]")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", prog=parser.prog)
@@ -258,7 +265,7 @@ def main(argv: list[str] | None = None):
         subparser = commands.add_parser(name, help=meaning, description=meaning)
         subparser.set_defaults(function=function)
         subparser.add_argument("--out", type=png_path, default=f"{name}.png", metavar="PNG",
-                               help="and a .csv beside it")
+                               help="the picture; numbers are in a .csv beside it")
         if models:
             subparser.add_argument("--model", type=model_name, nargs="+", default=models.split(), metavar="NAME",
                                    help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
@@ -283,6 +290,8 @@ def main(argv: list[str] | None = None):
     add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
     add("--precision", choices=PRECISIONS, metavar="P", help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
     add("--device", type=nonempty, help="[a GPU if there is one]")
+    add = command("curves", curves, "the losses of one or several runs, step by step")
+    add("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")
     add = command("ablation", ablation, "runs distill.py for each row of Table 3")
     add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")

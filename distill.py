@@ -39,7 +39,8 @@ from support.checkpoint import (
 from support.cli import (
     PRECISIONS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device, resolve_dtype, run)
 from support.data import CaptionedImages, Samples, Shapes, format_counts, load_samples, micro_batches
-from support.files import local_folder
+from support.files import atomic_write, local_folder
+from support.plots import loss_curves
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -413,7 +414,7 @@ def model_source(args: argparse.Namespace) -> str:
     return "toy" if args.init == "random" or only_unet else args.init
 
 
-def new_student(args: argparse.Namespace, pipeline: Pipeline, shape: model.UNetConfig) -> model.UNet:
+def new_student(args: argparse.Namespace, shape: model.UNetConfig, device: str) -> model.UNet:
     """
     The student before training, in float32; `shape` is the teacher's configuration, or the model's without one.
 
@@ -429,7 +430,7 @@ def new_student(args: argparse.Namespace, pipeline: Pipeline, shape: model.UNetC
         student = model.load_unet(local_folder(preset(args.init).source, ("unet",)), torch.float32)
         if args.teacher != "none" and student.config != model.student_config(shape, args.student):
             raise ValueError(f"--init: {args.init} is not a {args.student} student of {args.teacher}")
-    return student.to(pipeline.device, memory_format=torch.channels_last)
+    return student.to(device, memory_format=torch.channels_last)
 
 
 def dry_run(args: argparse.Namespace):
@@ -465,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     config = pipeline.unet.config
     teacher = pipeline.unet.requires_grad_(False) if args.teacher != "none" else None
     pipeline.unet = None
-    student = new_student(args, pipeline, config)
+    student = new_student(args, config, device)
     student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
     samples = load_samples(args, pipeline, student.config)
@@ -489,9 +490,10 @@ def main(argv: list[str] | None = None) -> int:
     if rank > 0:
         return 0
     complete_model(args.out, pipeline.folder, pipeline.preset)
+    atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
     if args.data == "shapes" and args.judge:
         unets = {"teacher": teacher} if teacher else {}
-        unets |= {"student before": new_student(args, pipeline, config), "student after": student}
+        unets |= {"student before": new_student(args, config, device), "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
     print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
     return 0

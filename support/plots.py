@@ -3,9 +3,14 @@ Charts, tables and grids of images, drawn with Pillow as RGB images; sizes are i
 """
 
 import math
+import statistics
 from functools import cache
+from pathlib import Path
+from typing import Callable
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
+
+from support.files import read_csv
 
 INK, PALE = "#222222", "#dddddd"
 COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]  # Okabe and Ito
@@ -97,13 +102,10 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
-def line_chart(title: str, x_name: str, y_name: str,
-               curves: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
-    """Curves of points (x, y, spread): y with an error bar of one spread to either side."""
-    points = [point for curve in curves.values() for point in curve]
-    x_ticks = ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
-    y_ticks = ticks(min(y - spread for _, y, spread in points), max(y + spread for _, y, spread in points))
-    left, right, top, bottom = 72, WIDTH - 24, 44, 420
+def axes(x_name: str, y_name: str, x_ticks: list[float], y_ticks: list[float], log: bool = False,
+         height: int = 420) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
+    """The axes of a chart, and where in the picture a point (x, y) lies; `log`: y is a decimal logarithm."""
+    left, right, top, bottom = 72, WIDTH - 24, 44, height
     picture = Image.new("RGB", (WIDTH, bottom + 64), "white")
     draw = ImageDraw.Draw(picture)
 
@@ -113,18 +115,67 @@ def line_chart(title: str, x_name: str, y_name: str,
 
     for value in y_ticks:
         draw.line((*place(x_ticks[0], value), *place(x_ticks[-1], value)), PALE)
-        draw.text((left - 8, place(x_ticks[0], value)[1]), f"{value:g}", INK, font(14), "rm")
+        text = f"{10**value:.3g}" if log else f"{value:g}"
+        draw.text((left - 8, place(x_ticks[0], value)[1]), text, INK, font(14), "rm")
     for value in x_ticks:
         draw.text((place(value, y_ticks[0])[0], bottom + 14), f"{value:g}", INK, font(14), "mm")
     draw.line((left, bottom, right, bottom), INK)
     draw.text(((left + right) // 2, bottom + 42), x_name, INK, font(), "mm")
     draw.text((16, 20), y_name, INK, font(), "lm")
+    return picture, place
+
+
+def line_chart(title: str, x_name: str, y_name: str,
+               curves: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
+    """Curves of points (x, y, spread): y with an error bar of one spread to either side."""
+    points = [point for curve in curves.values() for point in curve]
+    x_ticks = ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
+    y_ticks = ticks(min(y - spread for _, y, spread in points), max(y + spread for _, y, spread in points))
+    picture, place = axes(x_name, y_name, x_ticks, y_ticks)
+    draw = ImageDraw.Draw(picture)
     for curve, colour in zip(curves.values(), COLOURS):
         for x, y, spread in curve:
             draw.line((*place(x, y - spread), *place(x, y + spread)), colour, 1)
             draw.circle(place(x, y), 4, colour)
         draw.line([place(x, y) for x, y, _ in curve], colour, 2)
     return add_title(title, legend(list(curves)), picture)
+
+
+def loss_curves(runs: list[Path]) -> Image.Image:
+    """
+    The three losses of runs, from their log.csv: smoothed over a twentieth of the run, each step pale behind.
+
+    Losses are on a logarithmic scale; those that are 0 throughout, or not finite, are left out. Raises
+    FileNotFoundError or ValueError.
+    """
+    logs = {run.name: read_csv(run / "log.csv") for run in runs}
+    charts = []
+    for loss in ("task", "outKD", "featKD"):
+        curves = {}
+        for name, rows in logs.items():
+            points = [(int(row["step"]), float(row[loss])) for row in rows]
+            points = [(step, math.log10(value)) for step, value in points if 0 < value < math.inf]
+            if points:
+                curves[name] = points
+        if not curves:
+            continue
+        points = sum(curves.values(), [])
+        picture, place = axes("step", loss,
+                              ticks(0, max(step for step, _ in points)),
+                              ticks(min(y for _, y in points), max(y for _, y in points)), log=True, height=260)
+        draw = ImageDraw.Draw(picture)
+        for curve, colour in zip(curves.values(), COLOURS):
+            pale = tuple((channel + 2 * 255) // 3 for channel in ImageColor.getrgb(colour))
+            draw.line([place(*point) for point in curve], pale, 1)
+        for curve, colour in zip(curves.values(), COLOURS):
+            window = max(1, len(curve) // 20)
+            smooth = [(step, statistics.fmean(y for _, y in curve[max(0, i - window + 1):i + 1]))
+                      for i, (step, _) in enumerate(curve)]
+            draw.line([place(*point) for point in smooth], colour, 2)
+        charts.append(picture)
+    if not charts:
+        raise ValueError(f"{runs[0] / 'log.csv'} has no losses yet")
+    return add_title("Losses, smoothed over a twentieth of the run", legend(list(logs)), *charts)
 
 
 def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]) -> Image.Image:

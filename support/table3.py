@@ -70,7 +70,7 @@ def parse_teacher(args: argparse.Namespace) -> str:
     """The teacher that the flags for distill.py name. Raises ValueError for flags that the table sets itself."""
     own = distill_flags(args, "none", "bottom", 0)
     for flag in args.distill:
-        if flag.split("=")[0] in (*own[::2], "--feat-kd", "--cache", "--out", "--dry-run"):
+        if flag.split("=")[0] in (*own[::2], "--feat-kd", "--out", "--dry-run"):
             raise ValueError(f"{flag} is not for distill.py here: each run of the table has its own")
     teacher = distill.parse_args(own + args.distill).teacher
     if teacher == "none":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 from bundles import bundle
 from common import ANSWERS, UNETS, fill, inputs
 from safetensors.torch import load_file
@@ -20,7 +20,8 @@ from model import UNet, UNetConfig
 from sample import load_pipeline
 from support import costs, plots
 from support.data import PROMPTS
-from support.files import read_csv
+from support.files import read_csv, write_csv
+from support.plots import loss_curves
 from support.vae import VAEConfig
 from toy import shapes
 
@@ -307,3 +308,19 @@ def test_help_fits_a_screen(command, capsys, monkeypatch):
         run(*command.split(), "--help")
     printed = capsys.readouterr().out
     assert len(printed.splitlines()) <= 40 and "None" not in printed
+
+
+def test_curves_draw_every_loss_that_a_run_has(tmp_path):
+    header = ["step", "task", "outKD", "featKD"]
+    for name, scale in (("a", 1.0), ("b", 0.5)):
+        write_csv(tmp_path / name / "log.csv", header, [[i, scale / i, 0, 10 * scale / i] for i in range(1, 41)])
+    run("curves", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.png")
+    both = Image.open(tmp_path / "c.png")
+    one = loss_curves([tmp_path / "a"])
+    assert both.size == one.size  # two charts: outKD is 0 throughout
+    for index, colour in enumerate(plots.COLOURS[:2]):
+        ours = (np.asarray(both.convert("RGB")) == ImageColor.getrgb(colour)).all(axis=2)
+        assert ours[60:].sum() > 500, index  # below the legend
+    write_csv(tmp_path / "new" / "log.csv", header, [])
+    with pytest.raises(ValueError, match="log.csv"):
+        loss_curves([tmp_path / "new"])

@@ -362,8 +362,8 @@ def test_an_index_that_is_damaged_anywhere_is_made_again(tmp_path):
     folder, index = in_shards(tmp_path / "data"), tmp_path / "index"
     whole, rng = CaptionedImages(folder, index=index), np.random.default_rng(0)
     content = index.read_bytes()
-    damaged = [content[:cut] for cut in range(0, len(content), 50)]
-    for i in range(0, len(content), 2):
+    damaged = [content[:cut] for cut in range(0, len(content), 90)]
+    for i in range(0, len(content), 5):
         damaged.append(bytearray(content))
         damaged[-1][i] ^= 1 << int(rng.integers(8))
     for bad in damaged:

@@ -46,10 +46,10 @@ def test_its_program_takes_it(command, monkeypatch, tmp_path):
         raise Parsed
 
     program, *words = words_of(command)
-    programs = {"distill.py": distill, "sample.py": sample, "analysis.py": analysis, "-m": make}
-    if program == "-m" and words[0] == "toy.make":
-        words = words[1:]
-    elif program not in programs:
+    programs = {"distill.py": distill, "sample.py": sample, "analysis.py": analysis, "toy.make": make}
+    if program == "-m":
+        program, *words = words
+    if program not in programs:
         assert command in ("pip install -r requirements.txt", "python -m pytest"), "nothing checks this command"
         return
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
