@@ -34,7 +34,7 @@ from sample import Pipeline, load_pipeline
 from support import costs
 from support.cache import Cache
 from support.checkpoint import (
-    Log, StopSignal, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir, process_ranks,
+    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir, process_ranks,
     resume, save_checkpoint)
 from support.cli import (
     PRECISIONS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device, resolve_dtype, run)
@@ -146,9 +146,10 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
     device, vae, text = pipeline.device, pipeline.vae, pipeline.text
     new = [sample for sample in samples if "pixels" in sample]
     if new:
-        pixels = torch.stack([sample["pixels"] for sample in new]).to(device) / 127.5 - 1
+        pixels = torch.stack([sample["pixels"] for sample in new]).to(device, non_blocking=True) / 127.5 - 1
         captions = [sample["caption"] for sample in new]
-        mean, logvar = vae.encode(pixels.to(next(vae.parameters()).dtype))
+        slices = pixels.to(next(vae.parameters()).dtype).split(max(1, 2**22 // pixels[0, 0].numel()))
+        mean, logvar = (torch.cat(part) for part in zip(*map(vae.encode, slices)))  # of 4 megapixels at a time
         context, pooled = text(captions)
         for i, sample in enumerate(new):
             std = (logvar[i] / 2).exp()
@@ -156,7 +157,7 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
             if cache:
                 cache.write(sample["index"], sample)
     mean, std, latent_noise, noise, context, pooled, time_ids = (
-        torch.stack([sample[name].to(device) for sample in samples]).float()
+        torch.stack([sample[name].to(device, non_blocking=True) for sample in samples]).float()
         for name in ("mean", "std", "latent_noise", "noise", "context", "pooled", "time_ids"))
     kept = torch.tensor([not sample["dropped"] for sample in samples], device=device)
     timesteps = torch.tensor([sample["timestep"] for sample in samples])
@@ -225,6 +226,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     state |= resume(args.out, identity, student, optimizer,
                     lambda folder: student.load_state_dict(model.load_unet(folder).state_dict()))
     scaler.load_state_dict(state["scaler"])
+    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}")
     if state["step"] >= args.steps:
         return 0
     if args.compile:
@@ -338,6 +340,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add("--student", "what the surgery makes of the teacher", choices=["700m", "1b"], default="700m")
     add("--teacher", "toy, sdxl, a hub id or a folder; none: task loss alone", default="toy", metavar="T")
+    add("--vae", "another VAE, such as madebyollin/sdxl-vae-fp16-fix, the paper's", type=model_name, metavar="V")
     add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher", metavar="I")
     add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none",
         default="SA,LF@DW-1,LF@UP-3", metavar="F")
@@ -453,6 +456,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     rank, world, local_rank = process_ranks()
     device = resolve_device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else None))
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
+        torch.backends.cudnn.benchmark = True                    # all images have one size
     if world > 1:
         if device.startswith("cuda"):
             torch.cuda.set_device(device)
@@ -460,7 +466,7 @@ def main(argv: list[str] | None = None) -> int:
     _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
 
     dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
-    pipeline = load_pipeline(model_source(args), dtype=dtype, device=device, compile=args.compile)
+    pipeline = load_pipeline(model_source(args), dtype=dtype, device=device, compile=args.compile, vae=args.vae)
     pipeline.vae.requires_grad_(False)
     pipeline.text.requires_grad_(False)
     config = pipeline.unet.config
@@ -473,7 +479,8 @@ def main(argv: list[str] | None = None) -> int:
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
         "size": samples.size, "precision": str(dtype), "cached": samples.cache is not None,
-        "data": samples.source.fingerprint, "teacher": fingerprint(teacher) if teacher else None}
+        "data": samples.source.fingerprint, "teacher": fingerprint(teacher) if teacher else None,
+        "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
     if rank == 0:
         count = sum(p.numel() for p in student.parameters())
         change = f" ({count / sum(p.numel() for p in teacher.parameters()) - 1:+.0%})" if teacher else ""
@@ -489,7 +496,7 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal_number
     if rank > 0:
         return 0
-    complete_model(args.out, pipeline.folder, pipeline.preset)
+    complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
     atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
     if args.data == "shapes" and args.judge:
         unets = {"teacher": teacher} if teacher else {}

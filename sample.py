@@ -149,15 +149,16 @@ class Pipeline:
     and dropped afterwards, and images are decoded one by one, in tiles.
     """
 
-    def __init__(self, folder: Path, unet_folder: Path, preset: Preset, dtype: torch.dtype, device: str,
-                 low_memory: bool = False, compile: bool = False):
+    def __init__(self, folder: Path, unet_folder: Path, vae_folder: Path, preset: Preset, dtype: torch.dtype,
+                 device: str, low_memory: bool = False, compile: bool = False):
         self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
+        self.vae_folder = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
         self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
         index = model.read_json(folder / "model_index.json")
         self.zero_negative = index.get("force_zeros_for_empty_prompt", True)
         scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
         self.schedule = NoiseSchedule(scheduler, preset.spacing)
-        self.vae_config = model.read_config(folder / "vae", VAEConfig.from_diffusers)
+        self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
         self.text = self.unet = self.vae = None
         if not low_memory:
             self.text, self.unet, self.vae = self.load_text(), self.load_unet(), self.load_vae()
@@ -173,7 +174,7 @@ class Pipeline:
 
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
-        return load_vae(self.folder, dtype, self.device).to(memory_format=torch.channels_last)
+        return load_vae(self.vae_folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str], negative: str | None = None, steps: int | None = None,
@@ -271,23 +272,23 @@ class Pipeline:
 
 
 def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch.dtype | None = None,
-                  device: str | None = None, low_memory: bool = False, compile: bool = False) -> Pipeline:
+                  device: str | None = None, low_memory: bool = False, compile: bool = False,
+                  vae: str | Path | None = None) -> Pipeline:
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` is where to take the U-Net from instead: a folder, hub id or name too. `dtype` None is float16 on a
-    GPU and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is wrong and what
-    to do.
+    `unet` and `vae` are where to take these networks from instead: a folder, hub id or name too. `dtype` None is
+    float16 on a GPU and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is
+    wrong and what to do.
     """
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
-    if unet:
-        folder = local_folder(chosen.source, tuple(part for part in PARTS if part != "unet"), half)
-        unet_folder = local_folder(preset(unet).source, ("unet",), half)
-    else:
-        folder = unet_folder = local_folder(chosen.source, half=half)
-    return Pipeline(folder, unet_folder, chosen, dtype, device, low_memory, compile)
+    others = {part: preset(other).source for part, other in (("unet", unet), ("vae", vae)) if other}
+    folder = local_folder(chosen.source, tuple(part for part in PARTS if part not in others), half)
+    unet_folder, vae_folder = (local_folder(others[part], (part,), half) if part in others else folder
+                               for part in ("unet", "vae"))
+    return Pipeline(folder, unet_folder, vae_folder, chosen, dtype, device, low_memory, compile)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,6 +303,8 @@ def main(argv: list[str] | None = None):
     add("--model", type=model_name, nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(PRESETS)}, a hub id or a folder; several: columns [toy]")
     add("--unet", type=model_name, metavar="FOLDER", help="take the U-Net from here")
+    add("--vae", type=model_name, metavar="FOLDER",
+        help="take the VAE from here, such as madebyollin/sdxl-vae-fp16-fix for half precision")
     add("--negative", metavar="TEXT", help="what not to draw")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
     add("--guidance", type=number(float, 1), metavar="X", help="scale, 1 for none [the model's preset]")
@@ -327,7 +330,7 @@ def main(argv: list[str] | None = None):
     height, width, columns, settings = args.height, args.width, [], []
     for name in args.model:
         reset_peak_memory(device)
-        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile)
+        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae)
         start = time.perf_counter()
         images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
         seconds = time.perf_counter() - start

@@ -6,7 +6,6 @@ A training run as a folder that can be left at any moment and resumed: lock, che
 """
 
 import csv
-import fcntl
 import json
 import os
 import shutil
@@ -27,6 +26,17 @@ from support.cli import Preset
 from support.files import (
     WRITING, atomic_folder, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
 
+if os.name == "nt":
+    import msvcrt
+
+    def lock_file(file):
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+else:
+    import fcntl
+
+    def lock_file(file):
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -42,8 +52,8 @@ def lock_run_dir(folder: Path):
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock_file(lock)
+    except OSError:
         raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
     for leftover in folder.rglob(f"{WRITING}*"):  # of a process that was killed
         if leftover.is_dir():
@@ -178,12 +188,14 @@ def show_unet(run: Path, checkpoint: Path):
         temporary.unlink(missing_ok=True)  # replacing a link to the same file does nothing
 
 
-def complete_model(run: Path, teacher: Path, preset: Preset):
-    """Makes a complete model of a run's folder: the teacher's other networks, and how it is sampled."""
+def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
+    """Makes a complete model of a run's folder: the teacher's other networks, the VAE, and how it is sampled."""
     names = [path.relative_to(teacher).as_posix() for path in teacher.rglob("*") if path.is_file()]
-    for name in bundle_files(names):
-        if not name.startswith("unet/"):
-            atomic_write(run / name, lambda path: shutil.copyfile(teacher / name, path))
+    sources = {name: teacher / name for name in bundle_files(names) if not name.startswith(("unet/", "vae/"))}
+    sources |= {name: vae / name.removeprefix("vae/")
+                for name in bundle_files([f"vae/{path.name}" for path in vae.iterdir()], ("vae",))}
+    for name, source in sources.items():
+        atomic_write(run / name, lambda path: shutil.copyfile(source, path))
     sampling = preset._asdict()
     del sampling["source"]
     write_json(run / "preset.json", sampling)
@@ -226,6 +238,14 @@ def process_ranks() -> tuple[int, int, int]:
     return rank, world, local
 
 
+def check_agreement(status: str):
+    """Raises ValueError if processes have a different status: folders that are not the same on all machines."""
+    found = gather_dicts({process_ranks()[0]: status})
+    if len(set(found.values())) > 1:
+        raise ValueError(f"processes disagree ({'; '.join(f'{rank}: {found[rank]}' for rank in sorted(found))}): "
+                         f"--out and --data must be the same folders on all machines")
+
+
 class StopSignal:
     """Within `with`, SIGINT or SIGTERM sets `received`, for the run to stop after its step; a second ends it."""
 
@@ -248,7 +268,8 @@ class StopSignal:
 
 def ignore_signals(worker: int):
     """For the processes that read data: signals to the whole group are for the main process to handle."""
-    os.setpgrp()
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

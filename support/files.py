@@ -63,8 +63,8 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
     wanted = ["model_index.json"] if "model_index.json" in names else []
     for part in parts:
         own = [name for name in names if name.startswith(f"{part}/") and name.count("/") == 1]
-        if parts == ("unet",):
-            own = own or [name for name in names if "/" not in name]  # a repository of a U-Net alone
+        if len(parts) == 1:
+            own = own or [name for name in names if "/" not in name]  # a repository of this network alone
         wanted += [name for name in own if name.endswith((".json", ".txt"))]
         fp16 = [name for name in own if WEIGHTS.search(name) and ".fp16" in name]
         plain = [name for name in own if WEIGHTS.search(name) and ".fp16" not in name]
@@ -112,7 +112,9 @@ def atomic_folder(path: Path, write: Callable[[Path], object]):
 
 
 def sync(path: Path):
-    """Waits until a file or folder is on the disk."""
+    """Waits until a file or folder is on the disk; Windows cannot open folders, and writes them itself."""
+    if os.name == "nt" and path.is_dir():
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

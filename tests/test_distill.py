@@ -295,7 +295,7 @@ def test_in_half_precision_sizes_weights_and_the_vae_are_not_rounded(parts, teac
 def test_where_the_student_starts(given, teacher, tmp_path):
     def student(*flags) -> UNet:
         args = parse_args(["--teacher", str(teacher), *map(str, flags)])
-        return distill.new_student(args, given.pipeline, given.teacher.config)
+        return distill.new_student(args, given.teacher.config, "cpu")
 
     inherited, random = student(), student("--init", "random")
     source = load_unet(teacher).state_dict()
@@ -519,8 +519,11 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
     code, out, _ = program("--teacher", folder, "--data", "laion/", "--batch", "6", "--micro-batch", "3", "--dry-run")
     assert code == 0 and not (tmp_path / "runs").exists()
     config = UNetConfig.from_diffusers(SMALL)
-    ours, theirs = (sum(p.numel() for p in UNet(c).parameters()) for c in (model.student_config(config, "700m"), config))
-    flops = 2 * sum(macs for _, macs in costs.count_unet(config, tokens=9).values()) / 1e12
+    student, teacher = UNet(model.student_config(config, "700m")), UNet(config)
+    ours, theirs = (sum(p.numel() for p in unet.parameters()) for unet in (student, teacher))
+    with costs.count_flops() as counter, torch.no_grad():
+        teacher(*costs.unet_inputs(config, 9, config.sample_size))
+    flops = counter.get_total_flops() / 1e12
     for words in ("lr             1e-05", f"teacher {theirs:,}", f"student {ours:,}", "8 features",
                   f"teacher {flops:.4g}", "down_blocks.0 <- down_blocks.0",
                   "up_blocks.1.attentions.1.transformer_blocks.0.attn1 <- "
