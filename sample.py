@@ -152,7 +152,7 @@ class Pipeline:
     def __init__(self, folder: Path, unet_folder: Path, vae_folder: Path, preset: Preset, dtype: torch.dtype,
                  device: str, low_memory: bool = False, compile: bool = False):
         self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
-        self.vae_folder = vae_folder / "vae" if (vae_folder / "vae").is_dir() else vae_folder
+        self.vae_folder = vae_folder if (vae_folder / "config.json").is_file() else vae_folder / "vae"
         self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
         index = model.read_json(folder / "model_index.json")
         self.zero_negative = index.get("force_zeros_for_empty_prompt", True)

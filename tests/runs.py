@@ -17,6 +17,7 @@ from torch import Tensor
 import bundles
 from model import UNet, UNetConfig, read_tensors, save_unet
 from support.checkpoint import load_checkpoint
+from support.vae import load_vae, save_vae
 from toy import shapes
 
 SMALL = SDXL | {"block_out_channels": [8, 16, 24], "attention_head_dim": [1, 2, 3],
@@ -38,6 +39,15 @@ def write_teacher(folder: Path) -> Path:
         patch.setattr(bundles, "WORDS", shapes.WORDS)
         bundles.bundle(folder, vae=VAE)
     save_unet(filled(SMALL), folder / "unet")
+    return folder
+
+
+def write_vae(teacher: Path, folder: Path) -> Path:
+    """Another VAE than a teacher's."""
+    vae = load_vae(teacher)
+    with torch.no_grad():
+        vae.quant_conv.weight += 0.1
+    save_vae(vae, folder)
     return folder
 
 

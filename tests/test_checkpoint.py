@@ -1,7 +1,5 @@
 """A run's folder survives being stopped, killed, damaged, moved and shared; what must not be mixed is refused."""
 
-import copy
-import itertools
 import os
 import resource
 import shutil
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from runs import (
-    RUN, checkpoint, contents, equal, in_processes, log_rows, needs_fork, write_pairs, write_tar)
+    RUN, checkpoint, contents, equal, in_processes, log_rows, needs_fork, write_pairs, write_tar, write_vae)
 from safetensors.torch import save_file
 from torch import nn
 
@@ -86,10 +84,12 @@ def test_the_last_two_checkpoints_are_kept(tmp_path):
         NETWORKS[step].save(tmp_path, step, scaler={"scale": 2.0})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004", "unet"]
     assert resumed(tmp_path) == 4 and Small(9).resume(tmp_path)["scaler"] == {"scale": 2.0}
-    assert Small(9).resume(tmp_path / "absent") == {} and not any(path.name[0] == "." for path in tmp_path.rglob("*"))
+    assert Small(9).resume(tmp_path / "absent") == {}
+    assert not list(tmp_path.rglob(".*"))                        # nothing is left half-written
 
 
-@pytest.mark.parametrize("name", ["unet/weights.safetensors", "unet/config.json", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["unet/weights.safetensors", "unet/config.json", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "page", "older", "absent"])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(tmp_path, capsys, name, damage):
     older, newest = write_two(tmp_path)
@@ -134,12 +134,10 @@ def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(tmp_path, capsys):
 def test_numbers_that_are_not_finite_are_not_saved(tmp_path, number):
     write_two(tmp_path)
     before = contents(tmp_path)
-    for broken in (lambda network: network.bias, lambda network: network.optimizer.state[network.weight]["exp_avg_sq"]):
-        network = copy.deepcopy(NETWORKS[3])
-        network.optimizer = torch.optim.AdamW(network.parameters())
-        network(torch.ones(1, 3)).sum().backward()
-        network.optimizer.step()
-        broken(network).data[0] = number
+    for part in ("weights", "moments"):
+        network = Small(3)
+        moments = network.optimizer.state[network.weight]["exp_avg_sq"]
+        (network.bias if part == "weights" else moments).data[0] = number
         with pytest.raises(FloatingPointError):
             network.save(tmp_path, 3)
         assert contents(tmp_path) == before
@@ -359,12 +357,12 @@ def test_a_second_signal_ends_at_once(run, during):
 # What a resumed run must have in common with its checkpoint
 
 
-def test_a_run_with_other_settings_is_refused(run, tmp_path, begun):
+def test_a_run_with_other_settings_is_refused(run, teacher, tmp_path, begun):
     shutil.copytree(begun, tmp_path / "run")
     before = contents(tmp_path / "run")
     changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2.0,
                "out_kd": 2.0, "feat_kd": 2.0, "clip": 2.0, "dropout": 0.5, "sa_blocks": "up", "flip": None,
-               "precision": "fp16", "cache": tmp_path / "cache"}
+               "precision": "fp16", "cache": tmp_path / "cache", "vae": write_vae(teacher, tmp_path / "vae")}
     flags = []
     for name, value in changes.items():
         flags += [f"--{name.replace('_', '-')}"] + ([str(value)] if value else [])
@@ -372,8 +370,9 @@ def test_a_run_with_other_settings_is_refused(run, tmp_path, begun):
         run(*flags)
     message = str(error.value)
     assert "\n" not in message and contents(tmp_path / "run") == before
+    names = {"cache": "cached", "vae": "encoders"}
     for name in [*changes, "steps"]:                             # as --decay depends on them
-        assert f" {name.replace('cache', 'cached')} was " in message
+        assert f" {names.get(name, name)} was " in message
     assert "lr was 1e-05 and is 0.0001" in message
 
 
@@ -414,9 +413,18 @@ def test_folders_may_move_and_what_is_in_them_may_not_change(run, teacher, tmp_p
 # Several processes
 
 
+def test_processes_that_see_other_folders_are_refused(monkeypatch):
+    checkpoints.check_agreement("step 3, data 12ab")
+    monkeypatch.setattr(checkpoints, "gather_dicts", lambda mine: mine | {1: "step 3, data 12ab"})
+    checkpoints.check_agreement("step 3, data 12ab")
+    with pytest.raises(ValueError, match="--out and --data") as error:
+        checkpoints.check_agreement("step 0, data 12ab")
+    assert "\n" not in str(error.value)
+
+
 @needs_fork
-@pytest.mark.parametrize("flags, shards", [([], False), (["--task", "0", "--out-kd", "0", "--features", "SA@DW-2"], True)],
-                         ids=["all", "one feature"])
+@pytest.mark.parametrize("flags, shards", [
+    ([], False), (["--task", "0", "--out-kd", "0", "--features", "SA@DW-2"], True)], ids=["all", "one feature"])
 def test_two_processes_are_one(run, during, tmp_path, pairs, flags, shards):
     """Images or shards; where they are stopped by a signal to one of them, too."""
     if shards:

@@ -82,6 +82,7 @@ def one_pass(source):
     return len(source) - len(skipped), Counter(skipped.values()) + source.skipped
 
 
+# ------------------------------------------------------------------------------------------------------------
 # What is skipped, and why
 
 BAD_IMAGES = {
@@ -240,6 +241,7 @@ def test_pictures_that_are_damaged_anywhere_never_stop_a_run(tmp_path):
     assert good + skipped.total() == len(source) and 0 < good < len(source)
 
 
+# ------------------------------------------------------------------------------------------------------------
 # Shards
 
 def test_shards(tmp_path):
@@ -397,6 +399,7 @@ def test_a_member_of_ten_gigabytes_is_not_read(tmp_path):
     assert len(source) == 1 and source.skipped["bad_shard"] == 1
 
 
+# ------------------------------------------------------------------------------------------------------------
 # What is made of a picture
 
 def half(colour, other):
@@ -495,6 +498,7 @@ def test_a_crop_of_a_picture_that_is_resized(tmp_path):
         assert abs(red - 3 * (left + 8.5)) < 2 and abs(green - 3 * 8.5) < 2
 
 
+# ------------------------------------------------------------------------------------------------------------
 # What sample p is
 
 def equal(a, b):

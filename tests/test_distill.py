@@ -13,7 +13,7 @@ import torch
 from bundles import SCHEDULER, write_json
 from oracle_distill import ANSWERS, CASES, CONDITIONS, LATENTS, NOISE, STUDENTS, TEACHER, answers, weaken
 from PIL import Image
-from runs import RUN, SMALL, checkpoint, contents, equal, filled, in_processes, log_rows, needs_fork
+from runs import RUN, SMALL, checkpoint, contents, equal, filled, log_rows, write_vae
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from model import Features, UNet, UNetConfig, load_unet, read_json, save_unet
 from sample import NoiseSchedule, Pipeline
 from support import costs
 from support.data import Samples
-from support.vae import VAE, load_vae, save_vae
+from support.vae import VAE, load_vae
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -352,9 +352,18 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch, capsys):
 
 
 def test_only_the_student_learns(run, teacher, monkeypatch):
-    found, train = [], distill.train
-    monkeypatch.setattr(distill, "train", lambda *parts: found.append(Parts(*parts)) or train(*parts))
-    assert run("--lr", "1e-3") == 0
+    """And the teacher runs no further than its last feature, if that is all that is asked of it."""
+    found, ran, train = [], [], distill.train
+
+    def watched(*parts):
+        found.append(Parts(*parts))
+        for name in ("conv_in", "conv_out"):
+            found[0].teacher.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        return train(*parts)
+
+    monkeypatch.setattr(distill, "train", watched)
+    assert run("--lr", "1e-3", "--out-kd", "0", "--features", "SA@DW-2") == 0
+    assert ran == ["conv_in"] * 4
     frozen = [found[0].teacher, found[0].pipeline.vae, found[0].pipeline.text]
     assert all(p.grad is None and not p.requires_grad for network in frozen for p in network.parameters())
     untouched = sample.load_pipeline(teacher, dtype=torch.float32, device="cpu")
@@ -366,14 +375,16 @@ def test_only_the_student_learns(run, teacher, monkeypatch):
 
 
 def test_without_a_teacher_the_task_alone_is_learned(run, teacher, tmp_path, pairs):
-    """As in DreamBooth: a student's own weights, pictures, one caption for all."""
-    flags = ["--teacher", "none", "--init", teacher, "--data", pairs, "--caption", "a red circle"]
+    """As in DreamBooth: a student's own weights, pictures, one caption for all; and another VAE."""
+    vae = write_vae(teacher, tmp_path / "vae")
+    flags = ["--teacher", "none", "--init", teacher, "--data", pairs, "--caption", "a red circle", "--vae", vae]
     assert run(*flags, "--lr", "1e-3", "--steps", "1") == 0
     row, = log_rows(tmp_path / "run")
     assert float(row["task"]) == float(row["total"]) > 0 == float(row["outKD"]) == float(row["featKD"])
     before, after = (load_unet(folder).state_dict() for folder in (teacher, tmp_path / "run"))
     assert before.keys() == after.keys()
     assert not torch.equal(before["conv_in.weight"], after["conv_in.weight"])
+    assert equal(load_vae(tmp_path / "run").state_dict(), load_vae(vae).state_dict())
 
 
 def test_skipped_samples_are_reported_after_the_first_pass(run, during, tmp_path, pairs, capsys):
@@ -422,15 +433,11 @@ def test_a_cache_of_images_is_for_all_runs_that_read_them_alike(run, teacher, tm
     assert run(*flags, out="damaged") == 0 and encoded[cold:] == [1]
     assert log_rows(tmp_path / "damaged") == log_rows(tmp_path / "cold")
 
-    other = shutil.copytree(teacher, tmp_path / "teacher")
-    vae = load_vae(other)
-    with torch.no_grad():
-        vae.quant_conv.weight += 0.1
-    save_vae(vae, other / "vae")
+    vae = write_vae(teacher, tmp_path / "vae")
     (pairs / "8.png").write_bytes((pairs / "0.png").read_bytes())
     (pairs / "8.txt").write_text("a red circle")
     with pytest.raises(ValueError, match="--cache") as error:
-        run(*flags, "--teacher", other, "--flip", "--size", "56", "--precision", "bf16",
+        run(*flags, "--vae", vae, "--flip", "--size", "56", "--precision", "bf16",
             "--caption", "a blue square", out="refused")
     assert "\n" not in str(error.value)
     for name in ("data", "encoders", "size", "flip", "caption", "mean", "context"):
@@ -447,8 +454,10 @@ SLIPS = [
     "--size 100", "--size -8", "--size 100000", "--workers -1", "--save-every 0", "--preview-every -1",
     "--judge -1", "--seed -1", "--seed 1e3", "--student sdxl", "--sa-blocks middle", "--precision int8",
     "--checkpointing some", "--unknown", "--feat 1", "toy", "--teacher none", "--caption dog", "--student",
-    "--features SB", "--teacher absent", "--init absent", "--out ", "--data ", "--cache ", "--device ",
-    "--task 0 --out-kd 0 --feat-kd 0", "--task 0 --out-kd 0 --features none", "--task 0 --teacher none --init random"]
+    "--features SB", "--teacher absent", "--init absent", "--vae absent",
+    "--out ", "--data ", "--cache ", "--device ",
+    "--task 0 --out-kd 0 --feat-kd 0", "--task 0 --out-kd 0 --features none",
+    "--task 0 --teacher none --init random"]
 
 
 @pytest.mark.parametrize("line", SLIPS)
@@ -516,7 +525,8 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
         shutil.copy(teacher / name / "config.json", folder / name)
     text = read_json(folder / "text_encoder" / "config.json") | {"max_position_embeddings": 9}
     write_json(folder / "text_encoder" / "config.json", text)
-    code, out, _ = program("--teacher", folder, "--data", "laion/", "--batch", "6", "--micro-batch", "3", "--dry-run")
+    code, out, _ = program("--teacher", folder, "--data", "laion/", "--batch", "6", "--micro-batch", "3",
+                           "--dry-run")
     assert code == 0 and not (tmp_path / "runs").exists()
     config = UNetConfig.from_diffusers(SMALL)
     student, teacher = UNet(model.student_config(config, "700m")), UNet(config)
