@@ -247,16 +247,16 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         sums = torch.zeros(6, device=device)                     # of all processes
         for micro_step in range(accumulation):
             micro_batch = next(loader)
-            if "error" in micro_batch[0]:
-                raise ValueError(micro_batch[0]["error"])
+            for sample in micro_batch:
+                if "error" in sample:
+                    raise ValueError(sample["error"])
+                skipped |= {str(index): reason for index, reason in sample["skipped"].items()}  # as JSON has it
             last = micro_step == accumulation - 1
             with ddp.no_sync() if world > 1 and not last else contextlib.nullcontext():
                 batch = encode_batch(micro_batch, pipeline, samples.cache)
                 loss, terms = objective(args, batch, teacher, teacher_features, ddp, student_features, dtype)
                 scaler.scale(loss / accumulation).backward()
             sums[:3] += terms / accumulation
-            for sample in micro_batch:
-                skipped |= {str(index): reason for index, reason in sample["skipped"].items()}  # as JSON has it
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
