@@ -6,20 +6,20 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
     torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
 
 A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
-diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about training
-sample p comes from (seed, p), so a run is the same on one process or many, stopped or not.
+diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about a
+training sample comes from the seed and its position, so a run is the same on one process or many, stopped or not.
 """
 
 import argparse
 import contextlib
 import math
 import os
-import re
+import signal
 import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -34,10 +34,11 @@ from sample import Pipeline, load_pipeline
 from support import costs
 from support.cache import Cache
 from support.checkpoint import (
-    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir, process_ranks,
-    resume, save_checkpoint)
+    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir,
+    process_ranks, resume, save_checkpoint)
 from support.cli import (
-    PRECISIONS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device, resolve_dtype, run)
+    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device,
+    resolve_dtype, run)
 from support.data import CaptionedImages, Samples, Shapes, format_counts, load_samples, micro_batches
 from support.files import atomic_write, local_folder
 from support.plots import loss_curves
@@ -52,8 +53,9 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
     """
     Which module of the teacher each module of the student learns from, by their paths (Table 3).
 
-    `features` is as in "SA,LF@DW-1": types, at every stage or at one. Raises ValueError for types and stages
-    that the student does not have.
+    `features` is as in "SA,LF@DW-1": types, at every stage or at one. A path changes twice: its pair by
+    `model.teacher_path`, as the surgery has it, and its transformer block by `teacher_block` (Table 3c). Raises
+    ValueError for types and stages that the student does not have.
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
@@ -63,15 +65,14 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
         for stage in [at] if at else stages:
             paths += model.feature_paths(student, kind, stage)
         if not paths:
-            raise ValueError(f"--features: the student has no {kind} at {at}")
+            raise ValueError(f"--features: the student has no {kind}" + (f" at {at}" if at else ""))
         for path in paths:
             source = model.teacher_path(path, student.config, teacher.config)
-            in_block = re.fullmatch(r"(.+\.transformer_blocks)\.(\d+)\.(\w+)", source)
-            if in_block:
-                series, block, module = in_block.groups()
+            if ".transformer_blocks." in source:
+                blocks, index, layer = source.rsplit(".", 2)     # ....transformer_blocks, 3, attn1
                 depth = len(student.get_submodule(path.rsplit(".", 2)[0]))
-                block = teacher_block(int(block), depth, len(teacher.get_submodule(series)), sa_blocks)
-                source = f"{series}.{block}.{module}"
+                index = teacher_block(int(index), depth, len(teacher.get_submodule(blocks)), sa_blocks)
+                source = f"{blocks}.{index}.{layer}"
             matched[path] = source
     return matched
 
@@ -83,9 +84,11 @@ def teacher_block(block: int, depth: int, teacher_depth: int, sa_blocks: str) ->
     bottom: the first ones; up: the last ones; interleave: 1, 3, 5, 7, 9, 10 of ten, counted from 1. Where the
     depths are equal the blocks match one to one.
     """
-    if depth == teacher_depth or sa_blocks == "bottom":
-        return block
-    return block + teacher_depth - depth if sa_blocks == "up" else min(2 * block, teacher_depth - 1)
+    if sa_blocks == "up":
+        return block + teacher_depth - depth
+    if sa_blocks == "interleave" and depth != teacher_depth:
+        return min(2 * block, teacher_depth - 1)
+    return block
 
 
 def parse_features(text: str) -> list[tuple[str, str | None]]:
@@ -105,13 +108,14 @@ def parse_features(text: str) -> list[tuple[str, str | None]]:
 
 
 def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None = None,
-           features: list[Tensor] = (), teacher_features: list[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+           features: Sequence[Tensor] = (),
+           teacher_features: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    task    the noise that was added (or v) against the student's prediction            equation (1)
-    outKD   the teacher's prediction against the student's                               equation (2)
-    featKD  the sum over features i of f_T^i against f_S^i                                equation (3)
+    task    || eps - eps_S ||^2             the noise that was added (or v), the student's prediction   equation (1)
+    outKD   || eps_T - eps_S ||^2           the teacher's prediction, the student's                     equation (2)
+    featKD  sum_i || f_T^i - f_S^i ||^2     the features of the teacher, of the student                 equation (3)
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of
     features could cancel; here it is outside, as in BK-SDM's code.
@@ -148,8 +152,9 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
     if new:
         pixels = torch.stack([sample["pixels"] for sample in new]).to(device, non_blocking=True) / 127.5 - 1
         captions = [sample["caption"] for sample in new]
-        slices = pixels.to(next(vae.parameters()).dtype).split(max(1, 2**22 // pixels[0, 0].numel()))
-        mean, logvar = (torch.cat(part) for part in zip(*map(vae.encode, slices)))  # of 4 megapixels at a time
+        pixels = pixels.to(next(vae.parameters()).dtype)
+        slices = pixels.split(max(1, 2**22 // pixels[0, 0].numel()))  # 4 megapixels at a time, for memory
+        mean, logvar = (torch.cat(parts) for parts in zip(*(vae.encode(part) for part in slices)))
         context, pooled = text(captions)
         for i, sample in enumerate(new):
             std = (logvar[i] / 2).exp()
@@ -170,11 +175,11 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
 @torch.no_grad()
 def teacher_forward(teacher: model.UNet, features: model.Features, batch: Batch,
                     dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """The teacher's prediction, in its own dtype, and its features; None if `features` stops it before."""
+    """The teacher's prediction, in its own dtype, or None if `features` ends the pass early; and its features."""
     prediction = None
     with features as captured:
         prediction = teacher(batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype),
-                             batch.pooled.to(dtype), batch.time_ids)  # sizes would be rounded in a half
+                             batch.pooled.to(dtype), batch.time_ids)  # a half would round 1023 pixels to 1024
     return prediction, [captured[path] for path in features.paths]
 
 
@@ -190,12 +195,12 @@ def student_forward(student: nn.Module, features: model.Features, batch: Batch,
 def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None,
               teacher_features: model.Features | None, student: nn.Module, student_features: model.Features,
               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, a scalar, and its three terms (3,), without gradient."""
-    teacher_prediction, taught = None, []
+    """The loss of a batch, a scalar, and task, outKD and featKD (3,) without gradient."""
+    teacher_prediction, f_teacher = None, []
     if teacher and (args.out_kd or teacher_features.paths):
-        teacher_prediction, taught = teacher_forward(teacher, teacher_features, batch, dtype)
-    prediction, learned = student_forward(student, student_features, batch, dtype)
-    task, out_kd, feat_kd = losses(prediction, batch.target, teacher_prediction, learned, taught)
+        teacher_prediction, f_teacher = teacher_forward(teacher, teacher_features, batch, dtype)
+    prediction, f_student = student_forward(student, student_features, batch, dtype)
+    task, out_kd, feat_kd = losses(prediction, batch.target, teacher_prediction, f_student, f_teacher)
     # Terms of weight 0 too, so that every layer has a gradient, as DistributedDataParallel needs.
     loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
     return loss, torch.stack([task, out_kd, feat_kd]).detach()
@@ -227,7 +232,9 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
                     lambda folder: student.load_state_dict(model.load_unet(folder).state_dict()))
     scaler.load_state_dict(state["scaler"])
     check_agreement(f"step {state['step']}, data {samples.source.fingerprint}")
-    if state["step"] >= args.steps:
+    if state["step"] > args.steps:
+        raise ValueError(f"{args.out} is already at step {state['step']}; give as many --steps, or another --out")
+    if state["step"] == args.steps:
         return 0
     if args.compile:
         student.compile()
@@ -236,15 +243,15 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
                              pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
     accumulation = args.batch // (args.micro_batch * world)
-    first_pass = min(len(samples.source), args.steps * args.batch)  # in images
+    first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
-    bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"], unit="step",
-               disable=rank)
+    bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
+               unit="step", disable=rank > 0)
 
     for step in bar:
         start, skipped = time.perf_counter(), {}
         optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
-        sums = torch.zeros(6, device=device)                     # of all processes
+        sums = torch.zeros(6, device=device)  # task, outKD, featKD, skipped samples, SIGINTs, SIGTERMs
         for micro_step in range(accumulation):
             micro_batch = next(loader)
             for sample in micro_batch:
@@ -260,10 +267,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
 
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
-        sums[3:] = torch.tensor([len(skipped), stop.received == 2, stop.received == 15])
+        sums[3:] = torch.tensor([len(skipped), stop.received == signal.SIGINT, stop.received == signal.SIGTERM])
         if world > 1:
             dist.all_reduce(sums)
-        # The host waits for the device here, and nowhere else in a step.
+        # The only place where the host reads results of a step.
         *terms, skips, interrupts, terminations, norm = torch.cat([sums, norm[None]]).tolist()
         task, out_kd, feat_kd = (term / world for term in terms)
         finite = math.isfinite(norm)                             # the same on all processes, as gradients are
@@ -279,7 +286,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
             state["skipped_samples"] |= gather_dicts(skipped)
 
         bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
-        signal_number = 15 if terminations else 2 if interrupts else 0
+        signal_number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
         if rank == 0:
             log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd,
                       total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd, lr=lr, norm=norm,
@@ -288,8 +295,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         if state["skipped_in_a_row"] >= 20:
             raise FloatingPointError(
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
-                f"featKD {feat_kd:.3g}); start another run from {args.out}/unet: --init, with --precision bf16 "
-                f"or a lower --lr")
+                f"featKD {feat_kd:.3g}); start another run with --init {args.out}/unet and --precision bf16 or "
+                f"a lower --lr")
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or signal_number):
             state["scaler"] = scaler.state_dict()
             save_checkpoint(args.out, identity, state, student, optimizer,
@@ -310,7 +317,7 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen: int) -> str:
-    """What became of the data, once all of it, or all that the run needs of it, has been seen."""
+    """How many pairs the first pass over the data used, and why others were skipped."""
     reasons = format_counts(Counter(skipped.values()) + source.skipped)
     return f"first pass over the data: {min(len(source) - len(skipped), seen)} pairs used; skipped: {reasons}"
 
@@ -339,26 +346,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
 
     add("--student", "what the surgery makes of the teacher", choices=["700m", "1b"], default="700m")
-    add("--teacher", "toy, sdxl, a hub id or a folder; none: task loss alone", default="toy", metavar="T")
-    add("--vae", "another VAE, such as madebyollin/sdxl-vae-fp16-fix, the paper's", type=model_name, metavar="V")
-    add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher", metavar="I")
-    add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE; LF alone is BK-SDM; none",
-        default="SA,LF@DW-1,LF@UP-3", metavar="F")
+    add("--teacher", "toy, sdxl, a hub id or a folder; none: task loss alone", default="toy", metavar="MODEL")
+    add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
+        metavar="MODEL")
+    add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher", metavar="MODEL")
+    add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE, with commas (LF alone is BK-SDM); or none",
+        default="SA,LF@DW-1,LF@UP-3", metavar="LIST")
     add("--sa-blocks", "which of a deeper teacher's transformer blocks (Table 3c)",
         choices=["bottom", "interleave", "up"], default="bottom")
     add("--data", "shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards", type=nonempty,
-        default="shapes", metavar="D")
+        default="shapes", metavar="FOLDER")
     add("--caption", "one caption for all images, as in DreamBooth", type=nonempty, metavar="TEXT")
     add("--cache", "keep latents and text there; fixes each image's crop", type=path, metavar="FOLDER")
     parser.add_argument("--flip", action="store_true", help="mirror half of the images")
     add("--task", "weight of the task loss (equation 1)", type=number(float, 0, 1e9), default=1.0)
     add("--out-kd", "weight of outKD (equation 2)", type=number(float, 0, 1e9), default=1.0)
     add("--feat-kd", "weight of featKD (equation 3)", type=number(float, 0, 1e9), default=1.0)
-    add("--steps", "optimizer steps", type=number(int, 1, 10**9))
+    add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
     add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
-    add("--decay", "last share of the steps, over which the learning rate falls to 0", type=number(float, 0, 1))
+    add("--decay", "last share of the steps, in which the learning rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
     add("--dropout", "share of captions replaced by none", type=number(float, 0, 1), default=0.1)
     add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
@@ -374,13 +382,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpointing", "what the backward pass recomputes", choices=list(model.CHECKPOINTING),
         default="none")
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
-    add("--device", "[a GPU if there is one]", type=nonempty, metavar="D")
+    add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
     add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
     parser.add_argument("--dry-run", action="store_true",
                         help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
 
-    for name, value in RECIPES["toy" if args.teacher == "toy" else "paper"].items():
+    for name, value in RECIPES["toy" if preset(args.teacher) == PRESETS["toy"] else "paper"].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     _, world, _ = process_ranks()
@@ -399,7 +407,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.teacher == "none" or not args.feat_kd:
         args.features = "none"
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
-        parser.error("nothing to learn: --task, --out-kd and --feat-kd are 0, or have nothing to weigh")
+        parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
     name = f"{Path(args.teacher).name}-{args.student}"
@@ -417,21 +425,21 @@ def model_source(args: argparse.Namespace) -> str:
     return "toy" if args.init == "random" or only_unet else args.init
 
 
-def new_student(args: argparse.Namespace, shape: model.UNetConfig, device: str) -> model.UNet:
+def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str) -> model.UNet:
     """
-    The student before training, in float32; `shape` is the teacher's configuration, or the model's without one.
+    The student before training, in float32, its weights as exact as the teacher's file has them.
 
-    Its inherited weights are as exact as the teacher's file. Raises ValueError if --init is no such student.
+    `config` is the teacher's, or without one the model's. Raises ValueError if --init is no such student.
     """
     if args.init in ("teacher", "random"):
         torch.manual_seed(args.seed)
-        student = model.UNet(model.student_config(shape, args.student))
+        student = model.UNet(model.student_config(config, args.student))
         if args.init == "teacher":
             folder = local_folder(preset(args.teacher).source, ("unet",))
             model.inherit(student, model.load_unet(folder, torch.float32))
     else:
         student = model.load_unet(local_folder(preset(args.init).source, ("unet",)), torch.float32)
-        if args.teacher != "none" and student.config != model.student_config(shape, args.student):
+        if args.teacher != "none" and student.config != model.student_config(config, args.student):
             raise ValueError(f"--init: {args.init} is not a {args.student} student of {args.teacher}")
     return student.to(device, memory_format=torch.channels_last)
 
@@ -444,7 +452,8 @@ def dry_run(args: argparse.Namespace):
     else:
         _, _, student_config = costs.read_configs(args.init)
     with torch.device("meta"):
-        matched = match_features(model.UNet(student_config), model.UNet(config), args.features, args.sa_blocks)
+        student, teacher = model.UNet(student_config), model.UNet(config)
+    matched = match_features(student, teacher, args.features, args.sa_blocks)
     costs.dry_run(args, config if args.teacher != "none" else None, student_config, vae,
                   texts[0].max_position_embeddings, matched)
 
@@ -455,18 +464,20 @@ def main(argv: list[str] | None = None) -> int:
         dry_run(args)
         return 0
     rank, world, local_rank = process_ranks()
-    device = resolve_device(args.device or (f"cuda:{local_rank}" if torch.cuda.is_available() else None))
+    device = resolve_device(args.device)
     if device.startswith("cuda"):
+        if world > 1:
+            device = f"cuda:{local_rank}"
+        torch.cuda.set_device(torch.device(device).index or 0)
         torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
         torch.backends.cudnn.benchmark = True                    # all images have one size
     if world > 1:
-        if device.startswith("cuda"):
-            torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
     _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
 
     dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
-    pipeline = load_pipeline(model_source(args), dtype=dtype, device=device, compile=args.compile, vae=args.vae)
+    pipeline = load_pipeline(
+        model_source(args), dtype=dtype, device=device, compile=args.compile, vae=args.vae)
     pipeline.vae.requires_grad_(False)
     pipeline.text.requires_grad_(False)
     config = pipeline.unet.config

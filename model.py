@@ -225,7 +225,7 @@ CHECKPOINTING = {
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """SiLU of a norm; in place where no gradient needs the norm's output."""
+    """SiLU after a norm, in place when no gradient is needed."""
     return F.silu(norm(x), inplace=not torch.is_grad_enabled())
 
 
@@ -372,7 +372,7 @@ class Stage(nn.Module):
 
 
 class DownStage(Stage):
-    """DW-i: appends the output of every pair, and the downsampled one, to the skips for the decoder."""
+    """DW-i: pushes the output of every pair, and of the downsampler, onto `skips`."""
 
     def __init__(self, cin: int, cout: int, depth: int, heads: int, config: UNetConfig, last: bool):
         widths = [(cin if i == 0 else cout, cout) for i in range(config.pairs)]
@@ -392,7 +392,7 @@ class DownStage(Stage):
 
 
 class UpStage(Stage):
-    """UP-i: each pair also reads one skip; `skip_widths` are their widths, in the order of use."""
+    """UP-i: each pair pops one of `skips` and concatenates it; `skip_widths` are in the order of use."""
 
     def __init__(self, cin: int, cout: int, skip_widths: list[int], depth: int, heads: int,
                  config: UNetConfig, last: bool):
@@ -406,12 +406,12 @@ class UpStage(Stage):
             x = torch.cat([x, skips.pop()], dim=1)               # (B, C + C of the skip, H, W)
             x = self.pair(i, x, emb, context)                    # (B, C, H, W)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[2:])       # (B, C, 2H, 2W), or one less, as the skip has
+            x = self.upsamplers[0](x, skips[-1].shape[2:])       # (B, C, 2H, 2W), or as the skip has it
         return x                                                 # LF
 
 
 def sinusoidal_embedding(numbers: Tensor, dim: int) -> Tensor:
-    """Numbers (N,) as cosines and sines of frequencies from 1 down almost to 1/10000: (N, dim), float32."""
+    """Numbers (N,) as cosines, then sines, of frequencies 1, ..., 1/10000: (N, dim), float32."""
     frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float32, device=numbers.device) / (dim // 2))
     angles = numbers.float()[:, None] * frequencies              # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
@@ -448,9 +448,9 @@ class UNet(nn.Module):
 
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(channels))):
-            used = [skips.pop() for _ in range(config.pairs + 1)]
+            skip_widths = [skips.pop() for _ in range(config.pairs + 1)]
             self.up_blocks.append(
-                UpStage(width, channels[i], used, config.depths[i], config.heads[i], config, last=i == 0))
+                UpStage(width, channels[i], skip_widths, config.depths[i], config.heads[i], config, last=i == 0))
             width = channels[i]
 
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], 1e-5)
@@ -507,7 +507,7 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     if teacher.pairs != 2 or not teacher.mid_depth:
         raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in encoder stages, and Mid")
     return replace(teacher, pairs=koala.pairs,
-                   depths=(*teacher.depths[:-1], min(koala.depths[-1], teacher.depths[-1])),
+                   depths=(*teacher.depths[:-1], min(koala.depths[-1], teacher.depths[-1])),  # never deeper
                    mid_depth=min(koala.mid_depth, teacher.mid_depth))
 
 
@@ -515,8 +515,8 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     """
     Where in the teacher a module or tensor of the student comes from.
 
-    Encoder stages keep the first pair of two, and decoder stages drop the middle one of three (section 4.1):
-    pair 1 of a KOALA decoder stage is pair 2 of its teacher. Everything else keeps its name.
+    Of an encoder stage's pairs 0, 1 KOALA keeps 0, of a decoder stage's 0, 1, 2 it keeps 0 and 2 (section 4.1):
+    so pair 1 of a student's decoder stage is pair 2 of its teacher's. Everything else keeps its name.
     """
     if student.pairs == teacher.pairs:
         return path
@@ -567,9 +567,9 @@ class Features:
             unet(...)
         captured[path]  # (B, T, D) or (B, C, H, W)
 
-    Nothing is captured outside of `with`, so that recomputation in the backward pass leaves no second copy. The
-    hooks are on module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends, and
-    `with` is left, once everything is captured. Raises RuntimeError if a module did not run.
+    Nothing is captured outside of `with`, so that recomputation in the backward pass leaves no second copy.
+    The hooks are on module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends,
+    and `with` is left, once everything is captured. Raises RuntimeError if a module did not run.
     """
 
     class Stop(Exception):

@@ -74,7 +74,7 @@ class NoiseSchedule:
         self.prediction = config["prediction_type"]
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t, each (B, 1, 1, 1), at integer timesteps (B,) on the host, typed and placed as `like`."""
+        """alpha_t and sigma_t (B, 1, 1, 1) at integer timesteps (B,) on the host, with dtype and device of `like`."""
         squares = self.alphas_cumprod[timesteps, None, None, None]
         return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
 
@@ -107,7 +107,7 @@ class NoiseSchedule:
         return sigmas + [0.0]
 
     def init_noise_sigma(self, sigmas: list[float]) -> float:
-        """The scale of the initial noise; only "leading" adds the image's variance, 1, to it."""
+        """The scale of the initial noise, as diffusers has it: sqrt(sigma^2 + 1) for "leading", or else sigma."""
         return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
@@ -121,10 +121,10 @@ def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: N
     """
     timesteps = schedule.timesteps(steps)
     sigmas = schedule.sigmas_at(timesteps)
-    x = noise * schedule.init_noise_sigma(sigmas)
+    x = noise * schedule.init_noise_sigma(sigmas)                # z + sigma noise; the network reads alpha x
     for t, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:]):
         alpha = 1 / math.sqrt(sigma**2 + 1)
-        d = predict(alpha * x, t)                                # the noise is dx / dsigma
+        d = predict(alpha * x, t)                                # dx / dsigma is the noise
         if schedule.prediction == "v_prediction":                # noise = alpha_t v + sigma_t z_t
             d = alpha * d + sigma * alpha**2 * x
         x = x + (next_sigma - sigma) * d
@@ -205,10 +205,10 @@ class Pipeline:
     def encode(self, text: TextEncoders, prompts: list[str], negative: str | None,
                guidance: float) -> tuple[Tensor, Tensor]:
         """
-        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N, those without the
-        prompt first.
+        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N rows, N unconditional
+        ones and then N conditional ones.
         """
-        text.warn_of_cuts(prompts + [negative] * bool(negative))
+        text.warn_of_cuts(prompts + ([negative] if negative else []))
         cond = text(prompts)
         if guidance <= 1:
             return cond
