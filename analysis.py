@@ -15,7 +15,6 @@ A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a fini
 import argparse
 import math
 from collections import defaultdict
-from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -26,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model
-from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, euler, guide, load_pipeline
+from sample import Pipeline, load_pipeline
 from support.cli import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, preset, run)
 from support.costs import SA_STAGES, budget, latency
@@ -39,15 +38,15 @@ from toy import shapes
 
 
 def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
-    """The prompts of a file; else `count` captions of two objects if all models are toys; else the built-in ones."""
+    """The prompts of a file; else, if all models are toys, `count` captions of two objects; else PROMPTS."""
     if args.prompts:
         try:
-            prompts = [line.strip() for line in args.prompts.read_text().splitlines() if line.strip()]
+            lines = [line.strip() for line in args.prompts.read_text().splitlines()]
         except UnicodeDecodeError:
             raise ValueError(f"--prompts {args.prompts} is not a text in UTF-8") from None
-        if not prompts:
+        if not any(lines):
             raise ValueError(f"--prompts {args.prompts} has no prompts")
-        return prompts
+        return [line for line in lines if line]
     for name in args.model:
         if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
             return PROMPTS
@@ -60,11 +59,13 @@ def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
 
 
 def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
-    """softmax(Q K^T / sqrt(d)) of a self-attention layer with input x (B, T, D): (B, T, T), the mean over heads."""
-    q, k = attention.split_heads(attention.to_q(x)), attention.split_heads(attention.to_k(x))  # (B, heads, T, d)
-    maps = ((q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
-            for i in range(attention.heads))                     # one by one: (B, T, T) is large enough
-    return sum(maps) / attention.heads
+    """Self-attention's softmax(Q K^T / sqrt(d)) for its input x (B, T, D): (B, T, T), the mean over heads."""
+    q = attention.split_heads(attention.to_q(x))                 # (B, heads, T, d)
+    k = attention.split_heads(attention.to_k(x))                 # (B, heads, T, d)
+    total = 0
+    for i in range(attention.heads):                             # one by one: (B, T, T) is large enough
+        total += (q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
+    return total / attention.heads
 
 
 def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
@@ -73,8 +74,8 @@ def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     explains, (count,). A component's sign is such that the largest entry of its direction is positive.
     """
     centred = rows.double() - rows.double().mean(dim=0)
-    with torch.random.fork_rng(devices=[]):                      # a randomised SVD: the whole one of 4096 tokens
-        torch.manual_seed(0)                                     # takes ten times as long
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a randomised SVD: of 4096 tokens, the exact one takes ten times as long
         _, scales, vectors = torch.svd_lowrank(centred, q=min(24, *centred.shape), niter=20)
     vectors = vectors[:, :count]                                 # (M, count)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
@@ -84,48 +85,50 @@ def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
 def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None,
                at: float) -> Iterator[tuple[Image.Image, dict[str, Tensor]]]:
     """
-    The image of each prompt, and the map (T, T) of each stage with self-attention: the mean over all heads and
-    transformer blocks of the stage, after the share `at` of the steps, in the half of guidance with the prompt.
+    The image of each prompt, and the map (T, T) of each stage with self-attention: the mean over its
+    blocks and heads, after the share `at` of the steps, in the half of guidance with the prompt.
 
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
     """
     unet, steps = pipeline.unet, steps or pipeline.preset.steps
-    layers = {stage: model.feature_paths(unet, "SA", stage)
-              for stage in model.stages(unet.config) if stage in SA_STAGES}
+    stages = [stage for stage in model.stages(unet.config) if stage in SA_STAGES]
+    layers = {stage: model.feature_paths(unet, "SA", stage) for stage in stages}
     norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
     features = model.Features(unet, list(norms.values()))        # what enters the self-attention layers
+    maps = {}
+
+    def measure(step: int):
+        if step != min(int(at * steps), steps - 1):
+            return
+        for stage, paths in layers.items():
+            total = 0
+            for path in paths:
+                total += attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0]
+            maps[stage] = total.cpu() / len(paths)
+
     for i, prompt in enumerate(tqdm(prompts, "attention", unit="image")):
-        maps = {}
-
-        def measure(step: int):
-            if step != min(int(at * steps), steps - 1):
-                return
-            for stage, paths in layers.items():
-                total = sum(attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0] for path in paths)
-                maps[stage] = total.cpu() / len(paths)
-
         with features as captured:
             image, = pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
-        yield image, maps
+        yield image, maps.copy()
 
 
 def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
-    """The query, as shares of width and height: on what the toy's caption names first, else the centre and None."""
+    """The query, as shares of width and height, on what the toy's caption names first; else the centre."""
     try:
         (colour, _), *_ = shapes.parse(prompt)[0]
-        found = next(found for found in shapes.read(image) if found.colour == colour)
+        target = next(item for item in shapes.read(image) if item.colour == colour)
     except (ValueError, StopIteration):                          # not the toy's, or the object is missing
         return 0.5, 0.5, None
-    found = found._replace(shape=found.shape or "square")        # a shapeless blob is about as large
-    return found.x / shapes.SIZE, found.y / shapes.SIZE, found
+    target = target._replace(shape=target.shape or "square")     # a shapeless blob is about as large
+    return target.x / shapes.SIZE, target.y / shapes.SIZE, target
 
 
-def on_object(row: Tensor, found: shapes.Object | None) -> float:
+def on_object(row: Tensor, target: shapes.Object | None) -> float:
     """How many times as much of a query's attention (T,) is on an object as if it were spread evenly."""
-    if found is None:
+    if target is None:
         return math.nan
-    coverage = torch.from_numpy(shapes.coverage(found))          # (H, W), 0..1
+    coverage = torch.from_numpy(shapes.coverage(target))         # (H, W), 0..1
     area = F.adaptive_avg_pool2d(coverage[None], math.isqrt(len(row))).flatten()  # (T,)
     return ((row * area).sum() / area.mean()).item()
 
@@ -144,19 +147,21 @@ def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
     return image
 
 
-def attention(args: argparse.Namespace):
+def attention(args: argparse.Namespace) -> Image.Image:
     """Measures the maps of all prompts, and draws some: (b) their components, (c) their row of one query."""
     prompts, rows, drawn, size = read_prompts(args, 24), [], [], 152  # pixels of a picture
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
-            x, y, found = find_query(image, prompts[i])
-            components, queries = dict.fromkeys(SA_STAGES), dict.fromkeys(SA_STAGES)  # None: a gap
+            x, y, target = find_query(image, prompts[i])
+            components = dict.fromkeys(SA_STAGES)                # None: a gap
+            queries = dict.fromkeys(SA_STAGES)
             for stage, weights in maps.items():                  # (T, T)
                 side = math.isqrt(len(weights))
                 scores, explained = principal_components(weights)
                 query = weights[int(y * side) * side + int(x * side)]  # (T,)
-                rows.append([name, prompts[i], stage, len(weights), *explained.tolist(), on_object(query, found)])
+                rows.append([name, prompts[i], stage, len(weights), *explained.tolist(),
+                             on_object(query, target)])
                 low, high = scores.amin(0), scores.amax(0)
                 components[stage] = draw_tokens((scores - low) / (high - low), size)
                 queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3), size)
@@ -174,11 +179,10 @@ def attention(args: argparse.Namespace):
     print_table(["model", "stage", *header[4:]], means)
     drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
     _, names, components, queries = zip(*drawn)
-    picture = add_title(
+    return add_title(
         "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
         image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in SA_STAGES)]),
         image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in SA_STAGES)]))
-    atomic_write(args.out, picture.save)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -191,33 +195,34 @@ def block_similarity(outputs: Tensor) -> Tensor:
     return ((a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()).mean(dim=1)
 
 
-def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None) -> dict[str, Tensor]:
+def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int,
+                       steps: int | None) -> dict[str, Tensor]:
     """
-    Of each stage with transformers the cosines (prompts, N - 1), each the mean over its transformers and all steps.
+    For each stage with transformers the cosines (prompts, N - 1): the mean over transformers and all steps.
 
     Only blocks of one transformer are compared: between two transformers there are residual blocks.
     """
-    unet, transformers = pipeline.unet, []                       # each with its stage and the paths of its blocks
-    for stage, stage_path in model.stages(unet.config).items():
-        for i, transformer in enumerate(unet.get_submodule(stage_path).attentions):
-            prefix, count = f"{stage_path}.attentions.{i}.transformer_blocks", len(transformer.transformer_blocks)
-            transformers.append((stage, [f"{prefix}.{j}" for j in range(count)]))
-    features, cosines = model.Features(unet, sum((blocks for _, blocks in transformers), [])), defaultdict(list)
+    unet, transformers = pipeline.unet, defaultdict(list)        # each with the paths of its blocks
+    for stage in model.stages(unet.config):
+        for path in model.feature_paths(unet, "SA", stage):
+            block = path.removesuffix(".attn1")
+            transformers[stage, block.rpartition(".")[0]].append(block)
+    features, cosines = model.Features(unet, sum(transformers.values(), [])), defaultdict(list)
 
     def measure(step: int):
-        for stage, blocks in transformers:
+        for (stage, _), blocks in transformers.items():
             if len(blocks) > 1:
                 outputs = torch.stack([captured[block][-1] for block in blocks])  # (N, T, D), with the prompt
                 cosines[stage].append(block_similarity(outputs).cpu())
 
-    with features as captured:
-        for i, prompt in enumerate(tqdm(prompts, "similarity", unit="image")):
+    for i, prompt in enumerate(tqdm(prompts, "similarity", unit="image")):
+        with features as captured:
             pipeline([prompt], seed=seed + i, steps=steps, callback=measure)
     return {stage: torch.stack(values).unflatten(0, (len(prompts), -1)).mean(dim=1)
             for stage, values in cosines.items()}
 
 
-def similarity(args: argparse.Namespace):
+def similarity(args: argparse.Namespace) -> Image.Image:
     """Draws a curve for each stage: the mean over prompts, and its spread."""
     prompts, rows, charts = read_prompts(args, 32), [], []
     for name in args.model:
@@ -228,73 +233,65 @@ def similarity(args: argparse.Namespace):
             index = torch.arange(1, len(means) + 1, dtype=torch.float64) / len(means)
             curves[stage] = torch.stack([index, means, spreads], dim=1).tolist()
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
-        charts.append(line_chart(f"{name}: cosine similarity of each transformer block's output to the one before",
-                                 "normalised index of the block in its transformer",
-                                 "cosine, and its standard deviation over prompts", curves))
+        charts.append(line_chart(
+            f"{name}: cosine similarity of each transformer block's output to the one before",
+            "normalised index of the block in its transformer",
+            "cosine, and its standard deviation over prompts", curves))
         del pipeline
     header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
-    atomic_write(args.out, stack(*charts).save)
+    return stack(*charts)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The program
 
 
-def denoise(unet: model.UNet, noise: Tensor, conditions: list[Tensor], steps: int) -> Tensor:
-    """SDXL's sampling loop, for `latency` to time: noise (1, 4, H, W) to latents; conditions of a batch of two."""
-    guidance, dtype = preset("sdxl").guidance, next(unet.parameters()).dtype
-
-    def predict(x: Tensor, t: float) -> Tensor:
-        timesteps = torch.full((2,), t, device=x.device)
-        return guide(unet(torch.cat([x, x]).to(dtype), timesteps, *conditions).float(), guidance)
-
-    return euler(predict, noise, NoiseSchedule(SDXL_SCHEDULER), steps)
-
-
-def curves(args: argparse.Namespace):
+def curves(args: argparse.Namespace) -> Image.Image:
     """Draws the losses of runs."""
-    picture = loss_curves(args.run)
-    atomic_write(args.out, picture.save)
+    return loss_curves(args.run)
 
 
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__, "%(prog)s COMMAND [options]")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", prog=parser.prog)
 
-    def command(name: str, function: Callable, meaning: str, models: str = "") -> Callable:
-        subparser = commands.add_parser(name, help=meaning, description=meaning)
-        subparser.set_defaults(function=function)
-        subparser.add_argument("--out", type=png_path, default=f"{name}.png", metavar="PNG",
-                               help="the picture; numbers are in a .csv beside it")
+    def add_command(draw: Callable, meaning: str, models: str = "") -> Callable:
+        """Adds the command that is named after its function; returns what adds a flag to it."""
+        command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
+        command.set_defaults(draw=draw)
+        command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
+                             help="the picture; numbers are in a .csv beside it")
         if models:
-            subparser.add_argument("--model", type=model_name, nargs="+", default=models.split(), metavar="NAME",
-                                   help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
-        return subparser.add_argument
+            command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
+                                 default=models.split(),
+                                 help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+        return command.add_argument
 
-    for name, function, meaning in (
-            ("attention", attention, "self-attention maps of each stage: components, and one query"),
-            ("similarity", similarity, "cosine of each transformer block's output to the one before")):
-        add = command(name, function, meaning, "toy")
+    add_attention = add_command(
+        attention, "self-attention maps of each stage: components, and one query", "toy")
+    add_similarity = add_command(
+        similarity, "cosine of each transformer block's output to the one before", "toy")
+    for add in (add_attention, add_similarity):
         add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
         add("--device", type=nonempty, help="[a GPU if there is one]")
-        if name == "attention":
-            add("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the maps")
-            add("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
-    command("budget", budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
-    add = command("latency", partial(latency, denoise=denoise),
-                  "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
+    add_attention("--at", type=number(float, 0, 1), default=0.5, metavar="X",
+                  help="share of the steps before the maps")
+    add_attention("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+    add_command(budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
+    add = add_command(latency, "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
     add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
     add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
-    add("--precision", choices=PRECISIONS, metavar="P", help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+    add("--precision", choices=PRECISIONS, metavar="P",
+        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
     add("--device", type=nonempty, help="[a GPU if there is one]")
-    add = command("curves", curves, "the losses of one or several runs, step by step")
+    add = add_command(curves, "the losses of one or several runs, step by step")
     add("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")
-    add = command("ablation", ablation, "runs distill.py for each row of Table 3")
+    add = add_command(ablation, "runs distill.py for each row of Table 3")
     add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
     add("--steps", type=number(int, 1, 10**9), default=120, metavar="N", help="of each run")
@@ -304,7 +301,8 @@ def main(argv: list[str] | None = None):
     add("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
     add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     args = parser.parse_args(argv)
-    args.function(args)
+    picture = args.draw(args)
+    atomic_write(args.out, picture.save)
 
 
 if __name__ == "__main__":

@@ -303,7 +303,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
                             lambda folder: model.save_unet(student, folder / "unet"))
             bar.write(f"saved {args.out} at step {done}")
         if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
-            judging.preview(args, pipeline, teacher, student, args.out / "previews" / f"step-{done:07d}.png")
+            judging.preview(pipeline, teacher, student, samples.source.prompts(8),
+                            args.out / "previews" / f"step-{done:07d}.png")
         if rank == 0 and step * args.batch < first_pass <= done * args.batch:
             bar.write(data_report(samples.source, state["skipped_samples"], done * args.batch))
         if signal_number:

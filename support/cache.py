@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from model import read_json
+from support.checkpoint import check_settings
 from support.files import write_json
 
 
@@ -17,25 +18,21 @@ class Cache:
     """
     One file of fixed-size records, shared by processes, and by runs that read the same data.
 
-    A record is tensors of known shapes and dtypes, and a checksum of its number and contents. One that was never
-    written, is half-written, damaged or in the wrong place fails the checksum: it counts as absent and is made
-    again, so no lock is needed. `identity` is what the contents depend on; raises ValueError if the folder has
-    a cache of another identity.
+    A record is tensors of known shapes and dtypes, and a checksum of its number and contents. If it was never
+    written, or is half-written, damaged or in the wrong place, the checksum is wrong: it counts as absent and
+    is made again, so no lock is needed. `identity` is what the contents depend on; raises ValueError if the
+    folder has a cache of another identity.
     """
 
     def __init__(self, folder: Path, identity: dict, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         self.path, self.layout = folder / "records.bin", layout
-        self.sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in layout.items()}
-        self.size = sum(self.sizes.values()) + 4
+        self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()]
+        self.size = sum(self.sizes) + 4
         identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in layout.items()}
         settings = folder / "cache.json"
-        found = read_json(settings) if settings.exists() else identity
-        changed = [f"{key} was {found.get(key)} and is {identity.get(key)}"
-                   for key in {**found, **identity} if found.get(key) != identity.get(key)]
-        if changed:
-            raise ValueError(f"--cache {folder} was made with other settings: {'; '.join(changed)}; "
-                             f"give another --cache")
-        if not settings.exists():
+        if settings.exists():
+            check_settings(f"--cache {folder}", read_json(settings), identity, "--cache")
+        else:
             write_json(settings, identity)
         self.path.touch()
 
@@ -44,13 +41,12 @@ class Cache:
         with open(self.path, "rb") as file:
             file.seek(index * self.size)
             record = bytearray(file.read(self.size))
-        if len(record) != self.size or record[-4:] != self.checksum(index, record[:-4]):
+        if record[-4:] != self.checksum(index, record[:-4]):
             return None
-        tensors, start = {}, 0
-        for name, (shape, dtype) in self.layout.items():
-            tensors[name] = torch.frombuffer(record, dtype=torch.uint8, count=self.sizes[name], offset=start)
-            tensors[name] = tensors[name].clone().view(dtype).view(shape)
-            start += self.sizes[name]
+        *parts, _ = torch.frombuffer(record, dtype=torch.uint8).split([*self.sizes, 4])
+        tensors = {}
+        for part, (name, (shape, dtype)) in zip(parts, self.layout.items()):
+            tensors[name] = part.clone().view(dtype).view(shape)
         return tensors
 
     def write(self, index: int, tensors: dict[str, Tensor]):

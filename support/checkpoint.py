@@ -1,7 +1,7 @@
 """
 A training run as a folder that can be left at any moment and resumed: lock, checkpoints, log, stop.
 
-    runs/NAME/step-00000500/    a checkpoint: weights, the moments of Adam, and state.json with their checksums
+    runs/NAME/step-00000500/    a checkpoint: weights, Adam's moments, and state.json with their checksums
     runs/NAME/log.csv           one row for each step
 """
 
@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -19,24 +20,19 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from model import read_json, read_tensors
 from support.cli import Preset
 from support.files import (
-    WRITING, atomic_folder, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
+    PARTS, WRITING, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
 
 if os.name == "nt":
     import msvcrt
-
-    def lock_file(file):
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
 else:
     import fcntl
 
-    def lock_file(file):
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
+CHECKPOINTS = "step-" + 8 * "[0-9]"  # pattern of their folders' names
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
@@ -47,12 +43,15 @@ def lock_run_dir(folder: Path):
     Raises OSError if another process has the lock, or if the folder has a model and no run.
     """
     has_model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
-    if has_model and not Path(folder, "log.csv").exists() and not any(folder.glob("step-*")):
+    if has_model and not Path(folder, "log.csv").exists() and not any(folder.glob(CHECKPOINTS)):
         raise FileExistsError(f"{folder} has a model and no run; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     try:
-        lock_file(lock)
+        if os.name == "nt":
+            msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
     for leftover in folder.rglob(f"{WRITING}*"):  # of a process that was killed
@@ -63,8 +62,16 @@ def lock_run_dir(folder: Path):
     return lock
 
 
+def check_settings(where: str, before: dict, now: dict, flag: str):
+    """Raises ValueError if `where` was made with other settings than now; `flag` gives another place."""
+    changed = [f"{name} was {before.get(name)} and is {now.get(name)}"
+               for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(f"{where} was made with other settings: {'; '.join(changed)}; give another {flag}")
+
+
 def fingerprint(*networks: nn.Module) -> str:
-    """A checksum of names and of up to 1,024 numbers of each parameter, which tells one model from another."""
+    """A checksum that tells one model from another: of names and up to 1,024 numbers of each parameter."""
     checksum = 0
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -96,6 +103,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
                                  f"the last checkpoint in {run} is good")
 
     def write(folder: Path):
+        folder.mkdir()
         save_weights(folder)
         save_file(moments, folder / "optimizer.safetensors")
         files = {path.relative_to(folder).as_posix(): file_checksum(path)
@@ -105,13 +113,16 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
         (folder / "state.json").write_text(json.dumps(outer))
 
     folder = run / f"step-{state['step']:08d}"
+    shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or the run would have resumed from it
     try:
-        atomic_folder(folder, write)
+        atomic_write(folder, write)
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error_summary(error)}") from None
     show_unet(run, folder)
-    for old in sorted(run.glob("step-*"))[:-2]:
-        shutil.rmtree(old)
+    kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
+    for path in run.glob(CHECKPOINTS):
+        if path not in kept:
+            shutil.rmtree(path)
 
 
 def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
@@ -120,7 +131,7 @@ def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
 
     The content has `identity`, `state` and the checksums of `files`. Raises ValueError if all are damaged.
     """
-    folders = sorted(run.glob("step-*"), reverse=True)
+    folders = sorted(run.glob(CHECKPOINTS), reverse=True)
     for folder in folders:
         try:
             outer = read_json(folder / "state.json")
@@ -150,18 +161,16 @@ def resume(run: Path, identity: dict, network: nn.Module, optimizer: torch.optim
     if found is None:
         return {}
     folder, content = found
-    before, state = content["identity"], content["state"]
-    changed = [f"{name} was {before.get(name)!r} and is {identity.get(name)!r}"
-               for name in {**before, **identity} if before.get(name) != identity.get(name)]
-    if changed:
-        raise ValueError(f"{run} was started with other settings: {'; '.join(changed)}; give another --out")
+    check_settings(f"{run}", content["identity"], identity, "--out")
+    state = content["state"]
     load_weights(folder)
     moments = read_tensors(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
         if f"{MOMENTS[0]}.{name}" in moments:
-            updates = torch.tensor(float(state["updates"]), device=parameter.device)
-            optimizer.state[parameter] = {"step": updates} | {
-                moment: torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}")) for moment in MOMENTS}
+            restored = {"step": torch.tensor(float(state["updates"]), device=parameter.device)}
+            for moment in MOMENTS:
+                restored[moment] = torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}"))
+            optimizer.state[parameter] = restored
     show_unet(run, folder)
     return state
 
@@ -177,32 +186,32 @@ def file_checksum(path: Path) -> int:
 def show_unet(run: Path, checkpoint: Path):
     """Shows the U-Net of a checkpoint as the run's unet/, without a copy where the file system has links."""
     for path in checkpoint.glob("unet/*"):
-        temporary = run / "unet" / f"{WRITING}{path.name}"
-        temporary.parent.mkdir(exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(path, temporary)
-        except OSError:
-            shutil.copyfile(path, temporary)
-        os.replace(temporary, run / "unet" / path.name)
-        temporary.unlink(missing_ok=True)  # replacing a link to the same file does nothing
+        atomic_write(run / "unet" / path.name, partial(link_or_copy, path))
+
+
+def link_or_copy(source: Path, target: Path):
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
-    """Makes a complete model of a run's folder: the teacher's other networks, the VAE, and how it is sampled."""
+    """Completes a run's folder to a model: the teacher's other networks, the VAE, and how it is sampled."""
     names = [path.relative_to(teacher).as_posix() for path in teacher.rglob("*") if path.is_file()]
-    sources = {name: teacher / name for name in bundle_files(names) if not name.startswith(("unet/", "vae/"))}
-    sources |= {name: vae / name.removeprefix("vae/")
-                for name in bundle_files([f"vae/{path.name}" for path in vae.iterdir()], ("vae",))}
-    for name, source in sources.items():
-        atomic_write(run / name, lambda path: shutil.copyfile(source, path))
+    others = tuple(part for part in PARTS if part not in ("unet", "vae"))
+    copies = [(teacher / name, run / name) for name in bundle_files(names, others)]
+    names = [path.name for path in vae.iterdir()]
+    copies += [(vae / name, run / "vae" / name) for name in bundle_files(names, ("vae",))]
+    for source, target in copies:
+        atomic_write(target, partial(shutil.copyfile, source))
     sampling = preset._asdict()
     del sampling["source"]
     write_json(run / "preset.json", sampling)
 
 
 class Log:
-    """log.csv: a row for each step up to the checkpoint that a run resumes from, and for each step after it."""
+    """log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped."""
 
     COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
                "skipped_samples", "skipped_steps")
@@ -239,21 +248,21 @@ def process_ranks() -> tuple[int, int, int]:
 
 
 def check_agreement(status: str):
-    """Raises ValueError if processes have a different status: folders that are not the same on all machines."""
-    found = gather_dicts({process_ranks()[0]: status})
-    if len(set(found.values())) > 1:
-        raise ValueError(f"processes disagree ({'; '.join(f'{rank}: {found[rank]}' for rank in sorted(found))}): "
-                         f"--out and --data must be the same folders on all machines")
+    """Raises ValueError if the processes' statuses differ, as when folders differ between machines."""
+    by_rank = gather_dicts({process_ranks()[0]: status})
+    if len(set(by_rank.values())) > 1:
+        raise ValueError(f"processes disagree, by rank: {by_rank}; --out and --data must be the same folders "
+                         f"on all machines")
 
 
 class StopSignal:
-    """Within `with`, SIGINT or SIGTERM sets `received`, for the run to stop after its step; a second ends it."""
+    """Within `with`, a first SIGINT or SIGTERM sets `received`; a second ends the process at once."""
 
     def __enter__(self) -> "StopSignal":
-        self.received = 0
-        heard = [number for number in (signal.SIGINT, signal.SIGTERM)
-                 if signal.getsignal(number) is not signal.SIG_IGN]
-        self.before = {number: signal.signal(number, self.receive) for number in heard}
+        self.received, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error):

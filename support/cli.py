@@ -3,11 +3,9 @@ What the command lines share: presets, kinds of arguments, devices, and one line
 """
 
 import argparse
-import json
 import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -15,6 +13,7 @@ from typing import Callable, NamedTuple
 
 import torch
 
+from model import read_json
 from support.files import error_summary
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,27 +50,27 @@ def preset(name: str | Path) -> Preset:
 
     A folder may have a preset.json, as distill.py leaves it: a student is sampled as its teacher is.
     """
-    if name in PRESETS:
-        return PRESETS[name]
+    for key, known in PRESETS.items():
+        if name == key or Path(name).resolve() == Path(known.source).resolve():
+            return known
     path = Path(name, "preset.json")
     if not path.is_file():
-        known = [known for known in PRESETS.values() if Path(known.source).resolve() == Path(name).resolve()]
-        return known[0] if known else Preset(str(name))
+        return Preset(str(name))
     try:
-        own = Preset(str(name), **json.loads(path.read_text()))
-        known = own.spacing in (None, *SPACINGS)
-        if not known or own.steps not in range(1, 1001) or not 1 <= own.guidance < 1e9:
+        own = Preset(str(name), **read_json(path))
+        valid = own.steps in range(1, 1001) and 1 <= own.guidance < 1e9 and own.spacing in (None, *SPACINGS)
+        if not valid:
             raise ValueError("steps, guidance or spacing out of range")
         return own._replace(steps=int(own.steps), guidance=float(own.guidance))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a preset; remove it ({error_summary(error)})") from None
 
 
 def model_name(text: str) -> str:
     """A type for argparse: a preset's name, a folder, or what looks like a hub id."""
     if text not in PRESETS and "/" not in text and not os.path.isdir(text):
-        known = ", ".join(PRESETS)
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {known}, nor a folder, nor a hub id")
+        names = ", ".join(PRESETS)
+        raise argparse.ArgumentTypeError(f"{text!r} is neither {names}, nor a folder, nor a hub id")
     return text
 
 
@@ -84,11 +83,10 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     def parse(text: str):
         value = kind(text)
         if not (low <= value <= high and value < math.inf):
-            bounds = f"finite and at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number between {low} and {high}")
         if kind is int and value % multiple:
             below = value - value % multiple
-            near = " or ".join(str(size) for size in (below, below + multiple) if low <= size <= high)
+            near = f"{below} or {below + multiple}"
             raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
         return value
     parse.__name__ = "number"  # argparse says: invalid number value
@@ -109,7 +107,7 @@ def path(text: str) -> Path:
 
 def png_path(text: str) -> Path:
     """A type for argparse: the name of a .png file in a folder that can be written."""
-    name = path(text)
+    name = Path(text)
     if name.suffix != ".png" or name.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
     try:
@@ -121,9 +119,6 @@ def png_path(text: str) -> Path:
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults as [default], unless there is none or the help names it."""
-
-    def __init__(self, prog: str):
-        super().__init__(prog, max_help_position=24, width=min(110, shutil.get_terminal_size().columns))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.default in (None, False, argparse.SUPPRESS) or "[" in action.help:

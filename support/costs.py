@@ -7,8 +7,6 @@ import math
 import statistics
 import time
 from collections import defaultdict
-from dataclasses import replace
-from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Callable
@@ -22,23 +20,23 @@ from tqdm import tqdm
 
 import model
 from support.cli import peak_memory, preset, reset_peak_memory, resolve_device, resolve_dtype
-from support.files import atomic_write, local_folder, write_csv
+from support.files import local_folder, write_csv
 from support.plots import bar_chart, draw_table, print_table, stack
-from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig
+from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig, TextEncoders
 from support.vae import VAE, VAEConfig
 
 STAGES = list(model.stages(model.CONFIGS["sdxl"]))
 SA_STAGES = STAGES[1:-1]  # those with self-attention
 PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
-    ("sdxl", "U-Net"): (2567, 10.3, 3.133), ("1b", "U-Net"): (1161, 4.4, 1.604), ("700m", "U-Net"): (782, 3.0, 1.257)}
-PAPER |= {(name, "text encoders"): (817, math.nan, 0.008) for name in model.CONFIGS}
-PAPER |= {(name, "VAE"): (83, math.nan, 0.002) for name in model.CONFIGS}
-# The VAE's seconds are its decoder's, and cannot be right: an RTX 4090, at its peak of 165.2 TFLOP/s, needs 0.063.
-PAPER_RATE = 107.5e12  # FLOP/s of float16 that the U-Nets' seconds imply, if all of the time were the counted work
+    "U-Net": {"sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)},
+    "text encoders": dict.fromkeys(model.CONFIGS, (817, math.nan, 0.008)),
+    "VAE": dict.fromkeys(model.CONFIGS, (83, math.nan, 0.002))}
+# The VAE's seconds are its decoder's, and too few: an RTX 4090 at its peak of 165.2 TFLOP/s needs 0.063.
+PAPER_RATE = 107.5e12  # FLOP/s of float16 that the U-Nets' seconds imply, if all of the time is counted work
 
 
 def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UNetConfig]:
-    """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json files."""
+    """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json."""
     if name in model.CONFIGS:
         return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
@@ -52,8 +50,8 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
 
 
 def count_flops() -> FlopCounterMode:
-    """Counts the FLOPs within `with`: of matrix products, convolutions and attention, two for a multiply-add."""
-    return FlopCounterMode(display=False, custom_mapping={       # of the CPU's attention, which PyTorch leaves out
+    """Counts the FLOPs within `with`: matrix products, convolutions and attention, two for a multiply-add."""
+    return FlopCounterMode(display=False, custom_mapping={  # the CPU's attention, which PyTorch leaves out
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
@@ -70,43 +68,49 @@ def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1
     return [torch.zeros(batch, *shape) for shape in shapes]
 
 
-def count_unet(config: model.UNetConfig, tokens: int) -> dict[tuple[str, str], tuple[int, int]]:
-    """Parameters and multiply-adds of a forward pass, by stage ("rest": outside of all) and kind of block."""
-    with FakeTensorMode(), count_flops() as counter:
-        unet = model.UNet(config)
-        unet(*unet_inputs(config, tokens, config.sample_size))
-    kinds, parts = {"resnets": "residual", "attentions": "transformer"}, defaultdict(dict)
-    for stage, stage_path in model.stages(config).items():
-        for name, blocks in unet.get_submodule(stage_path).named_children():
-            for i, block in enumerate(blocks):
-                parts[stage, kinds.get(name, "rest")][f"UNet.{stage_path}.{name}.{i}"] = block
-    parts["rest", "rest"] = {f"UNet.{name}": child for name, child in unet.named_children() if "block" not in name}
-    flops = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
-    counts = {}
-    for part, modules in parts.items():
-        counts[part] = count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2
-    return counts
+def build_networks(texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig, size: int,
+                   batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+    """
+    A model's networks, each with what its `forward` takes for one image of `size` x `size`, all on the meta
+    device: shapes without numbers. `batch` is the U-Net's, 2 for guidance.
+    """
+    side, tokens = size // vae_config.downscale, texts[0].max_position_embeddings
+    with torch.device("meta"):
+        encoders = [CLIP(text, projection=i == 1) for i, text in enumerate(texts)]
+        vae = VAE(vae_config)
+        return {  # the text encoders take token ids in the place of prompts
+            "text encoders": (TextEncoders(encoders, [nn.Identity()] * len(texts)),
+                              [torch.zeros(1, tokens, dtype=torch.long)]),
+            "VAE decoder": (nn.Sequential(vae.post_quant_conv, vae.decoder),
+                            [torch.zeros(1, vae_config.latent_channels, side, side)]),
+            "VAE encoder": (nn.Sequential(vae.encoder, vae.quant_conv), [torch.zeros(1, 3, size, size)]),
+            "U-Net": (model.UNet(config), unet_inputs(config, tokens, side, batch))}
 
 
-def count_network(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
+def count_network(network: nn.Module, inputs: list[Tensor]) -> tuple[int, int]:
     """Parameters, and multiply-adds of a forward pass."""
     with count_flops() as counter:
         network(*inputs)
     return count_parameters(network), counter.get_total_flops() // 2
 
 
-@cache
-def count_others(texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, size: int) -> dict[str, tuple[int, int]]:
-    """Parameters and multiply-adds of the networks beside the U-Net, for one image of `size` x `size`."""
-    with FakeTensorMode():
-        encoders = [count_network(CLIP(config, projection=i == 1),
-                                  torch.zeros(1, config.max_position_embeddings, dtype=torch.long))
-                    for i, config in enumerate(texts)]
-        vae, side = VAE(vae_config), size // vae_config.downscale
-        latents, image = torch.zeros(1, vae_config.latent_channels, side, side), torch.zeros(1, 3, size, size)
-        return {"text encoders": tuple(map(sum, zip(*encoders))),
-                "VAE decoder": count_network(nn.Sequential(vae.post_quant_conv, vae.decoder), latents),
-                "VAE encoder": count_network(nn.Sequential(vae.encoder, vae.quant_conv), image)}
+def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
+    """Parameters and multiply-adds of a forward pass, by stage ("rest": outside of all) and kind of block."""
+    with count_flops() as counter:
+        unet(*inputs)
+    kinds, parts = {"resnets": "residual", "attentions": "transformer"}, defaultdict(dict)
+    for stage, stage_path in model.stages(unet.config).items():
+        for name, blocks in unet.get_submodule(stage_path).named_children():
+            for i, block in enumerate(blocks):
+                parts[stage, kinds.get(name, "rest")][f"UNet.{stage_path}.{name}.{i}"] = block
+    for name, child in unet.named_children():
+        if "block" not in name:
+            parts["rest", "rest"][f"UNet.{name}"] = child
+    flops = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
+    counts = {}
+    for part, modules in parts.items():
+        counts[part] = count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2
+    return counts
 
 
 def count_pass(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
@@ -127,12 +131,12 @@ def count_pass(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
     return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
 
 
-def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, student_config: model.UNetConfig,
-            vae_config: VAEConfig, tokens: int, matched: dict[str, str]):
+def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None,
+            student_config: model.UNetConfig, vae_config: VAEConfig, tokens: int, matched: dict[str, str]):
     """
-    Prints what a run of distill.py would be: settings, features, parameters, FLOPs, memory. It needs no weights.
+    Prints what a run of distill.py would be: settings, features, parameters, FLOPs, memory. Needs no weights.
 
-    `tokens` is the length of a prompt; `matched` has the paths of the student's modules and of their teachers.
+    `tokens` is the length of a prompt; `matched` has paths of the student's modules and of their teachers.
     """
     size = args.size or student_config.sample_size * vae_config.downscale
     torch.set_default_dtype(torch.bfloat16)
@@ -143,7 +147,8 @@ def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None, s
         vae_flops, _ = count_pass(vae.encoder, torch.empty(1, 3, size, size))
         teacher = model.UNet(teacher_config).requires_grad_(False) if teacher_config else None
         teacher_flops = count_pass(teacher, *inputs)[0] if teacher and (args.out_kd or matched) else 0
-        s, t, v = count_parameters(student), count_parameters(teacher) if teacher else 0, count_parameters(vae)
+        s, v = count_parameters(student), count_parameters(vae)
+        t = count_parameters(teacher) if teacher else 0
     torch.set_default_dtype(torch.float32)
     # Bytes: the student's weights, gradients and two moments in float32, and its copy in bfloat16, in which
     # the teacher is too; the VAE in float32 if it asks for that.
@@ -159,8 +164,8 @@ parameters   teacher {t:,}, student {s:,}{f" ({s / t - 1:+.1%})" if t else ""}, 
 work         TFLOP an image: teacher {most}{teacher_flops / 1e12:.4g}, student forward and backward
              {student_flops / 1e12:.4g}, VAE encoder {vae_flops / 1e12:.4g} (once, with --cache);
              a step of {args.batch}: {args.batch * (teacher_flops + student_flops + vae_flops) / 1e12:.4g}
-memory       GB: weights of all, gradients and moments {weights / 1e9:.2f}; activations of {args.micro_batch} images,
-             without checkpointing, {args.micro_batch * activations / 1e9:.2f}
+memory       GB: weights of all, gradients and moments {weights / 1e9:.2f}; activations of {args.micro_batch}
+             images, without checkpointing, {args.micro_batch * activations / 1e9:.2f}
              Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
 
 
@@ -168,13 +173,14 @@ memory       GB: weights of all, gradients and moments {weights / 1e9:.2f}; acti
 # Figure 2, Tables 1 and 2: parameters and work
 
 
-def budget(args: argparse.Namespace):
+def budget(args: argparse.Namespace) -> Image.Image:
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
     rows, table, unets = [], {}, {}
     for name in args.model:
         texts, vae, unet = read_configs(name)
-        unets[name] = count_unet(unet, texts[0].max_position_embeddings)
-        others = count_others(texts, vae, unet.sample_size * vae.downscale)
+        networks = build_networks(texts, vae, unet, unet.sample_size * vae.downscale)
+        unets[name] = count_unet(*networks.pop("U-Net"))
+        others = {network: count_network(*built) for network, built in networks.items()}
         rows += [[name, "U-Net", *part, *counts] for part, counts in unets[name].items()]
         rows += [[name, network, "", "", *counts] for network, counts in others.items()]
         (encoder, _), (decoder, decoding) = others["VAE encoder"], others["VAE decoder"]
@@ -182,27 +188,25 @@ def budget(args: argparse.Namespace):
                   "text encoders": others["text encoders"], "VAE": (encoder + decoder, decoding)}
         for network, (parameters, macs) in totals.items():
             key = network, name if network == "U-Net" else parameters  # the others once, if models share them
-            millions, gigabytes, _ = PAPER.get((name, network), [math.nan] * 3)
+            millions, gigabytes, _ = PAPER[network].get(name, [math.nan] * 3)
             table.setdefault(key, [f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
                                    4 * parameters / 1e9, gigabytes])
     csv_header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
     write_csv(args.out.with_suffix(".csv"), csv_header, rows)
     header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
-    cells = print_table(header, list(table.values()))
+    table = list(table.values())
+    print_table(header, table)
     print("multiply-adds are of one image: a pass of the U-Net, without guidance, and the VAE's decoder")
-    picture = stack(draw_table("Whole networks", header, cells),
-                    stage_chart("Millions of parameters", unets, 0, 1e6),
-                    stage_chart("Billions of multiply-adds", unets, 1, 1e9))
-    atomic_write(args.out, picture.save)
+    return stack(draw_table("Whole networks", header, table),
+                 stage_chart("Millions of parameters", unets, 0, 1e6),
+                 stage_chart("Billions of multiply-adds", unets, 1, 1e9))
 
 
 def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> Image.Image:
     """For each stage a bar of each model, in three parts; `which` of the counts of `count_unet`, in units."""
-    kinds, groups = ("residual", "transformer", "rest"), {}
-    for stage in (*STAGES, "rest"):
-        groups[stage] = []
-        for counts in unets.values():
-            groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])
+    kinds, groups = ("residual", "transformer", "rest"), defaultdict(list)
+    for stage, counts in product((*STAGES, "rest"), unets.values()):
+        groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])
     title = f"{title} by stage; in each, {', '.join(unets)}"
     return bar_chart(title, groups, ["residual blocks", "transformers", "rest"])
 
@@ -211,49 +215,35 @@ def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> 
 # Table 2, Figure 5: latency
 
 
-def random_network(build: Callable[[], nn.Module], dtype: torch.dtype, device: str) -> nn.Module:
-    """A network whose weights are noise: as fast as a trained one, and nothing to download."""
-    with torch.device("meta"):
-        network = build().requires_grad_(False).to(dtype)
-    network = network.to_empty(device=device)
+def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
+    """
+    Fills a network of the meta device with noise: as fast as trained weights, and nothing to download.
+
+    Returns its inputs, as noise; token ids are 0.
+    """
+    network.requires_grad_(False).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.02)
-    return network.to(memory_format=torch.channels_last)
+    return [torch.rand(x.shape).to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs]
 
 
-def prepare(network: str, texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig,
-            denoise: Callable, steps: int, dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
-    """Builds a network of a model, with random weights; returns what runs it for one image."""
-    side, tokens = config.sample_size, texts[0].max_position_embeddings
-    noise = torch.randn(1, config.in_channels, side, side, device=device)
-    if network == "text encoders":
-        encoders = [random_network(partial(CLIP, text, projection=i == 1), dtype, device)
-                    for i, text in enumerate(texts)]
-        ids = torch.zeros(1, tokens, dtype=torch.long, device=device)
-        return lambda: [encoder(ids)[0] for encoder in encoders][-1]
-    if network == "U-Net":
-        unet = random_network(partial(model.UNet, config), dtype, device)
-        _, _, *conditions = unet_inputs(config, tokens, side, batch=2)
-        return partial(denoise, unet, noise, [x.to(device, dtype) for x in conditions], steps)
-    vae = random_network(partial(VAE, vae_config), dtype, device)
-    return partial(vae.decode, noise.to(dtype))
-
-
-def time_runs(run: Callable[[], Tensor], repeat: int) -> tuple[int, float]:
-    """FLOPs of one run, to warm up, and the median seconds of several after it."""
-    times = []
-    with count_flops() as counter:
-        run().sum().item()                                       # a number on the host: waits for the device
-    for _ in range(repeat):
+def time_network(network: Callable, inputs: list[Tensor], passes: int, repeat: int) -> tuple[int, float]:
+    """FLOPs of some forward passes, to warm up, and the median seconds of as many, repeated."""
+    def run() -> float:
         start = time.perf_counter()
-        run().sum().item()
-        times.append(time.perf_counter() - start)
-    return counter.get_total_flops(), statistics.median(times)
+        for _ in range(passes):
+            output = network(*inputs)
+        output[0].sum().item()                                   # a number on the host: waits for the device
+        return time.perf_counter() - start
+
+    with count_flops() as counter:
+        run()
+    return counter.get_total_flops(), statistics.median(run() for _ in range(repeat))
 
 
 @torch.inference_mode()
-def latency(args: argparse.Namespace, denoise: Callable[[model.UNet, Tensor, list[Tensor], int], Tensor]):
-    """Times each model's networks for one image; `denoise(unet, noise, conditions, steps)` is the sampling loop."""
+def latency(args: argparse.Namespace) -> Image.Image:
+    """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.precision, device)
     header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
@@ -262,29 +252,30 @@ def latency(args: argparse.Namespace, denoise: Callable[[model.UNet, Tensor, lis
     for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
         texts, vae, unet = read_configs(name)
         size = args.size or unet.sample_size * vae.downscale
-        unet = replace(unet, sample_size=size // vae.downscale)
         reset_peak_memory(device)
-        run = prepare(network, texts, vae, unet, denoise, args.steps, dtype, device)
-        flops, seconds = time_runs(run, args.repeat)
-        del run                                                  # before the next is built and measured
+        built, inputs = build_networks(texts, vae, unet, size, batch=2)[network]
+        inputs = fill(built, inputs, dtype, device)
+        flops, seconds = time_network(built, inputs, args.steps if network == "U-Net" else 1, args.repeat)
+        del built, inputs                                        # before the next is built and measured
         by_counting = paper = implied = math.nan
         if (size, args.steps) == (1024, 25) and name in model.CONFIGS:
-            paper, implied = PAPER[name, network.removesuffix(" decoder")][2], flops / PAPER_RATE
+            paper, implied = PAPER[network.removesuffix(" decoder")][name][2], flops / PAPER_RATE
         if network == "U-Net":
             rate = rate or flops / seconds                       # of the first model
             by_counting = flops / rate
-            numbers = [seconds, by_counting, paper, implied]     # each a bar in its own colour, after parts of 0
+            numbers = [seconds, by_counting, paper, implied]     # a bar each, after parts of 0 for its colour
             bars[name] = [[0] * i + [number] for i, number in enumerate(numbers) if number > 0]
         rows.append([name, network, flops / 1e12, seconds, flops / seconds / 1e12, by_counting,
                      peak_memory(device), paper, implied])
     if all(math.isnan(row[7]) for row in rows):                  # of these models the paper says nothing
         header, rows = header[:7], [row[:7] for row in rows]
     write_csv(args.out.with_suffix(".csv"), header, rows)
-    cells = print_table(header, rows)
-    where = torch.cuda.get_device_name(device) if "cuda" in device else f"a CPU, {torch.get_num_threads()} threads"
+    print_table(header, rows)
+    where = f"a CPU, {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        where = torch.cuda.get_device_name(device)
     where += f", {str(dtype).removeprefix('torch.')}"
     print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e12:.3g} TFLOP/s")
-    picture = stack(draw_table(f"Latency on {where}", header, cells),
-                    bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,
-                              ["measured", "by counting", *header[7:]]))
-    atomic_write(args.out, picture.save)
+    return stack(draw_table(f"Latency on {where}", header, rows),
+                 bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,
+                           ["measured", "by counting", *header[7:]]))

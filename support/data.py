@@ -1,9 +1,9 @@
 """
-Training data: captioned images from the toy, from a folder, or from img2dataset's shards, as training samples.
+Training samples: captioned images from the toy, from a folder, or from img2dataset's shards.
 
-What cannot be used is skipped and counted by reason; one bad file never ends a run. Nothing here has a state:
-everything random about the sample at position p of the endless, shuffled order comes from a generator seeded by
-(seed, p). So it is the same for any batch size, any number of processes, and however often a run was stopped.
+What cannot be used is skipped and counted by reason; one bad file never ends a run. Everything random about
+the sample at position p of the endless, shuffled order comes from a generator seeded by (seed, p). So it is
+the same for any batch size, any number of processes, and however often a run was stopped.
 """
 
 import argparse
@@ -53,10 +53,11 @@ class Span(NamedTuple):
 
 IMAGES, FORMATS = (".jpg", ".jpeg", ".png", ".webp"), ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
 LARGEST_FILE = 64 * 2**20  # bytes; what is larger is no image of a training set
+LARGEST_CAPTION = 2**16    # bytes; CLIP reads 77 tokens
 
 
 class Shapes:
-    """The toy's pictures, endless; sample i is always the same."""
+    """The toy's pictures, endless."""
 
     skipped, fingerprint = Counter(), "shapes"
 
@@ -66,6 +67,10 @@ class Shapes:
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
         picture, caption = shapes.sample(shapes.TRAIN_SEED, index)
         return picture, caption, picture.size[::-1]
+
+    def prompts(self, count: int) -> list[str]:
+        """For previews: captions that are not trained on."""
+        return [shapes.caption(shapes.JUDGE_SEED, i) for i in range(count)]
 
 
 PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
@@ -80,9 +85,9 @@ class CaptionedImages:
     """
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    Files without a partner are counted in `skipped` by reason, and so is a shard that is cut; what comes before
-    the cut is used. With `caption` all images have this one. An index of shards takes long to make: it is kept in
-    the file `index`, and mapped from there as long as the shards do not change. Raises FileNotFoundError or
+    `skipped` counts, by reason, files without a partner and shards that are cut; what comes before a cut is
+    used. With `caption` all images have this one. The index of shards takes long to make: it is kept in the
+    file `index`, and mapped from there as long as the shards do not change. Raises FileNotFoundError or
     ValueError if the folder has no image with a caption.
     """
 
@@ -98,9 +103,9 @@ class CaptionedImages:
         elif not shards:
             self.make_index(self.pair(self.loose_files()))
         else:
-            state = [[self.relative(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
-            state = json.dumps([caption is None, state])
-            if not (index and self.read_index(index, state)):
+            files = [[self.relative(path), path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
+            state = json.dumps([caption is None, files])
+            if not index or not self.read_index(index, state):
                 self.make_index(item for shard in shards for item in self.pair(self.members(shard)))
                 if index:
                     self.write_index(index, state)
@@ -117,7 +122,7 @@ class CaptionedImages:
         return path.relative_to(self.root).as_posix()
 
     def make_index(self, items: Iterable[dict[str, Span]]):
-        """Millions of spans are numbers in one array: as objects they would take gigabytes in each process."""
+        """Millions of spans become one array: as objects they would take gigabytes in each process."""
         paths, numbers = {"": 0}, array("q")
         for item in items:
             for kind in self.KINDS:
@@ -134,17 +139,15 @@ class CaptionedImages:
         """Maps an index into memory; False if it is not there, damaged, or not of these shards."""
         try:
             with safe_open(index, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("state") != state:
-                    return False
-                spans, lists = file.get_tensor("spans").numpy(), metadata["lists"]
-            if metadata["checksum"] != self.checksum(spans, lists):
+                spans, metadata = file.get_tensor("spans").numpy(), file.metadata()
+            lists = metadata["lists"]
+            if metadata["state"] != state or metadata["checksum"] != self.checksum(spans, lists):
                 return False
-            self.spans, (self.paths, skipped) = spans, json.loads(lists)
-            self.skipped = Counter(skipped)
-            return True
-        except (OSError, SafetensorError, KeyError, ValueError):
+        except (OSError, SafetensorError, KeyError, TypeError):
             return False
+        self.spans, (self.paths, skipped) = spans, json.loads(lists)
+        self.skipped = Counter(skipped)
+        return True
 
     @staticmethod
     def checksum(spans: np.ndarray, lists: str) -> str:
@@ -152,12 +155,13 @@ class CaptionedImages:
 
     def loose_files(self) -> Iterator[tuple[str, Span]]:
         for path in sorted(self.root.rglob("*")):
+            name = self.relative(path)
             with contextlib.suppress(OSError):                   # a broken link, or removed just now
                 if path.is_file():
-                    yield self.relative(path), Span(self.relative(path), 0, path.stat().st_size)
+                    yield name, Span(name, 0, path.stat().st_size)
 
     def pair(self, named: Iterable[tuple[str, Span]]) -> Iterator[dict[str, Span]]:
-        """Puts together the files whose names differ in their ending only."""
+        """Groups the files whose names differ only in their ending."""
         groups = {}
         for name, span in named:
             stem, ending = os.path.splitext(name)
@@ -183,54 +187,71 @@ class CaptionedImages:
                     if name.is_absolute() or ".." in name.parts:
                         raise ValueError("outside of the folder")
                     path = self.root / name
-                    size = path.stat().st_size if path.exists() else 0
-                    yield {"image": Span(str(name), 0, size), "line": Span("metadata.jsonl", start, len(line))}
+                    image = Span(str(name), 0, path.stat().st_size if path.exists() else 0)
+                    yield {"image": image, "line": Span("metadata.jsonl", start, len(line))}
                 except (ValueError, KeyError, TypeError, RecursionError):
                     self.skipped["bad_line"] += bool(line.strip())
                 start += len(line)
 
     def members(self, shard: Path) -> Iterator[tuple[str, Span]]:
         """The files of a shard. A whole one ends in a block of zeros, which tarfile does not check."""
-        end, size = 0, shard.stat().st_size
+        end, path, size = 0, self.relative(shard), shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // 512) * 512
                     if member.isreg() and member.size <= LARGEST_FILE and end <= size:
-                        yield member.name, Span(self.relative(shard), member.offset_data, member.size)
+                        yield member.name, Span(path, member.offset_data, member.size)
         except (tarfile.TarError, ArithmeticError, RecursionError, ValueError, MemoryError):
             pass                                                 # a damaged header raises any of these
-        if end > size or not end or self.read(Span(self.relative(shard), end, 512)) != bytes(512):
+        if not 0 < end <= size or self.read(Span(path, end, 512)) != bytes(512):
             self.skipped["bad_shard"] += 1
             print(f"warning: {shard} is cut or damaged after byte {min(end, size)}; the rest is lost",
                   file=sys.stderr)
 
     def read(self, span: Span) -> bytes:
-        with open(self.root / span.path, "rb") as file:
-            file.seek(span.start)
-            return file.read(span.size)
+        """The bytes of a span. Raises Skip."""
+        if span.size > LARGEST_FILE:
+            raise Skip("too_large")
+        try:
+            with open(self.root / span.path, "rb") as file:
+                file.seek(span.start)
+                return file.read(span.size)
+        except OSError:
+            raise Skip("unreadable") from None
+
+    def item(self, index: int) -> dict[str, Span]:
+        """What there is of a pair, by kind."""
+        spans = (Span(self.paths[path], start, size) for path, start, size in self.spans[index].tolist())
+        return {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
+
+    def prompts(self, count: int) -> list[str]:
+        """For previews: the captions of the first pairs that have one."""
+        prompts = []
+        for index in range(len(self)):
+            with contextlib.suppress(Skip):
+                prompts.append(self.caption or self.read_caption(self.item(index)))
+            if len(prompts) == count:
+                break
+        return prompts
 
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
         """An RGB image, its caption, and its original (height, width). Raises Skip."""
-        spans = (Span(self.paths[path], start, size) for path, start, size in self.spans[index].tolist())
-        item = {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
+        item = self.item(index)
         caption = self.caption or self.read_caption(item)
-        if item["image"].size > LARGEST_FILE:
-            raise Skip("too_large")
+        content = io.BytesIO(self.read(item["image"]))
         try:
-            image = Image.open(io.BytesIO(self.read(item["image"])), formats=FORMATS)
+            image = Image.open(content, formats=FORMATS)
             if image.width * image.height > Image.MAX_IMAGE_PIXELS:
                 raise Skip("too_large")
             image = to_rgb(ImageOps.exif_transpose(image))
         except Image.DecompressionBombError:
             raise Skip("too_large") from None
-        except OSError as error:
-            raise Skip("unreadable" if error.errno else "bad_image") from None
-        except (ValueError, SyntaxError, TypeError, MemoryError, struct.error):  # of damaged EXIF
-            raise Skip("bad_image") from None
+        except (OSError, ValueError, SyntaxError, TypeError, MemoryError, struct.error):
+            raise Skip("bad_image") from None                    # damaged EXIF raises most of these
         height, width = image.height, image.width
         if "json" in item:                                       # img2dataset shrank it: sizes before that
-            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, OSError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, Skip):
                 info = json.loads(self.read(item["json"]))
                 original = int(info["original_height"]), int(info["original_width"])
                 if all(1 <= side <= 2**16 for side in original):
@@ -248,17 +269,12 @@ class CaptionedImages:
                 text.encode()  # JSON can spell halves of characters
         except UnicodeError:
             raise Skip("bad_encoding") from None
-        except OSError:
-            raise Skip("unreadable") from None
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Skip("no_caption") from None
         # `strip` alone would keep invisible characters, such as a zero-width space.
         if not any(character.isprintable() and not character.isspace() for character in text):
             raise Skip("blank_caption")
         return " ".join(text.split())
-
-
-LARGEST_CAPTION = 2**16  # bytes; CLIP reads 77 tokens
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -325,7 +341,7 @@ class Samples(Dataset):
             "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
-        """An image resized by its short side, flipped, and then cropped: the crop is that of the flipped image."""
+        """An image that is resized by its short side, flipped, and then cropped."""
         # With a cache the crop is the same in every epoch, and for every seed.
         rng = np.random.default_rng((0, 3, index) if self.cache else (self.seed, 3, p))
         image, caption, (height, width) = self.source.load(index)
@@ -358,8 +374,8 @@ def load_samples(args: argparse.Namespace, pipeline, config: UNetConfig) -> Samp
     """
     The training samples that the flags of distill.py ask for, with the pipeline's VAE and text encoders.
 
-    The first process makes the index of shards, and the others read it. Raises FileNotFoundError or ValueError if
-    the data, or the cache, does not fit the run.
+    The first process makes the index of shards, and the others read it. Raises FileNotFoundError or
+    ValueError if the data, or the cache, does not fit the run.
     """
     downscale = pipeline.vae_config.downscale
     size = args.size or config.sample_size * downscale

@@ -1,12 +1,12 @@
 """
-Files: found in a folder or on the hub, written completely or not at all, and one clear line for what is wrong.
+Files: found in a folder or on the hub, written completely or not at all; one clear line for what is wrong.
 """
 
 import csv
+import io
 import json
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Callable
@@ -23,8 +23,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
     """
     The folder of a model: `source` itself if it is one, or else a hub id's snapshot, downloaded if need be.
 
-    Of a hub id only `parts` are downloaded, and of two variants of weights only one, float16 if `half`, or none.
-    Raises FileNotFoundError, one line that says what to do.
+    Of a hub id only `parts` are downloaded. Of two variants of the weights it is one, float16 if `half`, and
+    none if not `weights`. Raises FileNotFoundError, one line that says what to do.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -45,12 +45,13 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         except LocalEntryNotFoundError:
             raise FileNotFoundError(
                 f"no folder {source}, nothing of it in the hub's cache, and the hub is out of reach "
-                f"({error_summary(error)}); elsewhere run: hf download {source}, then give its folder or set HF_HOME"
-            ) from None
+                f"({error_summary(error)}); elsewhere run: hf download {source}, then give its folder or set "
+                f"HF_HOME") from None
     try:
         return Path(snapshot_download(source, allow_patterns=bundle_files(names, parts, half, weights)))
     except Exception as error:
-        raise FileNotFoundError(f"the download of {source} failed: {error_summary(error)}; run this again") from None
+        message = f"the download of {source} failed: {error_summary(error)}; run this again"
+        raise FileNotFoundError(message) from None
 
 
 def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False,
@@ -68,9 +69,8 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
         wanted += [name for name in own if name.endswith((".json", ".txt"))]
         fp16 = [name for name in own if WEIGHTS.search(name) and ".fp16" in name]
         plain = [name for name in own if WEIGHTS.search(name) and ".fp16" not in name]
-        first, second = (fp16, plain) if half and part != "vae" else (plain, fp16)
         if weights:
-            wanted += first or second
+            wanted += (fp16 or plain) if half and part != "vae" else (plain or fp16)
     return wanted
 
 
@@ -86,28 +86,18 @@ def error_summary(error: Exception) -> str:
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]):
-    """Has `write` fill a temporary file and renames it: `path` is always the old file or the new one."""
+    """
+    Has `write` make a temporary file, or a whole folder, and renames it to `path`.
+
+    So `path` is always the old file or the new one; a folder has to be new.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         write(temporary)
-        sync(temporary)
-        os.replace(temporary, path)
-    sync(path.parent)
-
-
-def atomic_folder(path: Path, write: Callable[[Path], object]):
-    """As `atomic_write`, for a whole new folder."""
-    temporary = path.with_name(f"{WRITING}{path.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
         for inside in [*temporary.rglob("*"), temporary]:
             sync(inside)
         os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     sync(path.parent)
 
 
@@ -129,10 +119,9 @@ def write_json(path: Path, value: dict):
 
 def write_csv(path: Path, header: list[str], rows: list[list]):
     """Writes a CSV file atomically."""
-    def write(path: Path):
-        with open(path, "w", newline="") as file:
-            csv.writer(file).writerows([header, *rows])
-    atomic_write(path, write)
+    text = io.StringIO()
+    csv.writer(text).writerows([header, *rows])
+    atomic_write(path, lambda path: path.write_text(text.getvalue(), newline=""))
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:

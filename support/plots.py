@@ -3,17 +3,18 @@ Charts, tables and grids of images, drawn with Pillow as RGB images; sizes are i
 """
 
 import math
-import statistics
 from functools import cache
 from pathlib import Path
 from typing import Callable
 
+import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from support.files import read_csv
 
 INK, PALE = "#222222", "#dddddd"
-COLOURS = ["#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]  # Okabe and Ito
+COLOURS = [  # Okabe and Ito's
+    "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
 WIDTH = 960  # of a chart: sharp at a README's width
 
 
@@ -35,13 +36,12 @@ def format_number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def print_table(header: list[str], rows: list[list]) -> list[list[str]]:
-    """Prints a table, and returns its cells as text."""
-    cells = [list(map(format_number, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(header, *cells)]
-    for first, *rest in [header, *cells]:
-        print(first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:])), sep="  ")
-    return cells
+def print_table(header: list[str], rows: list[list]):
+    """Prints a table, the first column to the left, the others to the right."""
+    table = [list(map(format_number, row)) for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for first, *rest in table:
+        print(first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), sep="  ")
 
 
 def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None = None,
@@ -102,9 +102,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
-def axes(x_name: str, y_name: str, x_ticks: list[float], y_ticks: list[float], log: bool = False,
+def axes(x_name: str, y_name: str, points: list[tuple[float, float]], log: bool = False,
          height: int = 420) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """The axes of a chart, and where in the picture a point (x, y) lies; `log`: y is a decimal logarithm."""
+    """Axes for these points, and where in the picture (x, y) lies; `log`: y is a decimal logarithm."""
+    xs, ys = zip(*points)
+    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     left, right, top, bottom = 72, WIDTH - 24, 44, height
     picture = Image.new("RGB", (WIDTH, bottom + 64), "white")
     draw = ImageDraw.Draw(picture)
@@ -114,11 +116,12 @@ def axes(x_name: str, y_name: str, x_ticks: list[float], y_ticks: list[float], l
                 bottom - (bottom - top) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
 
     for value in y_ticks:
-        draw.line((*place(x_ticks[0], value), *place(x_ticks[-1], value)), PALE)
-        text = f"{10**value:.3g}" if log else f"{value:g}"
-        draw.text((left - 8, place(x_ticks[0], value)[1]), text, INK, font(14), "rm")
+        _, y = place(x_ticks[0], value)
+        draw.line((left, y, right, y), PALE)
+        draw.text((left - 8, y), f"{10**value:.3g}" if log else f"{value:g}", INK, font(14), "rm")
     for value in x_ticks:
-        draw.text((place(value, y_ticks[0])[0], bottom + 14), f"{value:g}", INK, font(14), "mm")
+        x, _ = place(value, y_ticks[0])
+        draw.text((x, bottom + 14), f"{value:g}", INK, font(14), "mm")
     draw.line((left, bottom, right, bottom), INK)
     draw.text(((left + right) // 2, bottom + 42), x_name, INK, font(), "mm")
     draw.text((16, 20), y_name, INK, font(), "lm")
@@ -128,10 +131,9 @@ def axes(x_name: str, y_name: str, x_ticks: list[float], y_ticks: list[float], l
 def line_chart(title: str, x_name: str, y_name: str,
                curves: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
     """Curves of points (x, y, spread): y with an error bar of one spread to either side."""
-    points = [point for curve in curves.values() for point in curve]
-    x_ticks = ticks(min(x for x, _, _ in points), max(x for x, _, _ in points))
-    y_ticks = ticks(min(y - spread for _, y, spread in points), max(y + spread for _, y, spread in points))
-    picture, place = axes(x_name, y_name, x_ticks, y_ticks)
+    points = sum(curves.values(), [])
+    ends = [(x, y - spread) for x, y, spread in points] + [(x, y + spread) for x, y, spread in points]
+    picture, place = axes(x_name, y_name, ends)
     draw = ImageDraw.Draw(picture)
     for curve, colour in zip(curves.values(), COLOURS):
         for x, y, spread in curve:
@@ -141,6 +143,14 @@ def line_chart(title: str, x_name: str, y_name: str,
     return add_title(title, legend(list(curves)), picture)
 
 
+def moving_average(values: list[float], window: int) -> list[float]:
+    """The mean of each value and those before it, `window` in all, or as many as there are."""
+    sums = np.cumsum([0.0, *values])
+    last = np.arange(1, len(sums))
+    first = np.maximum(last - window, 0)
+    return ((sums[last] - sums[first]) / (last - first)).tolist()
+
+
 def loss_curves(runs: list[Path]) -> Image.Image:
     """
     The three losses of runs, from their log.csv: smoothed over a twentieth of the run, each step pale behind.
@@ -148,34 +158,28 @@ def loss_curves(runs: list[Path]) -> Image.Image:
     Losses are on a logarithmic scale; those that are 0 throughout, or not finite, are left out. Raises
     FileNotFoundError or ValueError.
     """
-    logs = {run.name: read_csv(run / "log.csv") for run in runs}
-    charts = []
+    logs, charts = [read_csv(run / "log.csv") for run in runs], []
     for loss in ("task", "outKD", "featKD"):
-        curves = {}
-        for name, rows in logs.items():
-            points = [(int(row["step"]), float(row[loss])) for row in rows]
-            points = [(step, math.log10(value)) for step, value in points if 0 < value < math.inf]
-            if points:
-                curves[name] = points
-        if not curves:
+        curves = []                                              # one of each run, in the order of the legend
+        for log in logs:
+            points = [(int(row["step"]), float(row[loss])) for row in log]
+            curves.append([(step, math.log10(value)) for step, value in points if 0 < value < math.inf])
+        points = sum(curves, [])
+        if not points:
             continue
-        points = sum(curves.values(), [])
-        picture, place = axes("step", loss,
-                              ticks(0, max(step for step, _ in points)),
-                              ticks(min(y for _, y in points), max(y for _, y in points)), log=True, height=260)
+        picture, place = axes("step", loss, [(0, points[0][1]), *points], log=True, height=260)
         draw = ImageDraw.Draw(picture)
-        for curve, colour in zip(curves.values(), COLOURS):
+        for curve, colour in zip(curves, COLOURS):
             pale = tuple((channel + 2 * 255) // 3 for channel in ImageColor.getrgb(colour))
             draw.line([place(*point) for point in curve], pale, 1)
-        for curve, colour in zip(curves.values(), COLOURS):
-            window = max(1, len(curve) // 20)
-            smooth = [(step, statistics.fmean(y for _, y in curve[max(0, i - window + 1):i + 1]))
-                      for i, (step, _) in enumerate(curve)]
-            draw.line([place(*point) for point in smooth], colour, 2)
+        for curve, colour in zip(curves, COLOURS):
+            smooth = moving_average([y for _, y in curve], max(1, len(curve) // 20))
+            draw.line([place(step, y) for (step, _), y in zip(curve, smooth)], colour, 2)
         charts.append(picture)
     if not charts:
         raise ValueError(f"{runs[0] / 'log.csv'} has no losses yet")
-    return add_title("Losses, smoothed over a twentieth of the run", legend(list(logs)), *charts)
+    names = [run.name for run in runs]
+    return add_title("Losses, smoothed over a twentieth of the run", legend(names), *charts)
 
 
 def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]) -> Image.Image:
@@ -185,7 +189,8 @@ def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]
     left = 24 + max(map(text_width, groups))
     right = WIDTH - 24 - max(text_width(format_number(total)) for total in totals)
     scale = (right - left) / (max(totals) or 1)
-    picture, y = Image.new("RGB", (WIDTH, len(totals) * thickness + (len(groups) + 1) * gap), "white"), gap
+    height = len(totals) * thickness + (len(groups) + 1) * gap
+    picture, y = Image.new("RGB", (WIDTH, height), "white"), gap
     draw = ImageDraw.Draw(picture)
     for name, group in groups.items():
         draw.text((left - 10, y + len(group) * thickness / 2), name, INK, font(), "rm")
@@ -200,17 +205,19 @@ def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]
     return add_title(title, legend(parts), picture)
 
 
-def draw_table(title: str, header: list[str], cells: list[list[str]]) -> Image.Image:
-    """Cells of text, the first column to the left, the others to the right."""
-    widths = [math.ceil(max(map(font(15).getlength, column))) + 28 for column in zip(header, *cells)]
+def draw_table(title: str, header: list[str], rows: list[list]) -> Image.Image:
+    """A table as `print_table` prints it, below a title."""
+    table = [list(map(format_number, row)) for row in [header, *rows]]
+    widths = [math.ceil(max(map(font(15).getlength, column))) + 28 for column in zip(*table)]
     line = 26
-    picture = Image.new("RGB", (max(WIDTH, sum(widths) + 16), line * (len(cells) + 1) + 16), "white")
+    picture = Image.new("RGB", (max(WIDTH, sum(widths) + 16), line * len(table) + 16), "white")
     draw = ImageDraw.Draw(picture)
-    for i, row in enumerate([header, *cells]):
+    for i, row in enumerate(table):
         x, y = 8, line * i + line // 2 + 4
-        for j, (cell, width) in enumerate(zip(row, widths)):
-            at, anchor = (x + 8, "lm") if j == 0 else (x + width - 8, "rm")
-            draw.text((at, y), cell, INK, font(15), anchor)
+        draw.text((x + 8, y), row[0], INK, font(15), "lm")
+        x += widths[0]
+        for cell, width in zip(row[1:], widths[1:]):
             x += width
+            draw.text((x - 8, y), cell, INK, font(15), "rm")
     draw.line((8, line + 4, 8 + sum(widths), line + 4), INK)
     return add_title(title, picture)

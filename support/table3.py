@@ -24,7 +24,7 @@ from tqdm import tqdm
 import distill
 from sample import load_pipeline
 from support.data import PROMPTS
-from support.files import atomic_write, read_csv, write_csv
+from support.files import read_csv, write_csv
 from support.plots import draw_table, print_table, stack
 from toy import shapes
 
@@ -52,8 +52,10 @@ TABLE = {
 FINDINGS = {  # of section 4.2: the mean of some rows is better than that of each group of others
     "3a": ("F1, self-attention is the best type of feature",
            ["SA"], [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
-    "3b": ("F2, the decoder's stages matter more", ["SA at UP-1", "SA at UP-2"], [["SA at DW-2", "SA at DW-3"]]),
-    "3c": ("F3, the first blocks of a transformer matter most", ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
+    "3b": ("F2, the decoder's stages matter more",
+           ["SA at UP-1", "SA at UP-2"], [["SA at DW-2", "SA at DW-3"]]),
+    "3c": ("F3, the first blocks of a transformer matter most",
+           ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
     "3d": ("F4, LF helps where there is no self-attention, and only there",
            ["SA + LF at DW-1 & UP-3"], [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
 SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # the scores of a run; 1: more is better
@@ -67,7 +69,7 @@ def distill_flags(args: argparse.Namespace, features: str, blocks: str, seed: in
 
 
 def parse_teacher(args: argparse.Namespace) -> str:
-    """The teacher that the flags for distill.py name. Raises ValueError for flags that the table sets itself."""
+    """The teacher in the flags for distill.py; raises ValueError for flags that the table sets itself."""
     own = distill_flags(args, "none", "bottom", 0)
     for flag in args.distill:
         if flag.split("=")[0] in (*own[::2], "--feat-kd", "--out", "--dry-run"):
@@ -79,7 +81,7 @@ def parse_teacher(args: argparse.Namespace) -> str:
 
 
 def run_distill(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
-    """Runs distill.py, or resumes it, in a folder of `--runs`. Returns the folder; raises ValueError if it fails."""
+    """Runs or resumes distill.py in a folder of `--runs`, which it returns; raises ValueError if it fails."""
     folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = distill_flags(args, features, blocks, seed) + args.distill
@@ -124,7 +126,7 @@ def verdict(gains: list[np.ndarray]) -> str:
     """
     Whether some rows are better than each group of others, from their gains (seeds,) over each group.
 
-    A gain is clear if its mean is larger than its standard deviation; runs of one seed have the same data and noise.
+    A gain is clear if its mean is larger than its standard deviation; runs of a seed share data and noise.
     """
     if len(gains[0]) < 2:
         return "too close to tell, for one seed has no spread"
@@ -136,17 +138,24 @@ def verdict(gains: list[np.ndarray]) -> str:
 
 
 def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray]) -> str:
-    """What each of the scores says of a finding; `scores` (scores, seeds) are by row of the finding's table."""
-    best, gains, verdicts = np.mean([scores[row] for row in better], axis=0), [], []
-    for group in worse:
-        gains.append(best - np.mean([scores[row] for row in group], axis=0))  # (scores, seeds)
+    """What each score says of a finding; `scores` (scores, seeds) are by row of the finding's table."""
+    best = np.mean([scores[row] for row in better], axis=0)      # (scores, seeds)
+    gains = [best - np.mean([scores[row] for row in group], axis=0) for group in worse]
+    verdicts = []
     for i, (key, sign) in enumerate(SIGNS.items()):
         if not np.isnan(best[i]).any():
             verdicts.append(f"by {key} {verdict([sign * gain[i] for gain in gains])}")
     return "; ".join(verdicts)
 
 
-def ablation(args: argparse.Namespace):
+def format_score(mean: float, spread: float) -> str:
+    """A mean with its spread, nan for one seed; blank if there is no mean."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
+
+
+def ablation(args: argparse.Namespace) -> Image.Image:
     """Runs and scores every row with every seed; rows that are the same run are run once."""
     teacher, tables = parse_teacher(args), list(TABLE) if args.table == "all" else [args.table]
     prompts = tuple(PROMPTS[:args.judge])
@@ -169,17 +178,18 @@ def ablation(args: argparse.Namespace):
             scores[name] = np.array([runs[row.features, row.blocks, seed] for seed in range(args.seeds)]).T
             means = scores[name].mean(axis=1)
             spreads = scores[name].std(axis=1, ddof=1) if args.seeds > 1 else means * math.nan
-            rows.append([table, name, f"{row.hpsv2:.2f}", *np.stack([means, spreads], axis=1).flatten().tolist()])
-            cells.append(rows[-1][:3] + [f"{mean:.3f} ± {spread:.3f}".removesuffix(" ± nan").removesuffix("nan")
-                                         for mean, spread in zip(means, spreads)])
+            start = [table, name, f"{row.hpsv2:.2f}"]
+            rows.append([*start, *np.stack([means, spreads], axis=1).flatten().tolist()])
+            cells.append([*start, *map(format_score, means, spreads)])
         claim, better, worse = FINDINGS[table]
         findings.append([claim, check_finding(better, worse, scores)])
     header = ["table", "row", "paper's HPSv2", *SIGNS]
     csv_header = header[:3] + [key + kind for key, kind in product(SIGNS, ("", " spread"))]
     write_csv(args.out.with_suffix(".csv"), csv_header, rows)
     print_table(header, cells)
-    print("\n".join(map(": ".join, findings)))
+    for claim, found in findings:
+        print(f"{claim}: {found}")
     title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seeds, "
              f"{len(prompts)} captions")
-    atomic_write(args.out, stack(draw_table(title, header, cells),
-                                 draw_table("Findings of section 4.2", ["finding", "verdict"], findings)).save)
+    return stack(draw_table(title, header, cells),
+                 draw_table("Findings of section 4.2", ["finding", "verdict"], findings))

@@ -118,7 +118,7 @@ class CLIP(nn.Module):
             x = layer(x)                                         # (B, L, D)
         if self.text_projection is None:
             return x, None
-        # The pooled text is taken at the end token. Older files, SDXL's too, call it 2 and mean the largest id.
+        # The pooled text is that of the end token. Older files, SDXL's too, say 2 and mean the largest id.
         end = self.config.eos_token_id
         ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
         final = self.text_model["final_layer_norm"](last(x))     # (B, L, D)
@@ -129,6 +129,16 @@ class CLIP(nn.Module):
 # The tokenizer
 
 
+def special_token(options: dict, name: str) -> AddedToken:
+    """A special token, which the official files give as a string, or as a dictionary with its options."""
+    token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
+    if not isinstance(token, dict):
+        token = {"content": token}
+    if not token["content"]:
+        raise TypeError(f"{name} is empty")
+    return AddedToken(token["content"], normalized=token.get("normalized", False))
+
+
 class CLIPTokenizer:
     """
     Byte-pair encoding of lower-cased words, from the files of a tokenizer's folder.
@@ -137,7 +147,7 @@ class CLIPTokenizer:
     FileNotFoundError or ValueError, one line that says what is wrong.
     """
 
-    PATTERN = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+    WORD = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     SMALL = 1000                                                 # tokens
 
     def __init__(self, folder: Path):
@@ -147,7 +157,7 @@ class CLIPTokenizer:
             self.length = options["model_max_length"]
             if type(self.length) is not int or not 3 <= self.length <= 2**17:
                 raise TypeError(f"model_max_length is {self.length!r}")
-            start, end, pad = (self.special(options, f"{name}_token") for name in ("bos", "eos", "pad"))
+            start, end, pad = (special_token(options, f"{name}_token") for name in ("bos", "eos", "pad"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a tokenizer's; download it again ({error})") from None
         vocab, merges = folder / "vocab.json", folder / "merges.txt"
@@ -163,24 +173,17 @@ class CLIPTokenizer:
         self.bpe.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
         self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(self.PATTERN, "removed", invert=True),
+            [pre_tokenizers.Split(self.WORD, "removed", invert=True),
              pre_tokenizers.ByteLevel(add_prefix_space=False)])
         self.bpe.add_special_tokens([start, end, pad])
         self.start, self.end, self.pad = (self.bpe.token_to_id(token.content) for token in (start, end, pad))
         self.words = None
-        if self.bpe.get_vocab_size() < self.SMALL:               # words, but not the parts they were merged from
-            ends = [token for token in self.bpe.get_vocab() if token.endswith("</w>")]
-            self.words = sorted(end[:-4] for end in ends if not any(
-                other != end and other.endswith(end) for other in ends))
-
-    @staticmethod
-    def special(options: dict, name: str) -> AddedToken:
-        """A special token, which the official files give as a string, or as a dictionary with its options."""
-        token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
-        found = token if isinstance(token, dict) else {"content": token}
-        if not isinstance(found["content"], str) or not found["content"]:
-            raise TypeError(f"{name} is {token!r}")
-        return AddedToken(found["content"], normalized=found.get("normalized", False))
+        if self.bpe.get_vocab_size() < self.SMALL:
+            ends = sorted(token for token in self.bpe.get_vocab() if token.endswith("</w>"))
+            self.words = []
+            for end in ends:
+                if sum(token.endswith(end) for token in ends) == 1:  # a word, and not a part of one
+                    self.words.append(end.removesuffix("</w>"))
 
     def __call__(self, texts: list[str]) -> Tensor:
         """
@@ -233,15 +236,15 @@ class TextEncoders(nn.Module):
 
 
 def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> TextEncoders:
-    """Loads text encoders and tokenizers of a model. Raises FileNotFoundError or ValueError, as `load_unet`."""
+    """Loads a model's text encoders and tokenizers; raises as `load_unet`."""
     encoders = [load_clip(Path(folder, name), dtype, device) for name in ENCODERS]
     tokenizers = [CLIPTokenizer(Path(folder, name)) for name in TOKENIZERS]
     for encoder, tokenizer in zip(encoders, tokenizers):
         length, size = encoder.config.max_position_embeddings, encoder.config.vocab_size
-        if tokenizer.length > length or tokenizer.bpe.get_vocab_size() > size:
-            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of "
-                             f"{tokenizer.bpe.get_vocab_size()} kinds, and its text encoder reads {length} of "
-                             f"{size}: they belong to different models")
+        kinds = tokenizer.bpe.get_vocab_size()
+        if tokenizer.length > length or kinds > size:
+            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of {kinds} kinds, and "
+                             f"its text encoder reads {length} of {size}: they belong to different models")
     return TextEncoders(encoders, tokenizers)
 
 
@@ -257,7 +260,7 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu
 
 def save_clip(clip: CLIP, folder: str | Path):
     """Writes config.json and the weights, in their own dtype, in the official layout."""
-    kind = "CLIPTextModel" + "WithProjection" * (clip.text_projection is not None)
+    kind = "CLIPTextModel" if clip.text_projection is None else "CLIPTextModelWithProjection"
     # "dtype" is what transformers is to compute in; the weights may have another.
-    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32", **asdict(clip.config)}
-    save_network(clip, config, Path(folder), "model")
+    config = {"architectures": [kind], "model_type": "clip_text_model", "dtype": "float32"}
+    save_network(clip, config | asdict(clip.config), Path(folder), "model")

@@ -1,13 +1,14 @@
 """
 SDXL's VAE, an AutoencoderKL: images in [-1, 1] to latents and back. Frozen here; only the toy trains its own.
 
-Modules are named as in the official checkpoints. Shapes: B batch, C channels, H W height and width of latents.
+Modules are named as in the official files. Shapes: B batch, C channels, H W height and width of latents.
 """
 
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ class VAEConfig:
     """An AutoencoderKL in numbers; the defaults are SDXL's."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
-    layers: int = 2                                   # residual blocks in an encoder stage; one more in a decoder's
+    layers: int = 2                                   # residual blocks of an encoder stage; a decoder's: + 1
     latent_channels: int = 4
     groups: int = 32                                  # of every group norm
     scaling_factor: float = 0.13025                   # the U-Net sees latents times this
@@ -155,29 +156,23 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
     def decode_tiled(self, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-        """As `decode` for one latent (1, 4, H, W), in tiles that fade into each other: memory for one tile."""
+        """As `decode` for one latent (1, 4, H, W), in overlapping tiles that fade: memory for one tile."""
         scale, (H, W) = self.config.downscale, latent.shape[2:]
         if max(H, W) <= tile:
             return self.decode(latent)
         image = torch.zeros(1, 3, H * scale, W * scale, device=latent.device)
         total = torch.zeros_like(image[:, :1])
-        for y in tile_starts(H, tile, overlap):
-            for x in tile_starts(W, tile, overlap):
-                pixels = self.decode(latent[:, :, y:y + tile, x:x + tile]).float()
-                h, w = pixels.shape[2:]
-                fade = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in (h, w)]
-                down, across = (torch.minimum(ramp, ramp.flip(0)).float() for ramp in fade)
-                weight = down[:, None] * across                  # (h, w)
-                area = (..., slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
-                image[area] += pixels * weight
-                total[area] += weight
+        tops, lefts = ([*range(0, side - tile, tile - overlap), max(side - tile, 0)] for side in (H, W))
+        for y, x in product(tops, lefts):
+            pixels = self.decode(latent[:, :, y:y + tile, x:x + tile]).float()
+            h, w = pixels.shape[2:]
+            ramps = [torch.arange(1, n + 1, device=latent.device).clamp(max=overlap * scale) for n in (h, w)]
+            down, across = (torch.minimum(ramp, ramp.flip(0)).float() for ramp in ramps)
+            weight = down[:, None] * across                      # (h, w)
+            area = (..., slice(y * scale, y * scale + h), slice(x * scale, x * scale + w))
+            image[area] += pixels * weight
+            total[area] += weight
         return image / total
-
-
-def tile_starts(size: int, tile: int, overlap: int) -> list[int]:
-    """Where the tiles along one side of a latent begin."""
-    last = max(size - tile, 0)
-    return [*range(0, last, tile - overlap), last]
 
 
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of older VAE files
@@ -198,5 +193,5 @@ def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str =
 
 
 def save_vae(vae: VAE, folder: str | Path):
-    """Writes config.json and the weights, in their own dtype, in the official layout; diffusers reads them."""
+    """Writes config.json and weights, in their own dtype, in the official layout; diffusers reads them."""
     save_network(vae, vae.config.to_diffusers(), Path(folder), "diffusion_pytorch_model")

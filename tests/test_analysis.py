@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from dataclasses import replace
+import re
 from pathlib import Path
 
 import numpy as np
@@ -190,13 +190,10 @@ def test_budget_is_the_papers(tmp_path):
 
 
 def test_the_counts_of_all_parts_are_those_of_the_whole(folder):
-    config = model.read_config(folder / "unet", UNetConfig.from_diffusers)
-    unet = UNet(config)
-    with costs.count_flops() as counter:
-        unet(*costs.unet_inputs(config, 77, config.sample_size))
-    counts = costs.count_unet(config, 77).values()
-    assert sum(parameters for parameters, _ in counts) == costs.count_parameters(unet)
-    assert 2 * sum(macs for _, macs in counts) == counter.get_total_flops()
+    texts, vae, config = costs.read_configs(str(folder))
+    parameters, macs = zip(*costs.count_unet(*costs.build_networks(texts, vae, config, 128)["U-Net"]).values())
+    unet = UNet(config)                                          # not on the meta device
+    assert (sum(parameters), sum(macs)) == costs.count_network(unet, costs.unet_inputs(config, 77, 16))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -205,10 +202,9 @@ def test_latency_on_any_machine(folder, tmp_path, precision):
         "--precision", precision, "--out", tmp_path / "l.png")
     rows = read_csv(tmp_path / "l.csv")
     texts, vae, unet = costs.read_configs(str(folder))
-    others = costs.count_others(texts, vae, 64)
-    unet_macs = sum(macs for _, macs in costs.count_unet(replace(unet, sample_size=8), 77).values())
-    macs = {"text encoders": others["text encoders"][1], "U-Net": 2 * 2 * unet_macs,  # two steps, with guidance
-            "VAE decoder": others["VAE decoder"][1]}
+    networks = costs.build_networks(texts, vae, unet, 64)
+    macs = {name: costs.count_network(*networks[name])[1] for name in ("text encoders", "U-Net", "VAE decoder")}
+    macs["U-Net"] *= 2 * 2                                       # two steps, with guidance
     assert [row["network"] for row in rows] == list(macs)
     for row in rows:
         assert float(row["TFLOP"]) == pytest.approx(2 * macs[row["network"]] / 1e12)
@@ -217,17 +213,18 @@ def test_latency_on_any_machine(folder, tmp_path, precision):
 
 
 def test_seconds_are_the_median_after_a_run_to_warm_up(monkeypatch):
-    ends, calls = iter([0, 3, 0, 1, 0, 2]), []
+    ticks, calls = iter([0, 9, 0, 3, 0, 1, 0, 2]), []
 
-    def run() -> torch.Tensor:
+    def network(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         calls.append(1)
-        return torch.ones(2, 3) @ torch.ones(3, 4)
+        return a @ b
 
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ends))
-    assert costs.time_runs(run, 3) == (2 * 2 * 3 * 4, 2) and len(calls) == 4
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ticks))
+    timed = costs.time_network(network, [torch.ones(2, 3), torch.ones(3, 4)], 5, 3)
+    assert timed == (5 * 2 * 2 * 3 * 4, 2) and len(calls) == 4 * 5
 
 
-def test_dry_run_counts_a_step_from_sdxl_to_koala_700m(capsys):
+def test_dry_run_counts_a_step_from_sdxl_to_koala_700m(folder, capsys):
     args = argparse.Namespace(size=0, batch=128, micro_batch=10, out_kd=1.0, dry_run=True)
     teacher = model.CONFIGS["sdxl"]
     costs.dry_run(args, teacher, model.student_config(teacher, "700m"), VAEConfig(), 77, {"a": "b"})
@@ -235,9 +232,13 @@ def test_dry_run_counts_a_step_from_sdxl_to_koala_700m(capsys):
     for text in ("teacher 2,567,463,684, student 782,822,724", "teacher 6.761", "8.264", "4.879",
                  "step of 128: 2548", "moments 19.56", "26.08"):
         assert text in printed
-    costs.dry_run(args, None, model.CONFIGS["700m"], VAEConfig(), 77, {})
+    _, vae, small = costs.read_configs(str(folder))
+    costs.dry_run(args, None, small, vae, 77, {})
     printed = " ".join(capsys.readouterr().out.split())
-    assert "step of 128: 1682" in printed and torch.get_default_dtype() == torch.float32
+    student, encoder, step = (float(re.search(text + " ([0-9.e-]+)", printed)[1])
+                              for text in ("forward and backward", "VAE encoder", "step of 128:"))
+    assert step == pytest.approx(128 * (student + encoder), rel=1e-3) and "teacher 0, student" in printed
+    assert torch.get_default_dtype() == torch.float32
 
 
 # Charts

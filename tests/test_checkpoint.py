@@ -6,6 +6,7 @@ import shutil
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -109,6 +110,20 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used(tmp_path, capsys, name, 
     with pytest.raises(ValueError, match=str(tmp_path)) as error:
         resumed(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_a_run_goes_on_past_its_damaged_checkpoints(tmp_path):
+    for path in write_two(tmp_path):
+        shutil.copytree(path, tmp_path / path.name.replace("0000000", "0000001"))
+    for path in tmp_path.glob("step-*[1-9][12]"):
+        (path / "state.json").write_text("")
+    assert resumed(tmp_path) == 2
+    NETWORKS[3].save(tmp_path, 3)
+    assert [path.name for path in sorted(tmp_path.glob("step-*"))] == ["step-00000002", "step-00000003"]
+    (tmp_path / "step-00000003" / "state.json").write_text("")
+    assert resumed(tmp_path) == 2
+    NETWORKS[3].save(tmp_path, 3)
+    assert resumed(tmp_path) == 3
 
 
 def test_no_changed_byte_of_a_checkpoint_goes_unnoticed(tmp_path, capsys):
@@ -422,6 +437,19 @@ def test_processes_that_see_other_folders_are_refused(monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def as_ranks(*jobs: Callable[[], int]) -> list[Callable[[], int]]:
+    """The jobs as the processes of one torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def start(rank: int) -> int:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(jobs)),
+                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        return jobs[rank]()
+    return [partial(start, rank) for rank in range(len(jobs))]
+
+
 @needs_fork
 @pytest.mark.parametrize("flags, shards", [
     ([], False), (["--task", "0", "--out-kd", "0", "--features", "SA@DW-2"], True)], ids=["all", "one feature"])
@@ -432,22 +460,31 @@ def test_two_processes_are_one(run, during, tmp_path, pairs, flags, shards):
     flags = ["--steps", "3", "--micro-batch", "1", "--device", "cpu", "--lr", "1e-3", "--data", pairs,
              "--seed", "3", *flags]  # with which the second process skips a sample that the first does not
 
-    def ranks(stop: bool = False) -> list[Callable[[], int]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+    def two() -> int:
+        return run(*flags, out="two")
 
-        def job(rank: int) -> int:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
-                           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if stop and rank == 1:
-                during(lambda call: signal.raise_signal(signal.SIGTERM) if call == 2 else None)
-            return run(*flags, out="two")
-        return [lambda: job(0), lambda: job(1)]
+    def stopped() -> int:
+        during(lambda call: signal.raise_signal(signal.SIGTERM) if call == 2 else None)
+        return two()
 
-    assert in_processes(*ranks(stop=True), lambda: run(*flags, out="one")) == [143, 143, 0]
+    assert in_processes(*as_ranks(two, stopped), lambda: run(*flags, out="one")) == [143, 143, 0]
     assert checkpoint(tmp_path / "two")[0]["step"] == 2
-    assert in_processes(*ranks()) == [0, 0]
+    assert in_processes(*as_ranks(two, two)) == [0, 0]
     (one, tensors), (two, others) = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
     assert one == two and len(one["skipped_samples"]) == 2 and equal(tensors, others)
     assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
+
+
+@needs_fork
+def test_processes_that_do_not_share_their_folder_end_before_the_first_step(run, tmp_path, capfd):
+    flags = ["--steps", "2", "--micro-batch", "1", "--device", "cpu"]
+    assert run(*flags, out="one") == 0
+
+    def process(out: str) -> int:
+        try:
+            return run(*flags[2:], "--steps", "4", out=out)
+        except ValueError as error:
+            return 7 if "step 2" in str(error) and "step 0" in str(error) else 8
+
+    assert in_processes(*as_ranks(lambda: process("one"), lambda: process("other"))) == [7, 7]
+    assert checkpoint(tmp_path / "one")[0]["step"] == 2 and not (tmp_path / "other" / "log.csv").exists()

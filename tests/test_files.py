@@ -17,8 +17,7 @@ from safetensors.torch import load_file, save_file
 from common import FILE, HALF_FILE, WEIGHTS, refusal, save_shards
 from sample import load_pipeline
 from support import files
-from support.files import (
-    atomic_folder, atomic_write, bundle_files, local_folder, read_csv, write_csv, write_json)
+from support.files import atomic_write, bundle_files, local_folder, read_csv, write_csv, write_json
 
 # ------------------------------------------------------------------------------------------------------------
 # Written beside and renamed into place
@@ -41,20 +40,17 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
 def test_a_folder_that_fails_leaves_nothing(tmp_path):
     def write(folder: Path):
         assert not (tmp_path / "new").exists()
-        (folder / "inside").mkdir()
+        (folder / "inside").mkdir(parents=True)
         (folder / "inside" / "file").write_text("new")
 
     def fail(folder: Path):
         write(folder)
         raise KeyboardInterrupt
 
-    killed = tmp_path / f"{files.WRITING}new"  # what a process that was killed left behind
-    killed.mkdir()
-    (killed / "half").touch()
     with pytest.raises(KeyboardInterrupt):
-        atomic_folder(tmp_path / "new", fail)
+        atomic_write(tmp_path / "new", fail)
     assert os.listdir(tmp_path) == []
-    atomic_folder(tmp_path / "new", write)
+    atomic_write(tmp_path / "new", write)
     assert os.listdir(tmp_path) == ["new"] and (tmp_path / "new" / "inside" / "file").read_text() == "new"
     assert os.listdir(tmp_path / "new") == ["inside"]
 
@@ -79,7 +75,7 @@ def test_a_write_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     atomic_write(tmp_path / "file", lambda temporary: temporary.write_text("new"))
     assert calls == ["fsync", "replace", "fsync"]
     calls.clear()
-    atomic_folder(tmp_path / "folder", lambda folder: (folder / "file").write_text("new"))
+    atomic_write(tmp_path / "folder", lambda folder: (folder.mkdir(), (folder / "file").write_text("new")))
     assert calls == ["fsync", "fsync", "replace", "fsync"]
 
 

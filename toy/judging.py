@@ -2,7 +2,6 @@
 Drawing with teacher and student, and what the toy's judge says of them.
 """
 
-import argparse
 import copy
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from PIL import Image
 
 from model import UNet
 from sample import Pipeline
-from support.data import PROMPTS
 from support.files import atomic_write, read_csv, write_csv
 from support.plots import image_grid
 from toy import shapes
@@ -26,11 +24,8 @@ def draw(pipeline: Pipeline, unet: UNet, prompts: list[str], progress: str | Non
         return pipeline(prompts, seed=list(range(len(prompts))), progress=progress)
 
 
-def preview(args: argparse.Namespace, pipeline: Pipeline, teacher: UNet | None, student: UNet, png: Path):
+def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: list[str], png: Path):
     """Draws the teacher's images and, below them, the student's, from the same noise."""
-    prompts = [args.caption] * 4 if args.caption else PROMPTS[::9]
-    if args.data == "shapes":
-        prompts = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(8)]
     unets = {"teacher": teacher, "student": student} if teacher else {"student": student}
     rows = [draw(pipeline, unet, prompts) for unet in unets.values()]
     atomic_write(png, lambda path: image_grid(rows, list(unets)).save(path))

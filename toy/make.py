@@ -69,7 +69,8 @@ def byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
     """A byte-pair vocabulary in which each of the words is one token, and the merges that lead there."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     tokens, merges = ["!", *sorted({letter for word in spelled for letter in word})], []
-    while pairs := Counter(pair for word in spelled for pair in zip(word, word[1:])):
+    while any(len(word) > 1 for word in spelled):
+        pairs = Counter(pair for word in spelled for pair in zip(word, word[1:]))
         pair = max(pairs, key=lambda pair: (pairs[pair], pair))
         merges.append(" ".join(pair))
         tokens.append("".join(pair))
@@ -302,7 +303,7 @@ def write_bundle(folder: Path, toy: Toy):
 
 
 def judge(args: argparse.Namespace) -> dict[str, float]:
-    """The judge's scores of the bundle, on captions it was not trained on; the first pictures are in grid.png."""
+    """The judge's scores of the bundle on captions it was not trained on; writes some pictures to grid.png."""
     seeds = list(range(args.captions))
     captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
     pipeline = load_pipeline(args.out / "bundle")
@@ -313,7 +314,7 @@ def judge(args: argparse.Namespace) -> dict[str, float]:
 
 
 def publish(bundle: Path, target: Path):
-    """Copies the bundle to `target`, with weights in float16; a damaged one raises before anything is written."""
+    """Copies the bundle to `target`, weights in float16. A damaged one raises before anything is written."""
     unet, vae = model.load_unet(bundle).half(), load_vae(bundle).half()
     encoders = {name: load_clip(bundle / name, torch.float16) for name in TEXT_WIDTHS}
     shutil.copytree(bundle, target, dirs_exist_ok=True)
@@ -324,7 +325,8 @@ def publish(bundle: Path, target: Path):
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(__doc__, "%(prog)s [train | judge | publish] [options]", prog="python -m toy.make")
+    parser = ArgumentParser(__doc__, "%(prog)s [train | judge | publish] [options]",
+                            prog="python -m toy.make")
     parser.add_argument("command", nargs="?", choices=["train", "judge", "publish"], default="train",
                         help="what to do")
 
