@@ -334,10 +334,10 @@ def main(argv: list[str] | None = None):
         parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
 
     count = number(int, 1)
-    add("--steps", count, 6000, "of U-Net and text encoders")
-    add("--mean-steps", number(int, 0), 400, "of these, the first ones of each half, on mean pictures")
+    add("--steps", count, 5800, "of U-Net and text encoders")
+    add("--mean-steps", number(int, 0), 300, "of these, the first ones of each half, on mean pictures")
     add("--vae-steps", count, 900, "of the VAE, in batches of 16")
-    add("--batch", count, 16, "images in a step, over all processes")
+    add("--batch", count, 32, "images in a step, over all processes")
     add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
     add("--decay", number(float, 1e-9, 1), 0.5, "last share of the steps, over which it falls to 0")
     add("--init", path, None, "first weights, such as toy/checkpoint [random]", "FOLDER")
