@@ -1,5 +1,5 @@
 """
-The paper's figures and tables. Each command writes a PNG to look at, and beside it its numbers as CSV.
+The paper's figures and tables. Each command writes a PNG and, but for `curves`, its numbers as CSV beside it.
 
     python analysis.py attention --model toy runs/sa runs/lf     # Figures 4 and 9: what self-attention sees
     python analysis.py similarity                                # Figure 8: what each transformer block adds
@@ -41,7 +41,7 @@ def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
     """The prompts of a file; else, if all models are toys, `count` captions of two objects; else PROMPTS."""
     if args.prompts:
         try:
-            lines = [line.strip() for line in args.prompts.read_text().splitlines()]
+            lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError:
             raise ValueError(f"--prompts {args.prompts} is not a text in UTF-8") from None
         if not any(lines):
@@ -64,7 +64,8 @@ def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
     k = attention.split_heads(attention.to_k(x))                 # (B, heads, T, d)
     total = 0
     for i in range(attention.heads):                             # one by one: (B, T, T) is large enough
-        total += (q[:, i] @ k[:, i].transpose(1, 2) / math.sqrt(q.shape[3])).float().softmax(dim=2)
+        scores = q[:, i].float() @ k[:, i].float().transpose(1, 2)  # in float16 they could overflow
+        total += (scores / math.sqrt(q.shape[3])).softmax(dim=2)
     return total / attention.heads
 
 
@@ -262,7 +263,7 @@ def main(argv: list[str] | None = None):
         command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
-                             help="the picture; numbers are in a .csv beside it")
+                             help="the picture; numbers go into a .csv beside it")
         if models:
             command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
                                  default=models.split(),

@@ -82,7 +82,7 @@ def parse_teacher(args: argparse.Namespace) -> str:
 
 def run_distill(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
     """Runs or resumes distill.py in a folder of `--runs`, which it returns; raises ValueError if it fails."""
-    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{seed}"
+    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{args.steps}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     flags = distill_flags(args, features, blocks, seed) + args.distill
     command = [sys.executable, distill.__file__, "--out", str(folder), *flags]

@@ -240,17 +240,22 @@ unet(*x).square().mean().backward()
 
 def resident():
     """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
-    from support.costs import random_weights, read_configs
+    from support.costs import fill, read_configs
     from support.text import CLIP, ENCODERS, save_clip
 
     texts, vae_config, unet_config = read_configs("700m")
+    with torch.device("meta"):
+        unet, vae = model.UNet(unet_config), VAE(vae_config)
+        encoders = [CLIP(config, projection=i == 1) for i, config in enumerate(texts)]
+    for network in (unet, vae, *encoders):
+        fill(network, [], torch.float16, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
-        model.save_unet(random_weights(lambda: model.UNet(unet_config), torch.float16, "cpu"), bundle / "unet")
-        save_vae(random_weights(lambda: VAE(vae_config), torch.float16, "cpu"), bundle / "vae")
-        for i, (name, config) in enumerate(zip(ENCODERS, texts)):
-            save_clip(random_weights(lambda: CLIP(config, projection=i == 1), torch.float16, "cpu"),
-                      bundle / name)
+        model.save_unet(unet, bundle / "unet")
+        save_vae(vae, bundle / "vae")
+        for name, encoder in zip(ENCODERS, encoders):
+            save_clip(encoder, bundle / name)
+        del unet, vae, encoders
         for flags in ([], ["--low-memory"]):
             command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle",
                        "--steps", "1", "--height", "256", "--width", "256", "--precision", "fp16",

@@ -85,7 +85,7 @@ def test_ablation_does_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
-    folder = tmp_path / "runs" / "SA-up-0"                       # a complete model, sampled as its teacher is
+    folder = tmp_path / "runs" / "SA-up-1-0"                       # a complete model, sampled as its teacher is
     assert preset(str(folder)) == preset("toy")._replace(source=str(folder)) and preset("toy").guidance != 7.5
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
@@ -105,7 +105,7 @@ def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(table3.subprocess, "run", fail)
-    with pytest.raises(ValueError, match=f"none-bottom-0: .*{message}"):
+    with pytest.raises(ValueError, match=f"none-bottom-120-0: .*{message}"):
         run("--runs", tmp_path, "--out", tmp_path / "t.png")
     assert len(started) == 1
 
