@@ -7,7 +7,7 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
 
 A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
 diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about a
-training sample comes from the seed and its position, so a run is the same on one process or many, stopped or not.
+training sample comes from the seed and its position: a run is the same on one process or many, stopped or not.
 """
 
 import argparse
@@ -113,9 +113,9 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    task    || eps - eps_S ||^2             the noise that was added (or v), the student's prediction   equation (1)
-    outKD   || eps_T - eps_S ||^2           the teacher's prediction, the student's                     equation (2)
-    featKD  sum_i || f_T^i - f_S^i ||^2     the features of the teacher, of the student                 equation (3)
+    equation (1)  task    || eps - eps_S ||^2            the noise that was added (or v), the student's prediction
+    equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction, the student's
+    equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the features of the teacher, of the student
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of
     features could cancel; here it is outside, as in BK-SDM's code.
@@ -146,7 +146,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = None) -> Batch:
-    """Encodes and noises samples of `support.data.Samples`, and writes those that are new to the cache to it."""
+    """Encodes and noises samples of `support.data.Samples`; a cache is given those that are new to it."""
     device, vae, text = pipeline.device, pipeline.vae, pipeline.text
     new = [sample for sample in samples if "pixels" in sample]
     if new:
@@ -175,7 +175,7 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
 @torch.no_grad()
 def teacher_forward(teacher: model.UNet, features: model.Features, batch: Batch,
                     dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """The teacher's prediction, in its own dtype, or None if `features` ends the pass early; and its features."""
+    """The teacher's prediction, in its own dtype, or None if `features` ends the pass; and its features."""
     prediction = None
     with features as captured:
         prediction = teacher(batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype),
@@ -233,7 +233,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     scaler.load_state_dict(state["scaler"])
     check_agreement(f"step {state['step']}, data {samples.source.fingerprint}")
     if state["step"] > args.steps:
-        raise ValueError(f"{args.out} is already at step {state['step']}; give as many --steps, or another --out")
+        raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
     if state["step"] == args.steps:
         return 0
     if args.compile:
@@ -347,11 +347,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
 
     add("--student", "what the surgery makes of the teacher", choices=["700m", "1b"], default="700m")
-    add("--teacher", "toy, sdxl, a hub id or a folder; none: task loss alone", default="toy", metavar="MODEL")
+    add("--teacher", "toy, sdxl, a hub id or a folder; none: the task loss alone", default="toy",
+        metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
         metavar="MODEL")
-    add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher", metavar="MODEL")
-    add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE, with commas (LF alone is BK-SDM); or none",
+    add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
+        metavar="MODEL")
+    add("--features", "of SA, CA, Res, FFN, LF, each everywhere or @STAGE (LF alone is BK-SDM); or none",
         default="SA,LF@DW-1,LF@UP-3", metavar="LIST")
     add("--sa-blocks", "which of a deeper teacher's transformer blocks (Table 3c)",
         choices=["bottom", "interleave", "up"], default="bottom")

@@ -172,7 +172,7 @@ def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
 
 
 def check_fixed(found: dict, supported: dict):
-    """Raises ValueError for entries of a config.json that are not supported; null, false and absent are equal."""
+    """Raises ValueError for unsupported entries of a config.json; null, false and absent are the same."""
     wrong = [f"{key}={value!r}" for key, value in found.items()
              if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
     if wrong:
@@ -449,8 +449,8 @@ class UNet(nn.Module):
         self.up_blocks = nn.ModuleList()
         for i in reversed(range(len(channels))):
             skip_widths = [skips.pop() for _ in range(config.pairs + 1)]
-            self.up_blocks.append(
-                UpStage(width, channels[i], skip_widths, config.depths[i], config.heads[i], config, last=i == 0))
+            self.up_blocks.append(UpStage(
+                width, channels[i], skip_widths, config.depths[i], config.heads[i], config, last=i == 0))
             width = channels[i]
 
         self.conv_norm_out = nn.GroupNorm(config.groups, channels[0], 1e-5)

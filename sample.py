@@ -74,7 +74,7 @@ class NoiseSchedule:
         self.prediction = config["prediction_type"]
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t (B, 1, 1, 1) at integer timesteps (B,) on the host, with dtype and device of `like`."""
+        """alpha_t and sigma_t (B, 1, 1, 1), typed and placed as `like`, at integer timesteps (B,) on the host."""
         squares = self.alphas_cumprod[timesteps, None, None, None]
         return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
 
@@ -107,7 +107,7 @@ class NoiseSchedule:
         return sigmas + [0.0]
 
     def init_noise_sigma(self, sigmas: list[float]) -> float:
-        """The scale of the initial noise, as diffusers has it: sqrt(sigma^2 + 1) for "leading", or else sigma."""
+        """The scale of the initial noise, as in diffusers: sqrt(sigma^2 + 1) for "leading", or else sigma."""
         return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
 
 
