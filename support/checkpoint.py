@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -256,7 +257,13 @@ def check_agreement(status: str):
 
 
 class StopSignal:
-    """Within `with`, a first SIGINT or SIGTERM sets `received`; a second ends the process at once."""
+    """
+    Within `with`, a first SIGINT or SIGTERM sets `received`; one after PATIENCE seconds ends the process at once.
+
+    Those before are the same stop, told twice: torchrun passes on what its processes have heard themselves.
+    """
+
+    PATIENCE = 3
 
     def __enter__(self) -> "StopSignal":
         self.received, self.before = 0, {}
@@ -270,17 +277,16 @@ class StopSignal:
             signal.signal(number, handler)
 
     def receive(self, number: int, frame):
-        if self.received:
+        if not self.received:
+            self.received, self.since = number, time.monotonic()
+        elif time.monotonic() > self.since + self.PATIENCE:
             os._exit(128 + number)
-        self.received = number
 
 
 def ignore_signals(worker: int):
-    """For the processes that read data: signals to the whole group are for the main process to handle."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
+    """For the processes that read data: they end with the main process, which handles the signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def gather_dicts(mine: dict) -> dict:

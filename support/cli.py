@@ -194,8 +194,11 @@ def run(main: Callable[[], int | None], out_of_memory: str):
         if str(TOY) in message:
             message += "; git checkout toy restores it, and toy/README.md says how it is made"
     except (MemoryError, RuntimeError) as error:
-        # PyTorch says "out of memory", or what it could not allocate.
-        if isinstance(error, RuntimeError) and not re.search("alloc|out of memory", str(error), re.I):
+        # PyTorch says "out of memory", or what it could not allocate; a worker may have been killed for memory too.
+        if "DataLoader worker" in str(error):
+            message = f"{error_summary(error)}; rerun the same command to resume, or use --workers 0"
+        elif isinstance(error, MemoryError) or re.search("alloc|out of memory", str(error), re.I):
+            message = f"out of memory; {out_of_memory}"
+        else:
             raise
-        message = f"out of memory; {out_of_memory}"
     sys.exit(f"error: {message}")

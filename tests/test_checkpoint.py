@@ -1,11 +1,13 @@
 """A run's folder survives being stopped, killed, damaged, moved and shared; what must not be mixed is refused."""
 
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -20,7 +22,7 @@ from torch import nn
 
 from model import load_unet, read_tensors, save_unet
 from support import checkpoint as checkpoints
-from support import files
+from support import cli, files
 from support.checkpoint import Log, StopSignal, load_checkpoint, lock_run_dir, resume, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
@@ -356,14 +358,33 @@ def test_a_signal_to_the_readers_of_data_too_loses_no_step(run, during, tmp_path
 
 
 @needs_fork
-def test_a_second_signal_ends_at_once(run, during):
+def test_a_reader_of_data_that_is_killed_ends_the_run_in_one_line(run, during, tmp_path):
+    def kill_reader(call):
+        if call == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(0.5)
+
+    def job() -> int:
+        try:
+            cli.run(lambda: run("--workers", "1", "--steps", "40", "--save-every", "1"), "advice")
+        except SystemExit as error:
+            return 7 if str(error.code).startswith("error: DataLoader worker") and "\n" not in error.code else 8
+
+    during(kill_reader)
+    assert in_processes(job) == [7] and checkpoint(tmp_path / "run")[0]["step"] >= 1
+
+
+@needs_fork
+@pytest.mark.parametrize("patience, code", [(-1, 130), (60, 143)])
+def test_a_second_signal_ends_at_once_unless_it_is_the_first_told_twice(run, during, monkeypatch, patience, code):
+    monkeypatch.setattr(StopSignal, "PATIENCE", patience)
+
     def twice(call):
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        os._exit(98)
 
     during(twice)
-    assert in_processes(run) == [130]
+    assert in_processes(run) == [code]
     during(lambda call: None)
     assert run("--steps", "1") == 0
 
