@@ -121,7 +121,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults as [default], unless there is none or the help names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        if action.default in (None, False, argparse.SUPPRESS) or "[" in action.help:
+        no_default = action.default is None or action.default is False  # but 0 is one
+        if no_default or action.default == argparse.SUPPRESS or "[" in action.help:
             return action.help
         return f"{action.help} [%(default)s]"
 

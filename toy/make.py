@@ -1,5 +1,5 @@
 """
-How the toy in toy/checkpoint was made: a whole SDXL in miniature, trained on captioned shapes.
+How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
 
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make        # hours on two cores; rerun it to resume
     python -m toy.make                                               # the same, in one process
