@@ -329,8 +329,8 @@ def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen:
 RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
               "save_every": 500, "preview_every": 1000},
-    "toy": {"steps": 300, "batch": 32, "micro_batch": 32, "lr": 1e-3, "decay": 0.5,
-            "save_every": 50, "preview_every": 100},
+    "toy": {"steps": 1000, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
+            "save_every": 100, "preview_every": 250},
 }
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
 IDENTITY = ("student", "features", "sa_blocks", "caption", "flip", "task", "out_kd", "feat_kd", "batch", "lr",
