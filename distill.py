@@ -42,6 +42,7 @@ from support.cli import (
 from support.data import CaptionedImages, Samples, Shapes, format_counts, load_samples, micro_batches
 from support.files import atomic_write, local_folder
 from support.plots import loss_curves
+from support.vae import VAEConfig
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -450,6 +451,10 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
     texts, vae, config = costs.read_configs(model_source(args))
+    if args.vae:
+        folder = local_folder(preset(args.vae).source, ("vae",), weights=False)
+        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+        vae = model.read_config(folder, VAEConfig.from_diffusers)
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
     else:

@@ -55,11 +55,11 @@ def lock_run_dir(folder: Path):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
-    for leftover in folder.rglob(f"{WRITING}*"):  # of a process that was killed
+    for leftover in list(folder.rglob(f"{WRITING}*")):  # of a process that was killed
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     return lock
 
 

@@ -540,3 +540,5 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
                   "up_blocks.1.attentions.2.transformer_blocks.0.attn1"):
         assert words in out
     assert torch.get_default_dtype() == torch.float32
+    code, out, _ = program("--teacher", folder, "--data", "laion/", "--vae", "toy", "--dry-run")
+    assert code == 0 and "VAE 167,959" in out
