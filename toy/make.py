@@ -219,8 +219,14 @@ def prepare(bundle: Path, init: Path | None, vae_steps: int):
 
 
 def on_means(args: argparse.Namespace, step: int) -> bool:
-    """Whether a step is trained on mean pictures: the first ones of each half of the training."""
-    return step % ((args.steps + 1) // 2) < args.mean_steps
+    """Whether a step is trained on mean pictures: the first ones of each half of a cycle."""
+    return step % args.cycle % ((args.cycle + 1) // 2) < args.mean_steps
+
+
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """In each cycle it rises within 100 steps and, at the end, falls to 0."""
+    step = step % args.cycle
+    return args.lr * min(1, (step + 1) / 100, (args.cycle - step) / (args.decay * args.cycle))
 
 
 def train(args: argparse.Namespace):
@@ -245,7 +251,7 @@ def train(args: argparse.Namespace):
             getattr(toy, name).load_state_dict(load_clip(args.init / name, torch.float32).state_dict())
     average = copy.deepcopy(toy)
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
-    identity = {name: getattr(args, name) for name in ("steps", "mean_steps", "batch", "lr", "decay")}
+    identity = {name: getattr(args, name) for name in ("cycle", "mean_steps", "batch", "lr", "decay")}
     state = resume(args.out, identity, toy, optimizer, lambda folder: load(folder, toy, average))
     first_step = state.get("step", 0)
     means = MeanPictures(vae) if any(on_means(args, step) for step in range(first_step, args.steps)) else None
@@ -263,8 +269,7 @@ def train(args: argparse.Namespace):
         kept = (torch.rand(len(latents)) >= 0.1).float()
         prediction = ddp(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
         loss = F.mse_loss(prediction, schedule.target(latents, noise, timesteps))
-        rise, fall = (step + 1) / 100, (args.steps - step) / (args.decay * args.steps)
-        optimizer.param_groups[0]["lr"] = args.lr * min(1, rise, fall)
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(toy.parameters(), 1.0)
@@ -334,12 +339,13 @@ def main(argv: list[str] | None = None):
         parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
 
     count = number(int, 1)
-    add("--steps", count, 5800, "of U-Net and text encoders")
-    add("--mean-steps", number(int, 0), 300, "of these, the first ones of each half, on mean pictures")
+    add("--steps", count, 12000, "of U-Net and text encoders; a finished run goes on if asked for more")
+    add("--cycle", count, 6000, "steps after which the learning rate starts again")
+    add("--mean-steps", number(int, 0), 400, "the first ones of each half of a cycle, on mean pictures")
     add("--vae-steps", count, 900, "of the VAE, in batches of 16")
-    add("--batch", count, 32, "images in a step, over all processes")
+    add("--batch", count, 16, "images in a step, over all processes")
     add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
-    add("--decay", number(float, 1e-9, 1), 0.5, "last share of the steps, over which it falls to 0")
+    add("--decay", number(float, 1e-9, 1), 0.5, "last share of a cycle, over which it falls to 0")
     add("--init", path, None, "first weights, such as toy/checkpoint [random]", "FOLDER")
     add("--judge-every", count, 1000, "steps between judgements while training")
     add("--captions", count, 64, "to judge on")
