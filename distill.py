@@ -327,12 +327,16 @@ def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen:
 # ------------------------------------------------------------------------------------------------------------
 # The program
 
-RECIPES = {  # the paper's (sections 5.1 and A.1), and a quick one for the toy
+KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # self-attention at every stage that has it, and LF at the others (Table 3d)
+RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
-              "save_every": 500, "preview_every": 1000},
+              "save_every": 500, "preview_every": 1000, "features": KOALA_FEATURES},
+    "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0,
+           "save_every": 500, "preview_every": 1000, "features": "SA"},
     "toy": {"steps": 1000, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
-            "save_every": 100, "preview_every": 250},
+            "save_every": 100, "preview_every": 250, "features": KOALA_FEATURES},
 }
+TEACHERS = ("toy", "sdxl", "sd14", "sd15", "sd20-base", "sd20", "sd21")
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
 IDENTITY = ("student", "features", "sa_blocks", "caption", "flip", "task", "out_kd", "feat_kd", "batch", "lr",
             "decay", "clip", "dropout", "seed")
@@ -347,15 +351,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             meaning += f" [{', '.join(f'{recipe} {RECIPES[recipe][name]}' for recipe in RECIPES)}]"
         parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
 
-    add("--student", "what the surgery makes of the teacher", choices=["700m", "1b"], default="700m")
-    add("--teacher", "toy, sdxl, a hub id or a folder; none: the task loss alone", default="toy",
+    add("--student", "KOALA's of SDXL, or BK-SDM's (base, small, tiny) of Stable Diffusion", default="700m",
+        choices=list(model.SURGERIES))
+    add("--teacher", f"{', '.join(TEACHERS)}, a hub id or a folder; none: the task loss alone", default="toy",
         metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
         metavar="MODEL")
     add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
         metavar="MODEL")
     add("--features", "of SA, CA, Res, FFN, LF, each everywhere or @STAGE (LF alone is BK-SDM); or none",
-        default="SA,LF@DW-1,LF@UP-3", metavar="LIST")
+        metavar="LIST")
     add("--sa-blocks", "which of a deeper teacher's transformer blocks (Table 3c)",
         choices=["bottom", "interleave", "up"], default="bottom")
     add("--data", "shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards", type=nonempty,
@@ -392,7 +397,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
 
-    for name, value in RECIPES["toy" if preset(args.teacher) == PRESETS["toy"] else "paper"].items():
+    recipe = "bk" if args.student in ("base", "small", "tiny") else "paper"
+    if preset(args.teacher) == PRESETS["toy"]:
+        recipe = "toy"
+    for name, value in RECIPES[recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     _, world, _ = process_ranks()

@@ -35,7 +35,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,8 +99,12 @@ class UNetConfig:
             sample_size=config.get("sample_size", 128),
         )
         check_numbers(result, may_be_zero=("depths", "mid_depth", "pooled_dim", "size_dim"))
-        check_fixed({**config, "transformer_layers_per_block": depths, "attention_head_dim": heads},
-                    result.to_diffusers())
+        written = result.to_diffusers()
+        # Not read: depths of levels without attention; and `upcast_attention`, as fused attention is exact.
+        depths = [depth if attends else other for depth, attends, other in zip(
+            depths, has_attention, written["transformer_layers_per_block"])]
+        check_fixed({**config, "transformer_layers_per_block": depths, "attention_head_dim": heads,
+                     "upcast_attention": None}, written)
         attending = [*zip(result.channels, heads, has_attention), (result.channels[-1], heads[-1], True)]
         if (any(width % result.groups for width in result.channels)
                 or any(width % count for width, count, attends in attending if attends)):
@@ -497,30 +501,53 @@ class UNet(nn.Module):
 # The surgery: from teacher to student, with weights and features at the same block location
 
 
-def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
-    """
-    The KOALA surgery (section 4.1 and Table 2) on any teacher of SDXL's shape; `name` is "1b" or "700m".
+class Surgery(NamedTuple):
+    """What a student keeps of its teacher, beside one RT pair less in every stage."""
 
-    Appendix B.2 swaps the depths of the two in one sentence; the paper's parameter totals settle it.
-    """
-    koala = CONFIGS[name]
+    depth: int           # transformer blocks in a pair, at most
+    mid_depth: int       # transformer blocks in Mid, at most; 0: no Mid
+    dropped: int = 0     # levels, the innermost
+
+
+SURGERIES = {
+    "1b": Surgery(depth=6, mid_depth=6),               # KOALA (section 4.1 and Table 2), for SDXL; appendix B.2
+    "700m": Surgery(depth=5, mid_depth=0),             # swaps the depths once, but parameter totals settle it
+    "base": Surgery(depth=10, mid_depth=10),           # BK-SDM (Kim et al., arXiv 2305.15798), for Stable Diffusion
+    "small": Surgery(depth=10, mid_depth=0),
+    "tiny": Surgery(depth=10, mid_depth=0, dropped=1),
+}
+
+
+def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
+    """What a surgery of SURGERIES makes of a teacher. Raises ValueError for one of another shape."""
+    surgery = SURGERIES[name]
+    levels = len(teacher.channels) - surgery.dropped
     if teacher.pairs != 2 or not teacher.mid_depth:
-        raise ValueError("the surgery needs a teacher of SDXL's shape: two pairs in encoder stages, and Mid")
-    return replace(teacher, pairs=koala.pairs,
-                   depths=(*teacher.depths[:-1], min(koala.depths[-1], teacher.depths[-1])),  # never deeper
-                   mid_depth=min(koala.mid_depth, teacher.mid_depth))
+        raise ValueError("the surgery needs a teacher with two pairs in encoder stages, and Mid, as SDXL has them")
+    if len(set(teacher.channels[levels - 1:])) > 1:
+        raise ValueError(f"{name} needs a teacher whose innermost levels are equally wide, as Stable Diffusion's are")
+    return replace(teacher, pairs=1, channels=teacher.channels[:levels], heads=teacher.heads[:levels],
+                   depths=tuple(min(depth, surgery.depth) for depth in teacher.depths[:levels]),
+                   mid_depth=min(surgery.mid_depth, teacher.mid_depth))
 
 
 def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     """
     Where in the teacher a module or tensor of the student comes from.
 
-    Of an encoder stage's pairs 0, 1 KOALA keeps 0, of a decoder stage's 0, 1, 2 it keeps 0 and 2 (section 4.1):
-    so pair 1 of a student's decoder stage is pair 2 of its teacher's. Everything else keeps its name.
+    Of an encoder stage's pairs 0, 1 the surgery keeps 0, of a decoder stage's 0, 1, 2 it keeps 0 and 2 (section
+    4.1): so pair 1 of a student's decoder stage is pair 2 of its teacher's. If the innermost level is dropped,
+    decoder stages count from the teacher's second one, and the student's last encoder stage has no downsampler:
+    what leaves it corresponds to what leaves the teacher's last pair there. Everything else keeps its name.
     """
     if student.pairs == teacher.pairs:
         return path
-    return re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
+    path = re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
+    levels = len(student.channels)
+    dropped = len(teacher.channels) - levels
+    if dropped and path == f"down_blocks.{levels - 1}":
+        return f"{path}.attentions.{teacher.pairs - 1}"
+    return re.sub(r"^up_blocks\.(\d+)", lambda found: f"up_blocks.{int(found[1]) + dropped}", path)
 
 
 def inherit(student: UNet, teacher: UNet):

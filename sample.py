@@ -1,5 +1,5 @@
 """
-Text to image with SDXL, KOALA or the embedded toy: Euler sampling with classifier-free guidance.
+Text to image with SDXL, KOALA, Stable Diffusion or the embedded toy, with classifier-free guidance.
 
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
@@ -23,11 +23,11 @@ from tqdm import tqdm
 
 import model
 from support.cli import (
-    PRECISIONS, PRESETS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory, png_path,
+    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory, png_path,
     preset, reset_peak_memory, resolve_device, resolve_dtype, run)
 from support.files import PARTS, atomic_write, local_folder
 from support.plots import image_grid
-from support.text import TextEncoders, load_text
+from support.text import TextEncoders, encoder_names, load_text
 from support.vae import VAE, VAEConfig, load_vae
 
 # ------------------------------------------------------------------------------------------------------------
@@ -40,13 +40,14 @@ SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
     "steps_offset": 1}
 ABSENT = {  # what diffusers takes an absent entry to mean
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-    "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0}
+    "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True}
 SUPPORTED = {  # entries with few choices; an absent one is the first of them, if ABSENT does not say otherwise
     "num_train_timesteps": [1000], "beta_schedule": ["scaled_linear"],
     "prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": SPACINGS, "steps_offset": [0, 1],
     "interpolation_type": ["linear"], "final_sigmas_type": ["zero"], "timestep_type": ["discrete"],
     "trained_betas": [None], "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
-    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False]}
+    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False, True], "set_alpha_to_one": [True, False]}
+OTHERS = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models that read another noise, or need other steps
 
 
 class NoiseSchedule:
@@ -54,11 +55,14 @@ class NoiseSchedule:
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
     alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. The sampler works in the coordinates of Karras
-    et al. (arXiv 2206.00364), z_t / alpha_t = z + `sigmas` noise. Made from a scheduler_config.json; raises
-    ValueError for what is not supported.
+    et al. (arXiv 2206.00364), z_t / alpha_t = z + `sigmas` noise. Made from a scheduler_config.json, whatever
+    sampler that is for; raises ValueError for what is not supported.
     """
 
-    def __init__(self, config: dict, spacing: str | None = None):
+    def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler"):
+        self.sampler, self.written_for = sampler, str(config.get("_class_name", "no scheduler"))
+        if self.written_for.startswith(OTHERS):
+            raise ValueError(f"scheduler_config.json has _class_name={self.written_for!r}, which is not supported")
         config = {key: values[0] for key, values in SUPPORTED.items()} | ABSENT | config
         for key, values in SUPPORTED.items():
             if config[key] not in values:
@@ -69,9 +73,14 @@ class NoiseSchedule:
                              f"not two rising numbers between 0 and 1")
         betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)             # (1000,)
+        if config["rescale_betas_zero_snr"]:                     # Lin et al., arXiv 2305.08891, Algorithm 1
+            alphas = self.alphas_cumprod.sqrt()
+            self.alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
+            self.alphas_cumprod[-1] = 2**-24                     # sigma stays finite
         self.sigmas = (1 / self.alphas_cumprod - 1).sqrt()       # (1000,)
         self.spacing = spacing or config["timestep_spacing"]
         self.prediction = config["prediction_type"]
+        self.end = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's last sigma
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t (B, 1, 1, 1), typed and placed as `like`, at integer timesteps (B,) on the host."""
@@ -92,43 +101,67 @@ class NoiseSchedule:
 
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps of `steps` network calls, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
+        points = steps + (self.sampler == "dpm")                 # DPM-Solver's last point is where it ends
         if self.spacing == "linspace":
-            return torch.linspace(0, 999, steps, dtype=torch.float64).flip(0).tolist()
-        if self.spacing == "leading":
-            return [float(i * (1000 // steps) + self.offset) for i in reversed(range(steps))]
-        return [float(round(1000 - i * 1000 / steps) - 1) for i in range(steps)]  # trailing
+            timesteps = torch.linspace(0, 999, points, dtype=torch.float64).flip(0).tolist()
+        elif self.spacing == "leading":
+            timesteps = [float(i * (1000 // points) + self.offset) for i in reversed(range(points))]
+        else:  # trailing
+            timesteps = [float(round(1000 - i * 1000 / steps) - 1) for i in range(steps)]
+        if self.sampler != "euler":                              # Euler's method reads between the integers
+            timesteps = [float(round(t)) for t in timesteps]
+        return timesteps[:steps]
 
-    def sigmas_at(self, timesteps: list[float]) -> list[float]:
-        """`sigmas` at each timestep, interpolated linearly, and a final 0."""
-        sigmas = []
-        for t in timesteps:
-            low = min(int(t), 999)
-            sigmas.append(torch.lerp(self.sigmas[low], self.sigmas[min(low + 1, 999)], t - low).item())
-        return sigmas + [0.0]
+    def sigma_at(self, t: float) -> float:
+        """Of `sigmas`, interpolated linearly; where DDIM ends if t is below 0."""
+        if t < 0:
+            return self.end
+        low = min(int(t), 999)
+        return torch.lerp(self.sigmas[low], self.sigmas[min(low + 1, 999)], t - low).item()
 
-    def init_noise_sigma(self, sigmas: list[float]) -> float:
-        """The scale of the initial noise, as in diffusers: sqrt(sigma^2 + 1) for "leading", or else sigma."""
-        return math.sqrt(sigmas[0] ** 2 + 1) if self.spacing == "leading" else sigmas[0]
+    def levels(self, steps: int) -> list[tuple[float, float, float]]:
+        """The timestep of each network call, sigma there, and sigma where the step leads to."""
+        timesteps = self.timesteps(steps)
+        sigmas = [self.sigma_at(t) for t in timesteps]
+        following = sigmas[1:] + [0.0]
+        if self.sampler == "ddim":
+            following = [self.sigma_at(t - 1000 // steps) for t in timesteps]
+        return list(zip(timesteps, sigmas, following))
+
+    def init_noise_std(self, sigma: float) -> float:
+        """The standard deviation of the first z_t, as in diffusers: 1, or sigma_t for some of Euler's."""
+        return sigma / math.sqrt(sigma**2 + 1) if self.sampler == "euler" and self.spacing != "leading" else 1.0
 
 
-def euler(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule,
-          steps: int) -> Tensor:
+def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule,
+                   steps: int) -> Tensor:
     """
-    Euler's method (Karras et al., Algorithm 1 without churn), from noise (B, C, H, W) of variance 1 to latents.
+    From noise (B, C, H, W) of variance 1 to latents z, with `schedule.sampler`.
 
-    `predict(z_t, t)` is the network: it returns the noise, or v, as `schedule.prediction` says. Sigmas are
-    numbers on the host, so nothing here waits for the device.
+    `predict(z_t, t)` is the network. What it predicts tells the noise in z_t, and z; a step to s combines the two
+    again, with less noise: z_s = alpha_s z + sigma_s noise. That is Euler's method (Karras et al., Algorithm 1
+    without churn) and, in other coordinates, DDIM (Song et al., arXiv 2010.02502, eta 0); they differ in where
+    they end. DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before.
+    Sigmas are numbers on the host, so nothing here waits for the device.
     """
-    timesteps = schedule.timesteps(steps)
-    sigmas = schedule.sigmas_at(timesteps)
-    x = noise * schedule.init_noise_sigma(sigmas)                # z + sigma noise; the network reads alpha x
-    for t, sigma, next_sigma in zip(timesteps, sigmas, sigmas[1:]):
-        alpha = 1 / math.sqrt(sigma**2 + 1)
-        d = predict(alpha * x, t)                                # dx / dsigma is the noise
-        if schedule.prediction == "v_prediction":                # noise = alpha_t v + sigma_t z_t
-            d = alpha * d + sigma * alpha**2 * x
-        x = x + (next_sigma - sigma) * d
-    return x
+    levels = schedule.levels(steps)
+    z_t = noise * schedule.init_noise_std(levels[0][1])
+    before = None                                                # z and sigma of the step before
+    for t, sigma, next_sigma in levels:
+        alpha = 1 / math.sqrt(sigma**2 + 1)                      # sigma_t is alpha sigma
+        noise = predict(z_t, t)
+        z = z_t / alpha - sigma * noise
+        if schedule.prediction == "v_prediction":                # v = alpha_t noise - sigma_t z
+            v = noise
+            noise, z = alpha * (v + sigma * z_t), alpha * (z_t - sigma * v)
+        step_z = z
+        if schedule.sampler == "dpm" and before and next_sigma:
+            old_z, old_sigma = before
+            ratio = math.log(sigma / next_sigma) / math.log(old_sigma / sigma)  # of the steps' lengths
+            step_z = z + (1 - next_sigma / sigma) * ratio / 2 * (z - old_z)
+        z_t = (step_z + next_sigma * noise) / math.sqrt(next_sigma**2 + 1)
+        before = z, sigma
+    return z_t
 
 
 def guide(prediction: Tensor, guidance: float) -> Tensor:
@@ -155,9 +188,10 @@ class Pipeline:
         self.vae_folder = vae_folder if (vae_folder / "config.json").is_file() else vae_folder / "vae"
         self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
         index = model.read_json(folder / "model_index.json")
-        self.zero_negative = index.get("force_zeros_for_empty_prompt", True)
+        # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
+        self.zero_negative = index.get("force_zeros_for_empty_prompt", len(encoder_names(folder)) > 1)
         scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
-        self.schedule = NoiseSchedule(scheduler, preset.spacing)
+        self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler)
         self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
         self.text = self.unet = self.vae = None
         if not low_memory:
@@ -212,7 +246,7 @@ class Pipeline:
         cond = text(prompts)
         if guidance <= 1:
             return cond
-        if negative is None and self.zero_negative:              # SDXL's force_zeros_for_empty_prompt
+        if negative is None and self.zero_negative:
             uncond = [torch.zeros_like(part) for part in cond]
         else:
             uncond = [part.expand(len(prompts), *part.shape[1:]) for part in text([negative or ""])]
@@ -231,6 +265,10 @@ class Pipeline:
             raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, "
                              f"the text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong to "
                              f"different models")
+        channels = self.vae_config.latent_channels
+        if (config.in_channels, config.out_channels) != (channels, channels):
+            raise ValueError(f"the U-Net reads {config.in_channels} channels and predicts {config.out_channels}, the "
+                             f"VAE's latents have {channels}: it is not for text to image alone")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -252,7 +290,7 @@ class Pipeline:
                 bar.update()
                 return guide(prediction, guidance) if guided else prediction
 
-            latents.append(euler(predict, noise[batch].to(self.device), self.schedule, steps))
+            latents.append(sample_latents(predict, noise[batch].to(self.device), self.schedule, steps))
         bar.close()
         return torch.cat(latents)
 
@@ -273,17 +311,19 @@ class Pipeline:
 
 def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch.dtype | None = None,
                   device: str | None = None, low_memory: bool = False, compile: bool = False,
-                  vae: str | Path | None = None) -> Pipeline:
+                  vae: str | Path | None = None, sampler: str | None = None,
+                  spacing: str | None = None) -> Pipeline:
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
     `unet` and `vae` are where to take these networks from instead: a folder, hub id or name too. `dtype` None is
-    float16 on a GPU and float32 elsewhere. Raises FileNotFoundError or ValueError, one line that says what is
+    float16 on a GPU and float32 elsewhere; `sampler` and `spacing` None are the preset's. Raises FileNotFoundError or ValueError, one line that says what is
     wrong and what to do.
     """
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
+    chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
     others = {part: preset(other).source for part, other in (("unet", unet), ("vae", vae)) if other}
     folder = local_folder(chosen.source, tuple(part for part in PARTS if part not in others), half)
     unet_folder, vae_folder = (local_folder(others[part], (part,), half) if part in others else folder
@@ -306,7 +346,9 @@ def main(argv: list[str] | None = None):
     add("--vae", type=model_name, metavar="FOLDER",
         help="take the VAE from here, such as madebyollin/sdxl-vae-fp16-fix for half precision")
     add("--negative", metavar="TEXT", help="what not to draw")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="network calls [the model's preset]")
+    add("--sampler", choices=SAMPLERS, help="dpm is DPM-Solver++(2M) [the model's preset]")
+    add("--spacing", choices=SPACINGS, help="of the timesteps [the model's preset, or its scheduler file's]")
     add("--guidance", type=number(float, 1), metavar="X", help="scale, 1 for none [the model's preset]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
@@ -330,7 +372,9 @@ def main(argv: list[str] | None = None):
     height, width, columns, settings = args.height, args.width, [], []
     for name in args.model:
         reset_peak_memory(device)
-        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae)
+        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae,
+                                 args.sampler, args.spacing)
+        schedule = pipeline.schedule
         start = time.perf_counter()
         images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
         seconds = time.perf_counter() - start
@@ -338,7 +382,8 @@ def main(argv: list[str] | None = None):
         used = {"model": [name], "steps": args.steps or pipeline.preset.steps, "height": height, "width": width,
                 "guidance": args.guidance or pipeline.preset.guidance, "precision": precision, "device": device}
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {pipeline.schedule.spacing}, seed {args.seed}, {precision}: "
+              f"guidance {used['guidance']:g}, {schedule.sampler} (its file is for {schedule.written_for}), "
+              f"{schedule.spacing}, seed {args.seed}, {precision}: "
               f"{seconds:.1f} s, peak {peak_memory(device):.2f} GB")
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})

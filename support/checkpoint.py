@@ -27,6 +27,7 @@ from model import read_json, read_tensors
 from support.cli import Preset
 from support.files import (
     PARTS, WRITING, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
+from support.text import ENCODERS
 
 if os.name == "nt":
     import msvcrt
@@ -206,6 +207,10 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     copies += [(vae / name, run / "vae" / name) for name in bundle_files(names, ("vae",))]
     for source, target in copies:
         atomic_write(target, partial(shutil.copyfile, source))
+        if target.name == "config.json" and target.parent.name in ENCODERS:
+            # What transformers is to compute in; the student's U-Net is in float32, and diffusers mixes no dtypes.
+            config = {key: value for key, value in read_json(target).items() if key != "torch_dtype"}
+            write_json(target, config | {"dtype": "float32"})
     sampling = preset._asdict()
     del sampling["source"]
     write_json(run / "preset.json", sampling)

@@ -27,6 +27,7 @@ class Preset(NamedTuple):
     steps: int = 25
     guidance: float = 7.5
     spacing: str | None = None                                   # of timesteps; None: its scheduler file's
+    sampler: str = "euler"
 
 
 TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
@@ -40,8 +41,16 @@ PRESETS = {
     # The scheduler files of these say "leading"; their cards and demo set "trailing" by hand.
     "lightning-1b": Preset("etri-vilab/koala-lightning-1b", 10, 3.5, "trailing"),
     "lightning-700m": Preset("etri-vilab/koala-lightning-700m", 10, 3.5, "trailing"),
+    "sd14": Preset("CompVis/stable-diffusion-v1-4"),
+    "sd15": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5"),
+    "sd20": Preset("stabilityai/stable-diffusion-2", sampler="ddim"),  # as in Figures 10 to 13
+    "sd20-base": Preset("stabilityai/stable-diffusion-2-base", sampler="ddim"),
+    "sd21": Preset("stabilityai/stable-diffusion-2-1", sampler="ddim"),
+    "bk-base": Preset("nota-ai/bk-sdm-base"),
+    "bk-small": Preset("nota-ai/bk-sdm-small"),
+    "bk-tiny": Preset("nota-ai/bk-sdm-tiny"),
 }
-SPACINGS = ("linspace", "leading", "trailing")
+SPACINGS, SAMPLERS = ("linspace", "leading", "trailing"), ("euler", "ddim", "dpm")
 
 
 def preset(name: str | Path) -> Preset:
@@ -58,9 +67,10 @@ def preset(name: str | Path) -> Preset:
         return Preset(str(name))
     try:
         own = Preset(str(name), **read_json(path))
-        valid = own.steps in range(1, 1001) and 1 <= own.guidance < 1e9 and own.spacing in (None, *SPACINGS)
+        valid = (own.steps in range(1, 1001) and 1 <= own.guidance < 1e9 and own.spacing in (None, *SPACINGS)
+                 and own.sampler in SAMPLERS)
         if not valid:
-            raise ValueError("steps, guidance or spacing out of range")
+            raise ValueError("steps, guidance, spacing or sampler out of range")
         return own._replace(steps=int(own.steps), guidance=float(own.guidance))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not a preset; remove it ({error_summary(error)})") from None

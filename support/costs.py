@@ -22,7 +22,7 @@ import model
 from support.cli import peak_memory, preset, reset_peak_memory, resolve_device, resolve_dtype
 from support.files import local_folder, write_csv
 from support.plots import bar_chart, draw_table, print_table, stack
-from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig, TextEncoders
+from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig, TextEncoders, encoder_names
 from support.vae import VAE, VAEConfig
 
 STAGES = list(model.stages(model.CONFIGS["sdxl"]))
@@ -40,7 +40,7 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
     if name in model.CONFIGS:
         return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
-    return (tuple(model.read_config(Path(folder, encoder), CLIPConfig.from_dict) for encoder in ENCODERS),
+    return (tuple(model.read_config(folder / encoder, CLIPConfig.from_dict) for encoder in encoder_names(folder)),
             model.read_config(Path(folder, "vae"), VAEConfig.from_diffusers),
             model.read_config(Path(folder, "unet"), model.UNetConfig.from_diffusers))
 

@@ -1,8 +1,8 @@
 """
-SDXL's text conditions: two CLIP text encoders (Radford et al., arXiv 2103.00020), each with its tokenizer.
+Text conditions: CLIP text encoders (Radford et al., arXiv 2103.00020), each with its tokenizer.
 
-The first is OpenAI's, the second OpenCLIP's: one network in two sizes, with modules named as in the official
-checkpoints. Shapes: B batch, L text tokens (77 in the official models), D token width, P pooled width.
+SDXL has two, OpenAI's and OpenCLIP's: one network in two sizes, with modules named as in the official
+checkpoints. Stable Diffusion 1 has the first alone, Stable Diffusion 2 another of OpenCLIP's. Shapes: B batch, L text tokens (77 in the official models), D token width, P pooled width.
 """
 
 import sys
@@ -36,10 +36,11 @@ class CLIPConfig:
     hidden_act: str = "quick_gelu"
     projection_dim: int = 768                     # P
     layer_norm_eps: float = 1e-5
+    bos_token_id: int = 49406
     eos_token_id: int = 49407
 
     def __post_init__(self):
-        check_numbers(self, may_be_zero=("eos_token_id",))
+        check_numbers(self, may_be_zero=("bos_token_id", "eos_token_id"))
         if self.hidden_act not in ACTIVATIONS:
             raise ValueError(f"hidden_act cannot be {self.hidden_act!r}")
         if self.hidden_size % self.num_attention_heads:
@@ -92,14 +93,16 @@ class CLIPLayer(nn.Module):
 
 class CLIP(nn.Module):
     """
-    Token ids (B, L) to the hidden states of the second-to-last layer (B, L, D) and a pooled text (B, P).
+    Token ids (B, L) to hidden states (B, L, D) and a pooled text (B, P).
 
-    Only an encoder with a `text_projection`, SDXL's second, has a pooled text; the other returns None for it.
+    The hidden states are those of the second-to-last layer, as SDXL reads them, or with `last` those of the
+    last one, normalized, as Stable Diffusion 1 and 2 do. Only an encoder with a `text_projection`, SDXL's
+    second, has a pooled text; P is 0 elsewhere.
     """
 
-    def __init__(self, config: CLIPConfig, projection: bool):
+    def __init__(self, config: CLIPConfig, projection: bool, last: bool = False):
         super().__init__()
-        self.config, dim = config, config.hidden_size
+        self.config, self.last, dim = config, last, config.hidden_size
         # Left empty, to be loaded or drawn: nn.Embedding's own initialization is slow on the meta device.
         tokens, positions = (nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
                              for rows in (config.vocab_size, config.max_position_embeddings))
@@ -112,16 +115,17 @@ class CLIP(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         embeddings = self.text_model["embeddings"]
-        *layers, last = self.text_model["encoder"]["layers"]
+        *layers, last_layer = self.text_model["encoder"]["layers"]
         x = embeddings["token_embedding"](ids) + embeddings["position_embedding"].weight[:ids.shape[1]]
         for layer in layers:
             x = layer(x)                                         # (B, L, D)
         if self.text_projection is None:
-            return x, None
+            x = self.text_model["final_layer_norm"](last_layer(x)) if self.last else x
+            return x, x.new_empty(len(x), 0)
         # The pooled text is that of the end token. Older files, SDXL's too, say 2 and mean the largest id.
         end = self.config.eos_token_id
         ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
-        final = self.text_model["final_layer_norm"](last(x))     # (B, L, D)
+        final = self.text_model["final_layer_norm"](last_layer(x))  # (B, L, D)
         return x, self.text_projection(final[torch.arange(len(x), device=x.device), ends])
 
 
@@ -129,14 +133,54 @@ class CLIP(nn.Module):
 # The tokenizer
 
 
-def special_token(options: dict, name: str) -> AddedToken:
-    """A special token, which the official files give as a string, or as a dictionary with its options."""
-    token = options.get(name, "<|startoftext|>" if name == "bos_token" else "<|endoftext|>")
-    if not isinstance(token, dict):
+WORD = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
+
+
+def added_token(token: str | dict) -> AddedToken:
+    """A token that is no byte pair; files give it as a string, or as a dictionary with its options."""
+    if isinstance(token, str):
         token = {"content": token}
     if not token["content"]:
-        raise TypeError(f"{name} is empty")
-    return AddedToken(token["content"], normalized=token.get("normalized", False))
+        raise TypeError("a special token is empty")
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{"normalized": False} | {name: token[name] for name in known if name in token})
+
+
+def read_bpe(folder: Path, added: dict[int, AddedToken], special: list[AddedToken]) -> Tokenizer:
+    """
+    CLIP's byte-pair encoding, from vocab.json and merges.txt, or from the tokenizer.json of newer transformers.
+
+    `added` are tokens that are no byte pairs, by their ids, and `special` start, end and padding. Raises
+    FileNotFoundError or ValueError.
+    """
+    vocab_file, merges_file = folder / "vocab.json", folder / "merges.txt"
+    if not vocab_file.is_file() and (folder / "tokenizer.json").is_file():
+        bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        bpe.no_truncation()
+        bpe.no_padding()
+        return bpe                                               # has the added tokens already
+    for file in (vocab_file, merges_file):
+        if not file.is_file() or not file.read_bytes().strip():
+            raise FileNotFoundError(f"no {file.name}, or an empty one, in the folder {folder}")
+    vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
+    made = {first + second for first, second in merges}
+    made |= {token.content for token in (*added.values(), *special)}
+    lacking = [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]
+    if lacking:
+        raise ValueError(f"no merge makes {len(lacking)} of its tokens, such as {min(lacking)}")
+    if len(set(vocab.values())) < len(vocab):
+        raise ValueError("two of its tokens have one id")
+    bpe = Tokenizer(BPE(vocab, merges, unk_token=special[1].content, end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(WORD, "removed", invert=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    for i, token in sorted(added.items()):
+        (bpe.add_special_tokens if token.special else bpe.add_tokens)([token])
+        if bpe.token_to_id(token.content) != i:
+            raise ValueError(f"the id of {token.content} is not {i}")
+    bpe.add_special_tokens(special)
+    return bpe
 
 
 class CLIPTokenizer:
@@ -147,35 +191,30 @@ class CLIPTokenizer:
     FileNotFoundError or ValueError, one line that says what is wrong.
     """
 
-    WORD = Regex(r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
     SMALL = 1000                                                 # tokens
 
     def __init__(self, folder: Path):
-        path = folder / "tokenizer_config.json"
-        options = read_json(path)
+        options, special_tokens, added_tokens = read_json(folder / "tokenizer_config.json"), {}, {}
+        if (folder / "special_tokens_map.json").is_file():
+            special_tokens = read_json(folder / "special_tokens_map.json")
+        if (folder / "added_tokens.json").is_file():
+            added_tokens = read_json(folder / "added_tokens.json")
+        options |= special_tokens                                # where they differ, as transformers has it
         try:
             self.length = options["model_max_length"]
             if type(self.length) is not int or not 3 <= self.length <= 2**17:
                 raise TypeError(f"model_max_length is {self.length!r}")
-            start, end, pad = (special_token(options, f"{name}_token") for name in ("bos", "eos", "pad"))
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{path} is not a tokenizer's; download it again ({error})") from None
-        vocab, merges = folder / "vocab.json", folder / "merges.txt"
-        for file in (vocab, merges):
-            if not file.is_file() or not file.read_bytes().strip():
-                raise FileNotFoundError(f"no {file.name}, or an empty one, in the folder {folder}")
-        try:
-            pairs = BPE.from_file(str(vocab), str(merges), unk_token=end.content, end_of_word_suffix="</w>")
+            start = added_token(options.get("bos_token", "<|startoftext|>"))
+            end, pad = (added_token(options.get(f"{name}_token", "<|endoftext|>")) for name in ("eos", "pad"))
+            added = {i: AddedToken(token, normalized=True) for token, i in added_tokens.items()}
+            for i, token in options.get("added_tokens_decoder", {}).items():
+                added[int(i)] = added_token(token)
+            self.bpe = read_bpe(folder, added, [start, end, pad])
+        except FileNotFoundError:
+            raise
         except Exception as error:                               # the library has no narrower kind
-            raise ValueError(f"{vocab} or {merges.name} is damaged; download it again "
-                             f"({error_summary(error)})") from None
-        self.bpe = Tokenizer(pairs)
-        self.bpe.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
-        self.bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [pre_tokenizers.Split(self.WORD, "removed", invert=True),
-             pre_tokenizers.ByteLevel(add_prefix_space=False)])
-        self.bpe.add_special_tokens([start, end, pad])
+            raise ValueError(f"the tokenizer in {folder} is damaged, in tokenizer_config.json, vocab.json or "
+                             f"merges.txt: {error_summary(error)}; download it again") from None
         self.start, self.end, self.pad = (self.bpe.token_to_id(token.content) for token in (start, end, pad))
         self.words = None
         if self.bpe.get_vocab_size() < self.SMALL:
@@ -228,34 +267,48 @@ class TextEncoders(nn.Module):
 
     @torch.no_grad()
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Text sequences (B, L, D), of both encoders side by side, and pooled texts (B, P) of the second."""
+        """Text sequences (B, L, D), of all encoders side by side, and pooled texts (B, P) of the last."""
         device = next(self.parameters()).device
-        (first, _), (second, pooled) = (encoder(tokenizer(prompts).to(device))
-                                        for encoder, tokenizer in zip(self.encoders, self.tokenizers))
-        return torch.cat([first, second], dim=2), pooled
+        sequences = []
+        for encoder, tokenizer in zip(self.encoders, self.tokenizers):
+            sequence, pooled = encoder(tokenizer(prompts).to(device))
+            sequences.append(sequence)
+        return torch.cat(sequences, dim=2), pooled
+
+
+def encoder_names(folder: str | Path) -> list[str]:
+    """Those of ENCODERS that a model has: both, or one as Stable Diffusion 1 and 2. Raises FileNotFoundError."""
+    names = [name for name in ENCODERS if Path(folder, name).is_dir()]
+    if ENCODERS[0] not in names:
+        raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is not a model for text to image, "
+                                f"but a part of one, or SDXL's refiner")
+    return names
 
 
 def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> TextEncoders:
     """Loads a model's text encoders and tokenizers; raises as `load_unet`."""
-    encoders = [load_clip(Path(folder, name), dtype, device) for name in ENCODERS]
-    tokenizers = [CLIPTokenizer(Path(folder, name)) for name in TOKENIZERS]
+    names = encoder_names(folder)
+    encoders = [load_clip(Path(folder, name), dtype, device, last=len(names) == 1) for name in names]
+    tokenizers = [CLIPTokenizer(Path(folder, name)) for name in TOKENIZERS[:len(names)]]
     for encoder, tokenizer in zip(encoders, tokenizers):
         length, size = encoder.config.max_position_embeddings, encoder.config.vocab_size
-        kinds = tokenizer.bpe.get_vocab_size()
-        if tokenizer.length > length or kinds > size:
-            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of {kinds} kinds, and "
-                             f"its text encoder reads {length} of {size}: they belong to different models")
+        kinds = max(tokenizer.bpe.get_vocab().values()) + 1
+        if not tokenizer.length == tokenizers[0].length <= length or kinds > size:
+            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of {kinds} kinds, its text "
+                             f"encoder reads {length} of {size}, and the first tokenizer gives "
+                             f"{tokenizers[0].length}: they belong to different models")
     return TextEncoders(encoders, tokenizers)
 
 
-def load_clip(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu") -> CLIP:
-    """Loads one text encoder from its folder; raises as `load_text`."""
+def load_clip(folder: Path, dtype: torch.dtype | None = None, device: str = "cpu", last: bool = False) -> CLIP:
+    """Loads one text encoder from its folder; `last` as in `CLIP`. Raises as `load_text`."""
     config = read_config(folder, CLIPConfig.from_dict)
     weights = {}
     for name, tensor in read_weights(folder, "model", dtype).items():
         if not name.endswith("position_ids"):                    # 0, 1, 2, ... in some files
             weights[name if name.startswith("text_") else f"text_model.{name}"] = tensor  # as older files say
-    return build(partial(CLIP, config, projection=folder.name == ENCODERS[1]), weights, folder, dtype, device)
+    network = partial(CLIP, config, projection=folder.name == ENCODERS[1], last=last)
+    return build(network, weights, folder, dtype, device)
 
 
 def save_clip(clip: CLIP, folder: str | Path):

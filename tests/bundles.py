@@ -19,7 +19,8 @@ SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012,
     "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
     "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
-    "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True}
+    "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True, "clip_sample": False,
+    "set_alpha_to_one": False}
 INDEX = {
     "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
     "force_zeros_for_empty_prompt": True,
@@ -28,6 +29,10 @@ INDEX = {
     "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
     "tokenizer_2": ["transformers", "CLIPTokenizer"],
     "vae": ["diffusers", "AutoencoderKL"]}
+SD_INDEX = {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1",
+    "requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None],
+    **{part: INDEX[part] for part in ("scheduler", "unet", "text_encoder", "tokenizer", "vae")}}
 
 
 class Case(NamedTuple):
@@ -42,12 +47,16 @@ class Case(NamedTuple):
     height: int
     width: int
     zeros: bool = True  # force_zeros_for_empty_prompt
+    sampler: str = "euler"
+    zero_snr: bool = False
 
     PROMPTS, SEEDS = ("a red box", "blue sky on my box"), (3, 4)
 
     def bundle(self, folder: Path) -> Path:
-        return bundle(folder, self.unet, index={"force_zeros_for_empty_prompt": self.zeros},
-                      scheduler={"timestep_spacing": self.spacing, "prediction_type": self.prediction})
+        index = {} if self.unet in SD else {"force_zeros_for_empty_prompt": self.zeros}
+        return bundle(folder, self.unet, index=index, scheduler={
+            "timestep_spacing": self.spacing, "prediction_type": self.prediction,
+            "rescale_betas_zero_snr": self.zero_snr})
 
 
 CASES = {
@@ -57,7 +66,14 @@ CASES = {
     "25 steps": Case("700m", "leading", "v_prediction", "my sky", 3.5, 25, 48, 64),
     "guidance 1": Case("1b", "linspace", "v_prediction", None, 1.0, 7, 64, 40),
     "encoded": Case("700m", "trailing", "epsilon", None, 5.0, 7, 56, 56, zeros=False),
+    "sd1": Case("sd1", "leading", "epsilon", None, 7.5, 7, 64, 64, sampler="ddim"),
+    "sd2": Case("sd2", "leading", "v_prediction", "my sky", 7.5, 11, 64, 128, sampler="dpm"),
+    "sd2, zero SNR": Case("sd2", "trailing", "v_prediction", None, 5.0, 7, 64, 64, sampler="ddim", zero_snr=True),
+    "bk-sdm-tiny": Case("bk-sdm-tiny", "trailing", "epsilon", None, 5.0, 7, 32, 96),
+    "dpm": Case("700m", "linspace", "epsilon", None, 7.5, 11, 48, 64, sampler="dpm"),
+    "ddim": Case("1b", "linspace", "v_prediction", None, 5.0, 7, 64, 40, sampler="ddim"),
 }
+SD = ("sd1", "sd2", "bk-sdm-tiny")  # of Stable Diffusion 1 and 2: one text encoder
 
 
 def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {}, index: dict = {}) -> Path:
@@ -66,12 +82,13 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
     save_unet(fill(UNet(UNetConfig.from_diffusers(UNETS[unet]))), folder / "unet")
     save_vae(fill(VAE(VAEConfig.from_diffusers(vae))), folder / "vae")
     write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | scheduler)
-    write_json(folder / "model_index.json", INDEX | index)
+    write_json(folder / "model_index.json", (SD_INDEX if unet in SD else INDEX) | index)
     letters = sorted({letter for word in WORDS for letter in letters_of(word)})
     merges = [pair for word in WORDS for pair in merges_of(word)]
     # The end token has the largest id.
     tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    for name, pad in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+    pads = {"tokenizer": "!" if unet == "sd2" else "<|endoftext|>"} | ({} if unet in SD else {"tokenizer_2": "!"})
+    for name, pad in pads.items():
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                    "pad_token": pad}
         write_json(folder / name / "vocab.json", {token: i for i, token in enumerate(tokens)})
@@ -79,6 +96,9 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
         write_json(folder / name / "tokenizer_config.json",
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
         (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+    if unet in SD:
+        text_encoder(folder / "text_encoder", CLIPTextModel, 40, "gelu" if unet == "sd2" else "quick_gelu", len(tokens))
+        return folder
     text_encoder(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu", len(tokens))
     text_encoder(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", len(tokens))
     return folder

@@ -32,7 +32,7 @@ UNETS = {
     "1b": SDXL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 2]},
     "700m": SDXL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 1], "mid_block_type": None},
     "sd1": SD1,
-    "sd2": SD1 | {"attention_head_dim": [2, 4, 6, 8], "use_linear_projection": True},
+    "sd2": SD1 | {"attention_head_dim": [2, 4, 6, 8], "use_linear_projection": True, "upcast_attention": True},
     "bk-sdm-tiny": SD1 | {
         "block_out_channels": [32, 64, 96], "layers_per_block": 1, "mid_block_type": None,
         "down_block_types": ["CrossAttnDownBlock2D"] * 3, "up_block_types": ["CrossAttnUpBlock2D"] * 3},

@@ -1,5 +1,5 @@
 """
-Makes answers/sample.safetensors: bundles.py's cases as StableDiffusionXLPipeline of diffusers draws them.
+Makes answers/sample.safetensors: bundles.py's cases as the pipelines of diffusers draw them.
 
     python tests/oracle_sample.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 """
@@ -12,18 +12,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, EulerDiscreteScheduler)
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bundles import CASES, Case
 
+SCHEDULERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
 ANSWERS = Path(__file__).with_name("answers") / "sample.safetensors"
 
 
 def draw_pictures(case: Case, folder: Path) -> Tensor:
     """The pictures (B, H, W, 3), uint8, that diffusers draws for a case, from the model in `folder`."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.scheduler = SCHEDULERS[case.sampler].from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline(
         list(case.PROMPTS),

@@ -8,12 +8,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
-from bundles import SCHEDULER, write_json
+from bundles import SCHEDULER, bundle, write_json
 from oracle_distill import ANSWERS, CASES, CONDITIONS, LATENTS, NOISE, STUDENTS, TEACHER, answers, weaken
 from PIL import Image
-from runs import RUN, SMALL, checkpoint, contents, equal, filled, log_rows, write_vae
+from common import UNETS
+from runs import RUN, SMALL, VAE as VAE_OF_RUNS, checkpoint, contents, equal, filled, log_rows, write_vae
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -125,6 +127,23 @@ def test_blocks_of_a_deeper_teacher(full_size, student, blocks, expected):
     for ours, theirs in matched.items():
         if ours.startswith(("down_blocks.1", "up_blocks.1")):  # where there are as many as the teacher's
             assert number(ours) == number(theirs)
+
+
+def test_features_of_bk_sdm():
+    """As in its code, but for DW-3 of the tiny student: what leaves the last pair, not what is added there."""
+    networks = {"teacher": filled(UNETS["sd1"] | {"block_out_channels": [8, 16, 24, 24]})}
+    for name in ("base", "small", "tiny"):
+        networks[name] = UNet(model.student_config(networks["teacher"].config, name))
+    stages = [*(f"down_blocks.{i}" for i in range(4)), *(f"up_blocks.{i}" for i in range(4))]
+    matched = match_features(networks["base"], networks["teacher"], "LF")
+    assert matched == {stage: stage for stage in [*stages[:4], "mid_block", *stages[4:]]}
+    assert match_features(networks["small"], networks["teacher"], "LF") == {stage: stage for stage in stages}
+    assert match_features(networks["tiny"], networks["teacher"], "LF") == {
+        "down_blocks.0": "down_blocks.0", "down_blocks.1": "down_blocks.1",
+        "down_blocks.2": "down_blocks.2.attentions.1",
+        "up_blocks.0": "up_blocks.1", "up_blocks.1": "up_blocks.2", "up_blocks.2": "up_blocks.3"}
+    assert parse_args(["--student", "tiny", "--teacher", "sd14"]).features == "SA"  # Ours-SDM
+    assert len(match_features(networks["base"], networks["teacher"], "SA")) == 3 + 1 + 6
 
 
 def test_the_grammar_of_features(full_size):
@@ -349,6 +368,31 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch, capsys):
     theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
     assert equal(theirs.state_dict(), load_unet(folder).state_dict())
     assert diffusers.StableDiffusionXLPipeline.from_pretrained(folder).unet.config.layers_per_block == 1
+
+
+def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
+    """Stopped and resumed, with a cache; complete with float32 text encoders from a float16 teacher."""
+    teacher, flags = tmp_path / "teacher", ["--data", pairs, "--caption", "a red box", "--cache", tmp_path / "cache"]
+    bundle(teacher, "sd1", vae=VAE_OF_RUNS)
+    save_unet(filled(UNETS["sd1"] | {"block_out_channels": [8, 16, 24, 24], "attention_head_dim": 2,
+                                     "sample_size": 16}), teacher / "unet")
+    path = teacher / "text_encoder" / "config.json"
+    write_json(path, read_json(path) | {"torch_dtype": "float16"})
+    during(lambda call: signal.raise_signal(signal.SIGTERM) if call == 1 else None)
+    flags += ["--teacher", teacher, "--student", "tiny", "--features", "SA,LF"]
+    assert run(*flags) == 128 + signal.SIGTERM and run(*flags) == 0
+    assert run(*flags, out="whole") == 0
+    assert log_rows(tmp_path / "run") == log_rows(tmp_path / "whole")
+    image, = sample.load_pipeline(tmp_path / "run")(["a red box"], steps=1)
+    assert image.size == (64, 64) and read_json(tmp_path / "run" / "text_encoder" / "config.json")["dtype"] == "float32"
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run")
+    assert {p.dtype for p in theirs.text_encoder.parameters()} == {torch.float32}
+    theirs.scheduler = diffusers.EulerDiscreteScheduler.from_config(theirs.scheduler.config)
+    theirs.set_progress_bar_config(disable=True)
+    drawn = theirs("a red box", num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
+    ours, = sample.load_pipeline(tmp_path / "run")(["a red box"], steps=3, seed=5)
+    assert np.abs(np.asarray(ours).astype(int) - np.asarray(drawn)).max() <= 2
 
 
 def test_only_the_student_learns(run, teacher, monkeypatch):

@@ -118,6 +118,15 @@ def test_config_survives_its_file(config):
     assert UNetConfig.from_diffusers(json.loads(json.dumps(config.to_diffusers()))) == config
 
 
+def test_what_is_not_read_is_not_refused():
+    refiner = SDXL_FILE | {"down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+                           "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+                           "transformer_layers_per_block": 4}
+    assert UNetConfig.from_diffusers(refiner) == replace(UNetConfig(), depths=(0, 4, 0), mid_depth=4)
+    unused = {"transformer_layers_per_block": (0, 2, 10), "upcast_attention": True}
+    assert UNetConfig.from_diffusers(SDXL_FILE | unused) == UNetConfig()
+
+
 def test_what_an_absent_entry_means():
     absent = {key: value for key, value in SDXL_FILE.items() if key != "mid_block_type"}
     assert UNetConfig.from_diffusers(absent).mid_depth == 10
@@ -162,6 +171,35 @@ def test_surgery_of_other_teachers():
     shallow = replace(toy, depths=(0, 2, 3), mid_depth=3)  # nothing to cut, and nothing is added
     assert student_config(shallow, "1b") == replace(shallow, pairs=1)
     assert student_config(shallow, "700m") == replace(shallow, pairs=1, mid_depth=0)
+
+
+SD1 = UNetConfig((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 2, (8,) * 4, context_dim=768, pooled_dim=0, size_dim=0,
+                 linear_projection=False, sample_size=64)
+
+
+@pytest.mark.parametrize("name, parameters", [
+    (None, 859_520_964), ("base", 579_384_964), ("small", 482_346_884), ("tiny", 323_384_964)])
+def test_bk_sdm_has_the_published_sizes(name, parameters):
+    with torch.device("meta"):
+        network = UNet(student_config(SD1, name) if name else SD1)
+    assert sum(p.numel() for p in network.parameters()) == parameters
+    assert UNetConfig.from_diffusers(network.config.to_diffusers()) == network.config
+
+
+def test_of_the_tiny_student_the_decoder_starts_at_the_teachers_second_stage():
+    config = UNETS["sd1"] | {"block_out_channels": [32, 64, 96, 96]}
+    teacher = fill(UNet(UNetConfig.from_diffusers(config)))
+    student = UNet(student_config(teacher.config, "tiny"))
+    assert student.config == UNetConfig.from_diffusers(UNETS["bk-sdm-tiny"])
+    inherit(student, teacher)
+    ours, theirs = student.state_dict(), teacher.state_dict()
+    for path, source in (("down_blocks.2.resnets.0.conv1", "down_blocks.2.resnets.0.conv1"),
+                         ("up_blocks.0.resnets.0.conv1", "up_blocks.1.resnets.0.conv1"),
+                         ("up_blocks.0.resnets.1.conv1", "up_blocks.1.resnets.2.conv1"),
+                         ("up_blocks.2.attentions.1.proj_in", "up_blocks.3.attentions.2.proj_in"),
+                         ("up_blocks.1.upsamplers.0.conv", "up_blocks.2.upsamplers.0.conv")):
+        assert torch.equal(ours[f"{path}.weight"], theirs[f"{source}.weight"]), path
+    assert "equally wide" in refusal(student_config, unet("sd1").config, "tiny")
 
 
 @pytest.mark.parametrize("teacher", [

@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 import model
 import sample
-from common import FILE, refusal
+from common import FILE, draw, refusal, relative_error
 from sample import NoiseSchedule, load_pipeline
-from support.cli import number, preset
+from support.cli import SAMPLERS, number, preset
 from support.plots import image_grid
 
 ROOT = Path(__file__).parents[1]
@@ -95,12 +95,12 @@ def test_the_noise_of_each_timestep():
 ])
 def test_timesteps_and_sigmas(spacing, steps, first, last, sigmas, scale):
     noise = schedule(spacing)
-    timesteps = noise.timesteps(steps)
-    assert len(timesteps) == steps and timesteps[:2] == first and timesteps[-2:] == last
-    ours = noise.sigmas_at(timesteps)
-    assert len(ours) == steps + 1 and ours == sorted(ours, reverse=True) and ours[-1] == 0
-    assert [ours[0], ours[-2]] == pytest.approx(sigmas, abs=6e-6)
-    assert noise.init_noise_sigma(ours) == pytest.approx(scale, abs=6e-6)
+    timesteps, ours, following = zip(*noise.levels(steps))
+    assert len(timesteps) == steps and [*timesteps[:2]] == first and [*timesteps[-2:]] == last
+    assert following == (*ours[1:], 0) and [*ours] == sorted(ours, reverse=True)
+    assert [ours[0], ours[-1]] == pytest.approx(sigmas, abs=6e-6)
+    # As diffusers scales it, before it divides by sqrt(sigma^2 + 1).
+    assert noise.init_noise_std(ours[0]) * (ours[0]**2 + 1)**0.5 == pytest.approx(scale, abs=6e-6)
 
 
 def test_fractional_timesteps_lie_between_two():
@@ -108,7 +108,7 @@ def test_fractional_timesteps_lie_between_two():
     timesteps = noise.timesteps(7)
     assert timesteps == [999, 832.5, 666, 499.5, 333, 166.5, 0]
     middle = (noise.sigmas[832] + noise.sigmas[833]).item() / 2
-    assert noise.sigmas_at(timesteps)[1] == pytest.approx(middle, rel=1e-12)
+    assert noise.sigma_at(timesteps[1]) == pytest.approx(middle, rel=1e-12)
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
@@ -118,16 +118,40 @@ def test_the_schedule_is_that_of_diffusers(spacing, steps):
     theirs = diffusers.EulerDiscreteScheduler.from_config(SCHEDULER | {"timestep_spacing": spacing})
     theirs.set_timesteps(steps)
     ours = schedule(spacing)
-    timesteps = ours.timesteps(steps)
-    sigmas = ours.sigmas_at(timesteps)
+    timesteps, sigmas, following = zip(*ours.levels(steps))
     np.testing.assert_allclose(timesteps, theirs.timesteps.numpy(), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(sigmas, theirs.sigmas.numpy(), rtol=1e-4)
-    assert ours.init_noise_sigma(sigmas) == pytest.approx(float(theirs.init_noise_sigma), rel=1e-4)
+    np.testing.assert_allclose(sigmas + following[-1:], theirs.sigmas.numpy(), rtol=1e-4)
+    scale = ours.init_noise_std(sigmas[0]) * (sigmas[0]**2 + 1)**0.5
+    assert scale == pytest.approx(float(theirs.init_noise_sigma), rel=1e-4)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps, entries", [
+    (3, {}), (25, {}), (7, {"set_alpha_to_one": True}), (30, {"rescale_betas_zero_snr": True})])
+def test_the_samplers_are_those_of_diffusers(spacing, prediction, sampler, steps, entries):
+    pytest.importorskip("diffusers")
+    from oracle_sample import SCHEDULERS
+    entries = entries | {"timestep_spacing": spacing, "prediction_type": prediction}
+    if "rescale_betas_zero_snr" in entries and (spacing, prediction) != ("trailing", "v_prediction"):
+        return  # the network is told nothing at the last timestep, or has to tell the noise from itself
+    theirs = SCHEDULERS[sampler].from_config(SCHEDULER | entries)
+    theirs.set_timesteps(steps)
+    noise = draw("noise", 2, 4, 6, 5)
+
+    def predict(x, t):
+        return (0.9 * x + 0.3 * x.flip(2) + 0.2 * x.flip(3).tanh()) * (1 - t / 3000)
+    latents = noise * theirs.init_noise_sigma
+    for t in theirs.timesteps:
+        latents = theirs.step(predict(theirs.scale_model_input(latents, t), float(t)), t, latents).prev_sample
+    ours = sample.sample_latents(predict, noise, NoiseSchedule(SCHEDULER | entries, sampler=sampler), steps)
+    assert relative_error(ours, latents) < 2e-3 if "rescale_betas_zero_snr" in entries else 2e-5
 
 
 @pytest.mark.parametrize("entry", [
     {"beta_schedule": "linear"}, {"prediction_type": "sample"}, {"timestep_spacing": "other"},
-    {"use_karras_sigmas": True}, {"rescale_betas_zero_snr": True}, {"final_sigmas_type": "sigma_min"},
+    {"use_karras_sigmas": True}, {"_class_name": "LCMScheduler"}, {"final_sigmas_type": "sigma_min"},
     {"num_train_timesteps": 500}, {"steps_offset": 2}, {"beta_end": 0.0001}, {"beta_start": 0},
 ], ids=lambda entry: next(iter(entry)))
 def test_an_unsupported_schedule_is_refused(entry):
@@ -143,20 +167,22 @@ def test_what_an_absent_entry_of_a_schedule_means():
     assert ours.sigmas[[0, 999]].tolist() == pytest.approx([0.0100005, 36.911912], rel=1e-4)
 
 
-def test_the_true_noise_leads_back_to_the_image():
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_true_noise_leads_back_to_the_image(sampler):
     image, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for spacing in SPACINGS:
         for prediction in ("epsilon", "v_prediction"):
-            ours = schedule(spacing, prediction_type=prediction)
-            sigmas = ours.sigmas_at(ours.timesteps(5))
-            start = (image + sigmas[0] * noise) / ours.init_noise_sigma(sigmas)
+            ours = NoiseSchedule(SCHEDULER | {"prediction_type": prediction, "set_alpha_to_one": True}, spacing, sampler)
+            _, first, _ = ours.levels(5)[0]
+            start = (image + first * noise) / (first**2 + 1) ** 0.5 / ours.init_noise_std(first)
 
             def predict(x, t):
-                sigma = ours.sigmas_at([t])[0]
+                sigma = ours.sigma_at(t)
                 z = x * (sigma**2 + 1) ** 0.5                    # as Karras et al. scale it
                 eps = (z - image) / sigma
                 return eps if prediction == "epsilon" else (eps - sigma * image) / (sigma**2 + 1) ** 0.5
-            torch.testing.assert_close(sample.euler(predict, start, ours, 5), image)
+            if (spacing, sampler) != ("linspace", "ddim"):       # whose timesteps, in diffusers, do not meet
+                torch.testing.assert_close(sample.sample_latents(predict, start, ours, 5), image)
 
 
 def test_noise_and_targets_are_those_of_the_sampler():
@@ -179,7 +205,7 @@ def test_noise_and_targets_are_those_of_the_sampler():
 @pytest.mark.parametrize("name", CASES)
 def test_pictures_are_those_of_diffusers(name, tmp_path):
     case = CASES[name]
-    ours = load_pipeline(case.bundle(tmp_path))(
+    ours = load_pipeline(case.bundle(tmp_path), sampler=case.sampler)(
         list(case.PROMPTS), case.negative, case.steps, case.guidance, list(case.SEEDS),
         case.height, case.width)
     stored = load_file(ROOT / "tests" / "answers" / "sample.safetensors")[name].numpy()
@@ -196,13 +222,13 @@ def test_stored_pictures_are_those_of_the_diffusers_installed(name, tmp_path):
 
 
 def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
-    noises, euler = [], sample.euler
+    noises, sample_latents = [], sample.sample_latents
 
     def record(predict, noise, *rest):
         noises.append(noise)
-        return euler(predict, noise, *rest)
+        return sample_latents(predict, noise, *rest)
 
-    monkeypatch.setattr(sample, "euler", record)
+    monkeypatch.setattr(sample, "sample_latents", record)
     prompts, small = [WORDS[i % 7] for i in range(34)], {"steps": 2, "height": 16, "width": 24}
     together = pipeline(prompts, seed=list(range(34)), **small)
     assert [len(noise) for noise in noises] == [32, 2]
@@ -477,15 +503,15 @@ def test_damaged_weights_are_named(program, folder, tmp_path):
     ("text_encoder_2/config.json", "eos_token_id", None),
     ("tokenizer/tokenizer_config.json", "model_max_length", None),
     ("tokenizer_2/tokenizer_config.json", "model_max_length", 0),
-    ("tokenizer/tokenizer_config.json", "bos_token", None),
-    ("tokenizer_2/tokenizer_config.json", "pad_token", ""),
+    ("tokenizer/special_tokens_map.json", "bos_token", None),
+    ("tokenizer_2/special_tokens_map.json", "pad_token", ""),
     ("preset.json", "steps", 0), ("preset.json", "guidance", 0.5), ("preset.json", "guidance", float("inf")),
-    ("preset.json", "spacing", "foo")])
+    ("preset.json", "spacing", "foo"), ("preset.json", "sampler", "foo")])
 def test_bad_values_are_reported(folder, tmp_path, path, key, value):
     broken = shutil.copytree(folder, tmp_path / "broken")
     old = json.loads((broken / path).read_text()) if (broken / path).exists() else {}
     (broken / path).write_text(json.dumps(old | {key: value}))
-    assert Path(path).name in refusal(load_pipeline, broken)
+    assert Path(path).name.replace("special_tokens_map", "tokenizer_config") in refusal(load_pipeline, broken)
 
 
 def test_a_unet_of_another_model(program, folder):
@@ -572,7 +598,7 @@ def test_a_broken_preset_is_named(text, tmp_path):
 
 def test_presets(tmp_path):
     for name in ("lightning-700m", "etri-vilab/koala-lightning-700m"):
-        assert preset(name)[1:] == (10, 3.5, "trailing")
-    assert preset("toy") == preset(ROOT / "toy" / "checkpoint") and preset(tmp_path)[1:] == (25, 7.5, None)
+        assert preset(name)[1:] == (10, 3.5, "trailing", "euler")
+    assert preset("toy") == preset(ROOT / "toy" / "checkpoint") and preset(tmp_path)[1:] == (25, 7.5, None, "euler")
     (tmp_path / "preset.json").write_text('{"steps": 4, "guidance": 2, "spacing": "trailing"}')
-    assert preset(tmp_path) == (str(tmp_path), 4, 2.0, "trailing")
+    assert preset(tmp_path) == (str(tmp_path), 4, 2.0, "trailing", "euler")

@@ -1,6 +1,7 @@
 """Text encoders and tokenizers give the numbers and tokens of transformers."""
 
 import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -9,7 +10,7 @@ import transformers
 from bundles import bundle
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers import AddedToken, CLIPTextModel, CLIPTextModelWithProjection
 
 from common import refusal, same
 from support.text import CLIPTokenizer, load_clip, load_text, save_clip
@@ -63,6 +64,38 @@ def test_tokens_are_those_of_transformers(vocabulary, pad, wrapped):
     assert len({tuple(row.tolist()) for row in expected}) >= len(PROMPTS) - 1  # they differ in their tokens
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["tokenizer.json", "vocab.json"])
+def test_added_tokens_are_those_of_transformers(vocabulary, tmp_path, older):
+    """As textual inversion adds them; transformers 5 saves tokenizer.json, older versions had more files."""
+    (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 77, "pad_token": "!"}')
+    theirs = transformers.CLIPTokenizer.from_pretrained(vocabulary)
+    theirs.add_tokens(["<koala-style>", "sks"])
+    theirs.add_tokens([AddedToken("<cat>", lstrip=True)], special_tokens=True)
+    theirs.save_pretrained(tmp_path)
+    if older:
+        added = json.loads((tmp_path / "tokenizer.json").read_text())["added_tokens"]
+        (tmp_path / "tokenizer.json").unlink()
+        for name in ("vocab.json", "merges.txt"):
+            shutil.copyfile(vocabulary / name, tmp_path / name)
+        path = tmp_path / "tokenizer_config.json"
+        decoder = {str(token.pop("id")): token for token in added}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added_tokens_decoder": decoder}))
+    ours = CLIPTokenizer(tmp_path)
+    ours.words = None
+    prompts = [*PROMPTS, "a <koala-style> portrait", "koala<koala-style>koala", "a  <cat> sksy SKS sks", "<CAT>"]
+    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    assert torch.equal(ours(prompts), expected) and (expected >= theirs.vocab_size).any()
+
+
+def test_where_files_name_different_padding_the_map_counts(vocabulary, tmp_path):
+    shutil.copytree(vocabulary, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 77, "pad_token": "<|endoftext|>"}')
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "!"}')
+    theirs = transformers.CLIPTokenizer.from_pretrained(tmp_path)
+    ours = CLIPTokenizer(tmp_path)
+    assert ours.pad == theirs.pad_token_id == 0
+
+
 def test_what_is_truncated_is_what_follows_the_last_token(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
     tokenizer = CLIPTokenizer(vocabulary)
@@ -92,7 +125,9 @@ def test_numbers_are_those_of_transformers(folder, tmp_path, name, kind, eos):
         ids, output_hidden_states=True)
     torch.testing.assert_close(sequence, expected.hidden_states[-2], rtol=1e-5, atol=1e-5)
     if name == "text_encoder":
-        assert pooled is None
+        assert pooled.shape == (3, 0)
+        final, _ = load_clip(tmp_path / name, torch.float32, last=True)(ids)  # as Stable Diffusion reads it
+        torch.testing.assert_close(final, expected.last_hidden_state, rtol=1e-5, atol=1e-5)
     else:
         torch.testing.assert_close(pooled, expected.text_embeds, rtol=1e-5, atol=1e-5)
 
@@ -129,10 +164,27 @@ def test_a_damaged_vocabulary(tmp_path, merges):
     assert "merges.txt" in message and str(path.parent) in message
 
 
+def test_a_vocabulary_cut_at_a_lines_end_or_with_a_changed_digit(tmp_path):
+    folder = bundle(tmp_path) / "tokenizer"
+    merges, vocab = ((folder / name).read_text() for name in ("merges.txt", "vocab.json"))
+    (folder / "merges.txt").write_text("\n".join(merges.split("\n")[:-2]) + "\n")
+    assert "no merge makes 1 of its tokens" in refusal(load_text, tmp_path)
+    (folder / "merges.txt").write_text(merges)
+    for twice, digits in (("one id", "5"), ("belong", "999")):
+        (folder / "vocab.json").write_text(vocab.replace('": 4,', f'": {digits},'))
+        assert twice in refusal(load_text, tmp_path)
+
+
 def test_a_tokenizer_of_another_model(tmp_path):
     path = bundle(tmp_path) / "tokenizer_2" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 78}))
-    assert "78" in refusal(load_text, tmp_path)  # and the text encoder reads 77
+    for length in (78, 76):  # the text encoder reads 77, and so does the other tokenizer
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+        assert str(length) in refusal(load_text, tmp_path)
+
+
+def test_a_part_of_a_model_is_no_model(tmp_path):
+    shutil.rmtree(bundle(tmp_path) / "text_encoder")  # as in SDXL's refiner
+    assert "refiner" in refusal(load_text, tmp_path)
 
 
 def test_an_activation_that_is_not_supported(tmp_path):

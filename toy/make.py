@@ -105,7 +105,7 @@ class Toy(nn.Module):
             config = CLIPConfig(
                 vocab_size=tokenizer.end + 1, max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
                 hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
-                projection_dim=width, eos_token_id=tokenizer.end)
+                projection_dim=width, bos_token_id=tokenizer.start, eos_token_id=tokenizer.end)
             self.add_module(name, CLIP(config, projection=name == ENCODERS[1]))
         self.unet = model.UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
