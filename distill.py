@@ -327,7 +327,7 @@ def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen:
 # ------------------------------------------------------------------------------------------------------------
 # The program
 
-KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # self-attention at every stage that has it, and LF at the others (Table 3d)
+KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # SA at every stage that has it, and LF at the others (Table 3d)
 RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
               "save_every": 500, "preview_every": 1000, "features": KOALA_FEATURES},

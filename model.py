@@ -510,11 +510,13 @@ class Surgery(NamedTuple):
 
 
 SURGERIES = {
-    "1b": Surgery(depth=6, mid_depth=6),               # KOALA (section 4.1 and Table 2), for SDXL; appendix B.2
-    "700m": Surgery(depth=5, mid_depth=0),             # swaps the depths once, but parameter totals settle it
-    "base": Surgery(depth=10, mid_depth=10),           # BK-SDM (Kim et al., arXiv 2305.15798), for Stable Diffusion
-    "small": Surgery(depth=10, mid_depth=0),
-    "tiny": Surgery(depth=10, mid_depth=0, dropped=1),
+    # KOALA's of SDXL (section 4.1, Table 2). Appendix B.2 swaps their depths; the paper's totals settle it.
+    "1b": Surgery(depth=6, mid_depth=6),
+    "700m": Surgery(depth=5, mid_depth=0),
+    # BK-SDM's of Stable Diffusion (Kim et al., arXiv 2305.15798), whose pairs have one transformer block.
+    "base": Surgery(depth=1, mid_depth=1),
+    "small": Surgery(depth=1, mid_depth=0),
+    "tiny": Surgery(depth=1, mid_depth=0, dropped=1),
 }
 
 
@@ -523,9 +525,9 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     surgery = SURGERIES[name]
     levels = len(teacher.channels) - surgery.dropped
     if teacher.pairs != 2 or not teacher.mid_depth:
-        raise ValueError("the surgery needs a teacher with two pairs in encoder stages, and Mid, as SDXL has them")
+        raise ValueError("the surgery needs a teacher like SDXL: two pairs in encoder stages, and Mid")
     if len(set(teacher.channels[levels - 1:])) > 1:
-        raise ValueError(f"{name} needs a teacher whose innermost levels are equally wide, as Stable Diffusion's are")
+        raise ValueError(f"{name} needs a teacher like Stable Diffusion: innermost levels equally wide")
     return replace(teacher, pairs=1, channels=teacher.channels[:levels], heads=teacher.heads[:levels],
                    depths=tuple(min(depth, surgery.depth) for depth in teacher.depths[:levels]),
                    mid_depth=min(surgery.mid_depth, teacher.mid_depth))

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import model
 from support.cli import (
-    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory, png_path,
-    preset, reset_peak_memory, resolve_device, resolve_dtype, run)
+    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory,
+    png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
 from support.files import PARTS, atomic_write, local_folder
 from support.plots import image_grid
 from support.text import TextEncoders, encoder_names, load_text
@@ -46,7 +46,9 @@ SUPPORTED = {  # entries with few choices; an absent one is the first of them, i
     "prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": SPACINGS, "steps_offset": [0, 1],
     "interpolation_type": ["linear"], "final_sigmas_type": ["zero"], "timestep_type": ["discrete"],
     "trained_betas": [None], "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
-    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False, True], "set_alpha_to_one": [True, False]}
+    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False, True],
+    "set_alpha_to_one": [True, False]}
+CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
 OTHERS = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models that read another noise, or need other steps
 
 
@@ -60,9 +62,9 @@ class NoiseSchedule:
     """
 
     def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler"):
-        self.sampler, self.written_for = sampler, str(config.get("_class_name", "no scheduler"))
-        if self.written_for.startswith(OTHERS):
-            raise ValueError(f"scheduler_config.json has _class_name={self.written_for!r}, which is not supported")
+        self.sampler, self.file_class = sampler, str(config.get("_class_name", CLASSES[sampler]))
+        if self.file_class.startswith(OTHERS):
+            raise ValueError(f"scheduler_config.json is of {self.file_class!r}, which is not supported")
         config = {key: values[0] for key, values in SUPPORTED.items()} | ABSENT | config
         for key, values in SUPPORTED.items():
             if config[key] not in values:
@@ -138,11 +140,11 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
     """
     From noise (B, C, H, W) of variance 1 to latents z, with `schedule.sampler`.
 
-    `predict(z_t, t)` is the network. What it predicts tells the noise in z_t, and z; a step to s combines the two
-    again, with less noise: z_s = alpha_s z + sigma_s noise. That is Euler's method (Karras et al., Algorithm 1
-    without churn) and, in other coordinates, DDIM (Song et al., arXiv 2010.02502, eta 0); they differ in where
-    they end. DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before.
-    Sigmas are numbers on the host, so nothing here waits for the device.
+    `predict(z_t, t)` is the network. What it predicts tells the noise in z_t, and z itself; a step to s combines
+    the two again, with less noise: z_s = alpha_s z + sigma_s noise. That is Euler's method (Karras et al.,
+    Algorithm 1 without churn), and DDIM (Song et al., arXiv 2010.02502, eta 0) is the same but for its end.
+    DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are
+    numbers on the host, so nothing here waits for the device.
     """
     levels = schedule.levels(steps)
     z_t = noise * schedule.init_noise_std(levels[0][1])
@@ -267,8 +269,8 @@ class Pipeline:
                              f"different models")
         channels = self.vae_config.latent_channels
         if (config.in_channels, config.out_channels) != (channels, channels):
-            raise ValueError(f"the U-Net reads {config.in_channels} channels and predicts {config.out_channels}, the "
-                             f"VAE's latents have {channels}: it is not for text to image alone")
+            raise ValueError(f"the U-Net reads {config.in_channels} channels and predicts {config.out_channels}, "
+                             f"the VAE's latents have {channels}: it is not for text to image alone")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -316,9 +318,9 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` and `vae` are where to take these networks from instead: a folder, hub id or name too. `dtype` None is
-    float16 on a GPU and float32 elsewhere; `sampler` and `spacing` None are the preset's. Raises FileNotFoundError or ValueError, one line that says what is
-    wrong and what to do.
+    `unet` and `vae` are where to take these networks from instead: a folder, hub id or name too. `dtype` None
+    is float16 on a GPU and float32 elsewhere; `sampler` and `spacing` None are the preset's. Raises
+    FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
@@ -381,9 +383,11 @@ def main(argv: list[str] | None = None):
         width, height = images[0].size                           # for all columns, as they share their noise
         used = {"model": [name], "steps": args.steps or pipeline.preset.steps, "height": height, "width": width,
                 "guidance": args.guidance or pipeline.preset.guidance, "precision": precision, "device": device}
+        sampler = schedule.sampler
+        if schedule.file_class != CLASSES[sampler]:
+            sampler += f" (its file has {schedule.file_class})"
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {schedule.sampler} (its file is for {schedule.written_for}), "
-              f"{schedule.spacing}, seed {args.seed}, {precision}: "
+              f"guidance {used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
               f"{seconds:.1f} s, peak {peak_memory(device):.2f} GB")
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})

@@ -208,7 +208,7 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     for source, target in copies:
         atomic_write(target, partial(shutil.copyfile, source))
         if target.name == "config.json" and target.parent.name in ENCODERS:
-            # What transformers is to compute in; the student's U-Net is in float32, and diffusers mixes no dtypes.
+            # transformers computes in this dtype; the student's U-Net is in float32, and diffusers mixes none.
             config = {key: value for key, value in read_json(target).items() if key != "torch_dtype"}
             write_json(target, config | {"dtype": "float32"})
     sampling = preset._asdict()

@@ -78,7 +78,7 @@ def preset(name: str | Path) -> Preset:
 
 def model_name(text: str) -> str:
     """A type for argparse: a preset's name, a folder, or what looks like a hub id."""
-    if text not in PRESETS and "/" not in text and not os.path.isdir(text):
+    if text not in PRESETS and "/" not in text and not os.path.exists(text):
         names = ", ".join(PRESETS)
         raise argparse.ArgumentTypeError(f"{text!r} is neither {names}, nor a folder, nor a hub id")
     return text

@@ -29,7 +29,9 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
     if Path(source).is_dir():
         return Path(source)
     if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
+        raise FileNotFoundError(
+            f"{source} is a file, not a folder in diffusers' layout; diffusers converts it: StableDiffusionXLPipeline"
+            f".from_single_file('{source}').save_pretrained('FOLDER'), or StableDiffusionPipeline for 1 and 2")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     from huggingface_hub import model_info, snapshot_download  # slow to import, and seldom needed

@@ -2,7 +2,8 @@
 Text conditions: CLIP text encoders (Radford et al., arXiv 2103.00020), each with its tokenizer.
 
 SDXL has two, OpenAI's and OpenCLIP's: one network in two sizes, with modules named as in the official
-checkpoints. Stable Diffusion 1 has the first alone, Stable Diffusion 2 another of OpenCLIP's. Shapes: B batch, L text tokens (77 in the official models), D token width, P pooled width.
+checkpoints. Stable Diffusion 1 has the first alone, Stable Diffusion 2 another of OpenCLIP's. Shapes: B batch,
+L text tokens (77 in the official models), D token width, P pooled width.
 """
 
 import sys
@@ -277,11 +278,11 @@ class TextEncoders(nn.Module):
 
 
 def encoder_names(folder: str | Path) -> list[str]:
-    """Those of ENCODERS that a model has: both, or one as Stable Diffusion 1 and 2. Raises FileNotFoundError."""
+    """Those of ENCODERS that a model has: both, or the first alone. Raises FileNotFoundError."""
     names = [name for name in ENCODERS if Path(folder, name).is_dir()]
     if ENCODERS[0] not in names:
-        raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is not a model for text to image, "
-                                f"but a part of one, or SDXL's refiner")
+        raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is a part of a model, or a "
+                                f"refiner, and draws nothing from text alone")
     return names
 
 
@@ -294,8 +295,8 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str 
         length, size = encoder.config.max_position_embeddings, encoder.config.vocab_size
         kinds = max(tokenizer.bpe.get_vocab().values()) + 1
         if not tokenizer.length == tokenizers[0].length <= length or kinds > size:
-            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of {kinds} kinds, its text "
-                             f"encoder reads {length} of {size}, and the first tokenizer gives "
+            raise ValueError(f"a tokenizer of {folder} gives {tokenizer.length} tokens of {kinds} kinds, its "
+                             f"text encoder reads {length} of {size}, and the first tokenizer gives "
                              f"{tokenizers[0].length}: they belong to different models")
     return TextEncoders(encoders, tokenizers)
 

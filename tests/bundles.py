@@ -68,7 +68,7 @@ CASES = {
     "encoded": Case("700m", "trailing", "epsilon", None, 5.0, 7, 56, 56, zeros=False),
     "sd1": Case("sd1", "leading", "epsilon", None, 7.5, 7, 64, 64, sampler="ddim"),
     "sd2": Case("sd2", "leading", "v_prediction", "my sky", 7.5, 11, 64, 128, sampler="dpm"),
-    "sd2, zero SNR": Case("sd2", "trailing", "v_prediction", None, 5.0, 7, 64, 64, sampler="ddim", zero_snr=True),
+    "zero SNR": Case("sd2", "trailing", "v_prediction", None, 5.0, 7, 64, 64, sampler="ddim", zero_snr=True),
     "bk-sdm-tiny": Case("bk-sdm-tiny", "trailing", "epsilon", None, 5.0, 7, 32, 96),
     "dpm": Case("700m", "linspace", "epsilon", None, 7.5, 11, 48, 64, sampler="dpm"),
     "ddim": Case("1b", "linspace", "v_prediction", None, 5.0, 7, 64, 40, sampler="ddim"),
@@ -87,7 +87,9 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
     merges = [pair for word in WORDS for pair in merges_of(word)]
     # The end token has the largest id.
     tokens = ["!", *letters, *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
-    pads = {"tokenizer": "!" if unet == "sd2" else "<|endoftext|>"} | ({} if unet in SD else {"tokenizer_2": "!"})
+    pads = {"tokenizer": "!" if unet == "sd2" else "<|endoftext|>"}
+    if unet not in SD:
+        pads["tokenizer_2"] = "!"
     for name, pad in pads.items():
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
                    "pad_token": pad}
@@ -97,7 +99,8 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
                    {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, **special})
         (folder / name / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
     if unet in SD:
-        text_encoder(folder / "text_encoder", CLIPTextModel, 40, "gelu" if unet == "sd2" else "quick_gelu", len(tokens))
+        activation = "gelu" if unet == "sd2" else "quick_gelu"
+        text_encoder(folder / "text_encoder", CLIPTextModel, 40, activation, len(tokens))
         return folder
     text_encoder(folder / "text_encoder", CLIPTextModel, 16, "quick_gelu", len(tokens))
     text_encoder(folder / "text_encoder_2", CLIPTextModelWithProjection, 24, "gelu", len(tokens))

@@ -372,7 +372,8 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch, capsys):
 
 def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
     """Stopped and resumed, with a cache; complete with float32 text encoders from a float16 teacher."""
-    teacher, flags = tmp_path / "teacher", ["--data", pairs, "--caption", "a red box", "--cache", tmp_path / "cache"]
+    teacher = tmp_path / "teacher"
+    flags = ["--data", pairs, "--caption", "a red box", "--cache", tmp_path / "cache"]
     bundle(teacher, "sd1", vae=VAE_OF_RUNS)
     save_unet(filled(UNETS["sd1"] | {"block_out_channels": [8, 16, 24, 24], "attention_head_dim": 2,
                                      "sample_size": 16}), teacher / "unet")
@@ -384,7 +385,7 @@ def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
     assert run(*flags, out="whole") == 0
     assert log_rows(tmp_path / "run") == log_rows(tmp_path / "whole")
     image, = sample.load_pipeline(tmp_path / "run")(["a red box"], steps=1)
-    assert image.size == (64, 64) and read_json(tmp_path / "run" / "text_encoder" / "config.json")["dtype"] == "float32"
+    assert image.size == (64, 64)
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run")
     assert {p.dtype for p in theirs.text_encoder.parameters()} == {torch.float32}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,13 +152,19 @@ def test_the_samplers_are_those_of_diffusers(spacing, prediction, sampler, steps
 
 @pytest.mark.parametrize("entry", [
     {"beta_schedule": "linear"}, {"prediction_type": "sample"}, {"timestep_spacing": "other"},
-    {"use_karras_sigmas": True}, {"_class_name": "LCMScheduler"}, {"final_sigmas_type": "sigma_min"},
+    {"use_karras_sigmas": True}, {"timestep_type": "continuous"}, {"final_sigmas_type": "sigma_min"},
     {"num_train_timesteps": 500}, {"steps_offset": 2}, {"beta_end": 0.0001}, {"beta_start": 0},
 ], ids=lambda entry: next(iter(entry)))
 def test_an_unsupported_schedule_is_refused(entry):
     [(key, value)] = entry.items()
     message = refusal(NoiseSchedule, SCHEDULER | entry)
     assert key in message and repr(value) in message
+
+
+@pytest.mark.parametrize("name", [
+    "LCMScheduler", "TCDScheduler", "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_schedulers_of_other_models_are_refused_by_name(name):
+    assert name in refusal(NoiseSchedule, SCHEDULER | {"_class_name": name})
 
 
 def test_what_an_absent_entry_of_a_schedule_means():
@@ -172,7 +179,8 @@ def test_the_true_noise_leads_back_to_the_image(sampler):
     image, noise = torch.randn(2, 3, 4, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for spacing in SPACINGS:
         for prediction in ("epsilon", "v_prediction"):
-            ours = NoiseSchedule(SCHEDULER | {"prediction_type": prediction, "set_alpha_to_one": True}, spacing, sampler)
+            config = SCHEDULER | {"prediction_type": prediction, "set_alpha_to_one": True}
+            ours = NoiseSchedule(config, spacing, sampler)
             _, first, _ = ours.levels(5)[0]
             start = (image + first * noise) / (first**2 + 1) ** 0.5 / ours.init_noise_std(first)
 
@@ -398,6 +406,27 @@ def test_a_column_for_each_model_and_a_row_for_each_prompt_and_seed(program, fol
             assert picture.crop((48 * x, 32 * y, 48 * x + 48, 32 * y + 32)).tobytes() == image.tobytes()
     assert [entry["model"] for entry in json.loads(picture.text["settings"])] == [[str(folder)], [str(other)]]
     assert image_grid([[column[0] for column in columns]]).tobytes() == picture.crop((0, 0, 96, 32)).tobytes()
+
+
+def test_the_sampler_and_its_timesteps_are_flags(program, tmp_path):
+    case = CASES["sd1"]
+    folder = case.bundle(tmp_path / "sd1")
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(path.read_text().replace("EulerDiscreteScheduler", "PNDMScheduler"))
+    code, printed, _ = program("--prompt", "a box", "--model", folder, *FLAGS)
+    assert code == 0 and "euler (its file has PNDMScheduler), leading" in printed.out
+    flags = ["--sampler", "dpm", "--spacing", "trailing"]
+    assert "dpm (its file has PNDMScheduler), trailing" in program(
+        "--prompt", "a box", "--model", folder, *FLAGS, *flags)[1].out
+    ours, = load_pipeline(folder, sampler="dpm", spacing="trailing")(["a box"], **SMALL)
+    assert Image.open("sample.png").tobytes() == ours.tobytes()
+
+
+def test_a_unet_for_inpainting_is_refused(tmp_path):
+    folder = bundle(tmp_path, "sd1")
+    config = model.UNetConfig.from_diffusers(json.loads((folder / "unet" / "config.json").read_text()))
+    model.save_unet(model.UNet(replace(config, in_channels=9)), folder / "unet")
+    assert "9 channels" in refusal(load_pipeline(folder), ["a box"], **SMALL)
 
 
 def test_one_model_has_a_column_for_each_seed(program, folder, pipeline):

@@ -83,7 +83,8 @@ def test_added_tokens_are_those_of_transformers(vocabulary, tmp_path, older):
     ours = CLIPTokenizer(tmp_path)
     ours.words = None
     prompts = [*PROMPTS, "a <koala-style> portrait", "koala<koala-style>koala", "a  <cat> sksy SKS sks", "<CAT>"]
-    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    expected = theirs(prompts, padding="max_length", max_length=77, truncation=True,
+                      return_tensors="pt").input_ids
     assert torch.equal(ours(prompts), expected) and (expected >= theirs.vocab_size).any()
 
 
