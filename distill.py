@@ -109,8 +109,8 @@ def parse_features(text: str) -> list[tuple[str, str | None]]:
 
 
 def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None = None,
-           features: Sequence[Tensor] = (),
-           teacher_features: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor, Tensor]:
+           features: Sequence[Tensor] = (), teacher_features: Sequence[Tensor] = (),
+           normalize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
@@ -119,14 +119,16 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the features of the teacher, of the student
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of
-    features could cancel; here it is outside, as in BK-SDM's code.
+    features could cancel; here it is outside, as in BK-SDM's code. The features of some modules are ten times as
+    large as those of others, and are heard before them; `normalize` divides each by its teacher's mean square.
     """
     task = F.mse_loss(prediction.float(), target.float())
     out_kd = feat_kd = torch.zeros_like(task)
     if teacher_prediction is not None:
         out_kd = F.mse_loss(prediction.float(), teacher_prediction.float())
     for student_feature, teacher_feature in zip(features, teacher_features, strict=True):
-        feat_kd = feat_kd + F.mse_loss(student_feature.float(), teacher_feature.float())
+        difference = F.mse_loss(student_feature.float(), teacher_feature.float())
+        feat_kd = feat_kd + (difference / teacher_feature.float().square().mean() if normalize else difference)
     return task, out_kd, feat_kd
 
 
@@ -201,7 +203,8 @@ def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None
     if teacher and (args.out_kd or teacher_features.paths):
         teacher_prediction, f_teacher = teacher_forward(teacher, teacher_features, batch, dtype)
     prediction, f_student = student_forward(student, student_features, batch, dtype)
-    task, out_kd, feat_kd = losses(prediction, batch.target, teacher_prediction, f_student, f_teacher)
+    task, out_kd, feat_kd = losses(
+        prediction, batch.target, teacher_prediction, f_student, f_teacher, args.normalize_features)
     # Terms of weight 0 too, so that every layer has a gradient, as DistributedDataParallel needs.
     loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
     return loss, torch.stack([task, out_kd, feat_kd]).detach()
@@ -338,8 +341,8 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
 }
 TEACHERS = ("toy", "sdxl", "sd14", "sd15", "sd20-base", "sd20", "sd21")
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
-IDENTITY = ("student", "features", "sa_blocks", "caption", "flip", "task", "out_kd", "feat_kd", "batch", "lr",
-            "decay", "clip", "dropout", "seed")
+IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "flip", "task", "out_kd",
+            "feat_kd", "batch", "lr", "decay", "clip", "dropout", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -371,6 +374,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", "weight of the task loss (equation 1)", type=number(float, 0, 1e9), default=1.0)
     add("--out-kd", "weight of outKD (equation 2)", type=number(float, 0, 1e9), default=1.0)
     add("--feat-kd", "weight of featKD (equation 3)", type=number(float, 0, 1e9), default=1.0)
+    parser.add_argument("--normalize-features", action="store_true",
+                        help="divide each feature's loss by its teacher's mean square")
     add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
     add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))

@@ -40,6 +40,9 @@ def test_losses_by_hand():
         [torch.tensor([[2.0]]), torch.tensor([0.0, 4.0])], [torch.tensor([[0.0]]), torch.tensor([0.0, 0.0])])
     assert (task, out_kd, feat_kd) == (5, 2, 4 + 8)
     assert losses(torch.ones(2), torch.zeros(2)) == (1, 0, 0)
+    _, _, feat_kd = losses(torch.ones(2), torch.zeros(2), None, [torch.tensor([2.0]), torch.tensor([3.0, 3.0])],
+                           [torch.tensor([4.0]), torch.tensor([1.0, 3.0])], normalize=True)
+    assert feat_kd == pytest.approx(4 / 16 + 2 / 5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -24,7 +24,7 @@ def commands(path: Path) -> list[str]:
 
 
 COMMANDS = commands(ROOT / "README.md")
-OFFICIAL = {"sdxl", "etri-vilab/koala-700m"}  # a word that needs official weights
+OFFICIAL = {"sdxl", "sd14", "etri-vilab/koala-700m"}  # a word that needs official weights
 LONG = {"ablation"}  # more than an hour; tests/test_table3.py runs it with one step and two captions
 
 
