@@ -56,9 +56,9 @@ class NoiseSchedule:
     """
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
-    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. The sampler works in the coordinates of Karras
-    et al. (arXiv 2206.00364), z_t / alpha_t = z + `sigmas` noise. Made from a scheduler_config.json, whatever
-    sampler that is for; raises ValueError for what is not supported.
+    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al. (arXiv
+    2206.00364) do, by `sigmas`, sigma_t / alpha_t. Made from a scheduler_config.json, whatever sampler that is
+    for; raises ValueError for what is not supported.
     """
 
     def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler"):
@@ -151,17 +151,19 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
     before = None                                                # z and sigma of the step before
     for t, sigma, next_sigma in levels:
         alpha = 1 / math.sqrt(sigma**2 + 1)                      # sigma_t is alpha sigma
-        noise = predict(z_t, t)
-        z = z_t / alpha - sigma * noise
-        if schedule.prediction == "v_prediction":                # v = alpha_t noise - sigma_t z
-            v = noise
-            noise, z = alpha * (v + sigma * z_t), alpha * (z_t - sigma * v)
-        step_z = z
+        prediction = predict(z_t, t)
+        if schedule.prediction == "epsilon":
+            noise = prediction
+            z = z_t / alpha - sigma * noise
+        else:                                                    # v = alpha_t noise - sigma_t z
+            noise = alpha * (prediction + sigma * z_t)
+            z = alpha * (z_t - sigma * prediction)
+        z_s = z
         if schedule.sampler == "dpm" and before and next_sigma:
-            old_z, old_sigma = before
-            ratio = math.log(sigma / next_sigma) / math.log(old_sigma / sigma)  # of the steps' lengths
-            step_z = z + (1 - next_sigma / sigma) * ratio / 2 * (z - old_z)
-        z_t = (step_z + next_sigma * noise) / math.sqrt(next_sigma**2 + 1)
+            z_before, sigma_before = before
+            ratio = math.log(sigma / next_sigma) / math.log(sigma_before / sigma)  # of the steps' lengths
+            z_s = z + (1 - next_sigma / sigma) * ratio / 2 * (z - z_before)
+        z_t = (z_s + next_sigma * noise) / math.sqrt(next_sigma**2 + 1)
         before = z, sigma
     return z_t
 

@@ -397,7 +397,8 @@ def test_a_run_with_other_settings_is_refused(run, teacher, tmp_path, begun):
     shutil.copytree(begun, tmp_path / "run")
     before = contents(tmp_path / "run")
     changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2.0,
-               "out_kd": 2.0, "feat_kd": 2.0, "clip": 2.0, "dropout": 0.5, "sa_blocks": "up", "flip": None, "normalize_features": None,
+               "normalize_features": None, "flip": None,
+               "out_kd": 2.0, "feat_kd": 2.0, "clip": 2.0, "dropout": 0.5, "sa_blocks": "up",
                "precision": "fp16", "cache": tmp_path / "cache", "vae": write_vae(teacher, tmp_path / "vae")}
     flags = []
     for name, value in changes.items():
