@@ -452,10 +452,10 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
         torch.manual_seed(args.seed)
         student = model.UNet(model.student_config(config, args.student))
         if args.init == "teacher":
-            folder = local_folder(preset(args.teacher).source, ("unet",))
+            folder = local_folder(preset(args.teacher).unet, ("unet",))
             model.inherit(student, model.load_unet(folder, torch.float32))
     else:
-        student = model.load_unet(local_folder(preset(args.init).source, ("unet",)), torch.float32)
+        student = model.load_unet(local_folder(preset(args.init).unet, ("unet",)), torch.float32)
         if args.teacher != "none" and student.config != model.student_config(config, args.student):
             raise ValueError(f"--init: {args.init} is not a {args.student} student of {args.teacher}")
     return student.to(device, memory_format=torch.channels_last)

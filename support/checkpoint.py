@@ -212,7 +212,7 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
             config = {key: value for key, value in read_json(target).items() if key != "torch_dtype"}
             write_json(target, config | {"dtype": "float32"})
     sampling = preset._asdict()
-    del sampling["source"]
+    del sampling["source"], sampling["student"]
     write_json(run / "preset.json", sampling)
 
 

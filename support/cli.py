@@ -28,11 +28,20 @@ class Preset(NamedTuple):
     guidance: float = 7.5
     spacing: str | None = None                                   # of timesteps; None: its scheduler file's
     sampler: str = "euler"
+    student: str | None = None                                   # where its U-Net is, if not in `source`
+
+    @property
+    def unet(self) -> str:
+        """The folder or hub id of its U-Net."""
+        return self.student or self.source
 
 
 TOY = Path(__file__).parents[1] / "toy" / "checkpoint"
+STUDENTS = TOY.parent / "students"
 PRESETS = {
     "toy": Preset(str(TOY), guidance=1.5),
+    **{f"toy-{name}": Preset(str(TOY), guidance=1.5, student=str(STUDENTS / name))
+       for name in ("1b", "700m", "1b-sa", "1b-lf")},
     "sdxl": Preset("stabilityai/stable-diffusion-xl-base-1.0"),
     "1b": Preset("etri-vilab/koala-1b"),
     "700m": Preset("etri-vilab/koala-700m"),

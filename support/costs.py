@@ -40,10 +40,10 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
     if name in model.CONFIGS:
         return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
-    texts = [model.read_config(folder / name, CLIPConfig.from_dict) for name in encoder_names(folder)]
+    texts = [model.read_config(folder / encoder, CLIPConfig.from_dict) for encoder in encoder_names(folder)]
     return (tuple(texts),
-            model.read_config(Path(folder, "vae"), VAEConfig.from_diffusers),
-            model.read_config(Path(folder, "unet"), model.UNetConfig.from_diffusers))
+            model.read_config(folder / "vae", VAEConfig.from_diffusers),
+            model.read_config(Path(preset(name).student or folder / "unet"), model.UNetConfig.from_diffusers))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ import model
 import sample
 from common import FILE, draw, refusal, relative_error
 from sample import NoiseSchedule, load_pipeline
-from support.cli import SAMPLERS, number, preset
+from support.cli import PRESETS, SAMPLERS, Preset, number, preset
+from support.costs import read_configs
 from support.plots import image_grid
 
 ROOT = Path(__file__).parents[1]
@@ -627,7 +628,18 @@ def test_a_broken_preset_is_named(text, tmp_path):
 
 def test_presets(tmp_path):
     for name in ("lightning-700m", "etri-vilab/koala-lightning-700m"):
-        assert preset(name)[1:] == (10, 3.5, "trailing", "euler")
-    assert preset("toy") == preset(ROOT / "toy" / "checkpoint") and preset(tmp_path)[1:] == (25, 7.5, None, "euler")
+        assert preset(name)[1:5] == (10, 3.5, "trailing", "euler")
+    assert preset("toy") == preset(ROOT / "toy" / "checkpoint") and preset(tmp_path)[1:5] == (25, 7.5, None, "euler")
     (tmp_path / "preset.json").write_text('{"steps": 4, "guidance": 2, "spacing": "trailing"}')
-    assert preset(tmp_path) == (str(tmp_path), 4, 2.0, "trailing", "euler")
+    assert preset(tmp_path) == (str(tmp_path), 4, 2.0, "trailing", "euler", None)
+
+
+def test_a_preset_may_be_a_student_of_another(tmp_path, monkeypatch):
+    """As the toy's students are: a U-Net alone, drawn with all else of its teacher."""
+    teacher, other = bundle(tmp_path / "teacher"), bundle(tmp_path / "other", "1b")
+    student = shutil.copytree(other / "unet", tmp_path / "student")
+    monkeypatch.setitem(PRESETS, "small", Preset(str(teacher), student=str(student)))
+    expected = load_pipeline(teacher, student)(["a box"], **SMALL)
+    assert same(load_pipeline("small")(["a box"], **SMALL), expected)
+    assert same(load_pipeline(other, "small")(["a box"], **SMALL), load_pipeline(other)(["a box"], **SMALL))
+    assert read_configs("small")[2] == model.load_unet(student).config
