@@ -128,11 +128,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, and takes no abbreviations."""
+    """Reports a mistake in one line, and takes no abbreviations. Without docstrings (-OO) nothing is described."""
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]", **options):
-        super().__init__(usage=usage, description=description.strip(), formatter_class=HelpFormatter,
+        super().__init__(usage=usage, description=(description or "").strip(), formatter_class=HelpFormatter,
                          allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if re.search("[\ud800-\udfff]", text):               # Python's stand-ins for bytes it cannot decode
+                self.error(f"{ascii(text)} is not UTF-8")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -198,8 +204,10 @@ def run(main: Callable[[], int | None], out_of_memory: str):
         # PyTorch says "out of memory", or what it could not allocate; a worker may have been killed for memory too.
         if "DataLoader worker" in str(error):
             message = f"{error_summary(error)}; rerun the same command to resume, or use --workers 0"
-        elif isinstance(error, MemoryError) or re.search("alloc|out of memory", str(error), re.I):
+        elif isinstance(error, MemoryError) or re.search("alloc|out of memory|create a primitive", str(error), re.I):
             message = f"out of memory; {out_of_memory}"
+        elif "torch._dynamo" in f"{type(error).__mro__}":        # its errors are of a module that is slow to import
+            message = f"--compile: {error_summary(error)}; leave it out"
         else:
             raise
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes
