@@ -481,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True                    # all images have one size
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-    _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
+    _lock = lock_run_dir(args.out, other="bundle") if rank == 0 else None  # held until the process ends
 
     dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
     pipeline = load_pipeline(
