@@ -60,13 +60,12 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
-        if at and at not in stages:
-            raise ValueError(f"--features: the student has no stage {at}, only {', '.join(stages)}")
         paths = []
-        for stage in [at] if at else stages:
-            paths += model.feature_paths(student, kind, stage)
+        for stage in stages:
+            if at in (None, stage):
+                paths += model.feature_paths(student, kind, stage)
         if not paths:
-            raise ValueError(f"--features: the student has no {kind}" + (f" at {at}" if at else ""))
+            raise ValueError(f"--features: the student has no {kind} at {at or 'any'} of {', '.join(stages)}")
         for path in paths:
             source = model.teacher_path(path, student.config, teacher.config)
             if ".transformer_blocks." in source:

@@ -26,7 +26,8 @@ from torch import nn
 from model import read_json, read_tensors
 from support.cli import Preset
 from support.files import (
-    PARTS, WRITING, atomic_write, bundle_files, error_summary, name_in_errors, read_csv, write_csv, write_json)
+    PARTS, WRITING, atomic_write, bundle_files, error_summary, name_in_errors, read_csv, write_csv,
+    write_json)
 
 if os.name == "nt":
     import msvcrt
@@ -245,10 +246,10 @@ def process_ranks() -> tuple[int, int, int]:
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     try:
         rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
-        if not (0 <= rank < world and local >= 0):
-            raise ValueError
     except ValueError:
-        raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them") from None
+        rank = world = local = -1
+    if not 0 <= rank < world or local < 0:
+        raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them")
     return rank, world, local
 
 

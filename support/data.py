@@ -85,11 +85,11 @@ class CaptionedImages:
     """
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is left out so,
-    files without a partner, and shards that are cut; what comes before a cut is used. With `caption` all images
-    have this one. The index of shards takes long to make: it is kept in the file `index`, and mapped from there
-    as long as the shards do not change. Raises FileNotFoundError or ValueError if the folder has no image with
-    a caption.
+    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is hidden,
+    files without a partner, and shards that are cut; what comes before a cut is used. With `caption` all
+    images have this one. The index of shards takes long to make: it is kept in the file `index`, and mapped
+    from there as long as the shards do not change. Raises FileNotFoundError or ValueError if the folder has
+    no image with a caption.
     """
 
     KINDS = ("image", "txt", "json", "line")                     # of spans
@@ -122,12 +122,12 @@ class CaptionedImages:
         return len(self.spans)
 
     def count_rest(self, kind: str, used: set[str]):
-        """Counts, and warns of, the images and shards that are not `used`, as the folder is read as `kind`."""
+        """Counts the images and shards beside those `used`, and warns that they are left out."""
         endings = (*IMAGES, ".tar")
         rest = sum(name.lower().endswith(endings) and name not in used for name, _ in self.loose_files())
         self.skipped[f"not_in_{kind}"] = rest
         if rest:
-            print(f"warning: --data {self.root} is read as {kind}; {rest} other images or shards are not used",
+            print(f"warning: {self.root} is read as {kind}; {rest} other images or shards are not used",
                   file=sys.stderr)
 
     def relative(self, path: Path) -> str:

@@ -31,9 +31,7 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
     """
     if Path(source).is_dir():
         return Path(source)
-    if Path(source).is_file():
-        raise FileNotFoundError(f"{source} is a file; give the folder of a model in diffusers' layout")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+    if Path(source).is_file() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     from huggingface_hub import model_info, snapshot_download  # slow to import, and seldom needed
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
@@ -142,7 +140,7 @@ def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
     """
     The rows of a CSV file, by the names in its header, without a last one that was cut while being written.
 
-    Raises ValueError for a file that is damaged, or in which one of the columns `numbers` is missing or is text.
+    Raises ValueError for a file that is damaged, or has not all of the columns `numbers`, or text in them.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
