@@ -60,13 +60,12 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
-        if at and at not in stages:
-            raise ValueError(f"--features: the student has no stage {at}, only {', '.join(stages)}")
         paths = []
-        for stage in [at] if at else stages:
-            paths += model.feature_paths(student, kind, stage)
+        for stage in stages:
+            if at in (None, stage):
+                paths += model.feature_paths(student, kind, stage)
         if not paths:
-            raise ValueError(f"--features: the student has no {kind}" + (f" at {at}" if at else ""))
+            raise ValueError(f"--features: the student has no {kind} at {at or 'any'} of {', '.join(stages)}")
         for path in paths:
             source = model.teacher_path(path, student.config, teacher.config)
             if ".transformer_blocks." in source:
@@ -494,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.backends.cudnn.benchmark = True                    # all images have one size
     if world > 1:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-    _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
+    _lock = lock_run_dir(args.out, other="bundle") if rank == 0 else None  # held until the process ends
 
     dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
     pipeline = load_pipeline(

@@ -166,9 +166,10 @@ def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
         least = 0 if field.name in may_be_zero else 1
         for entry in value if type(default) is tuple else (value,):
             if isinstance(default, float):
-                valid = type(entry) in (int, float) and 0 < entry < math.inf
+                valid = type(entry) in (int, float) and 0 < entry < 1e9
             elif type(entry) is int:
-                valid = type(default) in (int, tuple) and least <= entry <= 2**17
+                most = 100 * max(default) if type(default) is tuple else 100 * default
+                valid = type(default) in (int, tuple) and least <= entry <= most
             else:
                 valid = type(entry) is type(default)
             if not valid:
@@ -755,7 +756,7 @@ def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
         os.replace(temporary, path)
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, folder / "config.json")
-    except SafetensorError as error:
+    except (OSError, SafetensorError) as error:
         raise OSError(f"{path} cannot be written: {error}") from None
     finally:
         temporary.unlink(missing_ok=True)

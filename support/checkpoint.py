@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import time
+import weakref
 import zlib
 from functools import partial
 from pathlib import Path
@@ -19,14 +20,14 @@ from typing import Callable
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
 from model import read_json, read_tensors
 from support.cli import Preset
 from support.files import (
-    PARTS, WRITING, atomic_write, bundle_files, error_summary, read_csv, write_csv, write_json)
+    PARTS, WRITING, atomic_write, bundle_files, error_summary, name_in_errors, read_csv, write_csv,
+    write_json)
 from support.text import ENCODERS
 
 if os.name == "nt":
@@ -38,17 +39,25 @@ CHECKPOINTS = "step-" + 8 * "[0-9]"  # pattern of their folders' names
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 
-def lock_run_dir(folder: Path):
+def lock_run_dir(folder: Path, other: str = "bundle"):
     """
     Makes the folder of a run and locks it until the process ends, however it ends.
 
-    Raises OSError if another process has the lock, or if the folder has a model and no run.
+    Raises OSError if another process has the lock, or if the folder has a model and no run, or a run of the
+    other program, which leaves a file or folder `other`.
     """
     has_model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
-    if has_model and not Path(folder, "log.csv").exists() and not any(folder.glob(CHECKPOINTS)):
-        raise FileExistsError(f"{folder} has a model and no run; give another --out")
+    has_run = Path(folder, "log.csv").exists() or any(folder.glob(CHECKPOINTS))
+    if has_model and not has_run or Path(folder, other).exists():
+        raise FileExistsError(f"{folder} has a model and no run of this program; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = open(folder / ".lock", "a")
+    path = folder / ".lock"
+    if path.is_symlink() or path.exists() and not path.is_file():
+        raise FileExistsError(f"{path} is not a plain file; remove it")
+    lock = open(path, "a")
+    if os.name != "nt":  # readers of data, which may outlive this process, do not keep the lock
+        held = weakref.ref(lock)
+        os.register_at_fork(after_in_child=lambda: held() and held().close())
     try:
         if os.name == "nt":
             msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
@@ -116,10 +125,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
 
     folder = run / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)  # a damaged one, or the run would have resumed from it
-    try:
-        atomic_write(folder, write)
-    except SafetensorError as error:
-        raise OSError(f"{folder} cannot be written: {error_summary(error)}") from None
+    atomic_write(folder, write)
     show_unet(run, folder)
     kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
     for path in run.glob(CHECKPOINTS):
@@ -223,18 +229,17 @@ class Log:
                "skipped_samples", "skipped_steps")
 
     def __init__(self, path: Path, step: int):
-        try:
-            rows = [row for row in read_csv(path) if int(row["step"]) <= step] if path.exists() else []
-        except (KeyError, ValueError):
-            raise ValueError(f"{path} is not the log of a run; remove it") from None
-        write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
-        self.file = open(path, "a", newline="")
+        rows = read_csv(path, self.COLUMNS) if path.exists() else []
+        rows = [row for row in rows if float(row["step"]) <= step]
+        write_csv(path, self.COLUMNS, [[row[name] for name in self.COLUMNS] for row in rows])
+        self.path, self.file = path, open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
     def write(self, **row):
-        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                              for name, value in row.items()})
-        self.file.flush()
+        with name_in_errors(self.path):
+            self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                  for name, value in row.items()})
+            self.file.flush()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -246,10 +251,10 @@ def process_ranks() -> tuple[int, int, int]:
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     try:
         rank, world, local = (int(os.environ.get(name, default)) for name, default in defaults.items())
-        if not (0 <= rank < world and local >= 0):
-            raise ValueError
     except ValueError:
-        raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them") from None
+        rank = world = local = -1
+    if not 0 <= rank < world or local < 0:
+        raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them")
     return rank, world, local
 
 

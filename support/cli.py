@@ -74,15 +74,16 @@ def preset(name: str | Path) -> Preset:
     path = Path(name, "preset.json")
     if not path.is_file():
         return Preset(str(name))
+    entries = read_json(path)
     try:
-        own = Preset(str(name), **read_json(path))
+        own = Preset(str(name), **entries)
         valid = (own.steps in range(1, 1001) and 1 <= own.guidance < 1e9 and own.spacing in (None, *SPACINGS)
                  and own.sampler in SAMPLERS)
-        if not valid:
-            raise ValueError("steps, guidance, spacing or sampler out of range")
-        return own._replace(steps=int(own.steps), guidance=float(own.guidance))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a preset; remove it ({error_summary(error)})") from None
+    except TypeError:
+        valid = False
+    if not valid:
+        raise ValueError(f"{path} has not the steps, guidance, spacing and sampler of a preset; remove it")
+    return own._replace(steps=int(own.steps), guidance=float(own.guidance))
 
 
 def model_name(text: str) -> str:
@@ -147,11 +148,17 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, and takes no abbreviations."""
+    """Reports a mistake in one line, and takes no abbreviations; -OO leaves it without a description."""
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]", **options):
-        super().__init__(usage=usage, description=description.strip(), formatter_class=HelpFormatter,
+        super().__init__(usage=usage, description=(description or "").strip(), formatter_class=HelpFormatter,
                          allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if re.search("[\ud800-\udfff]", text):               # stand-ins for bytes that are not
+                self.error(f"{ascii(text)} is not UTF-8")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -203,6 +210,9 @@ def peak_memory(device: str) -> float:
 # Errors
 
 
+OUT_OF_MEMORY = "alloc|out of memory|could not create a primitive"  # PyTorch says it so; oneDNN is the last
+
+
 def run(main: Callable[[], int | None], out_of_memory: str):
     """Runs a program and exits. What the outside world got wrong is one line; `out_of_memory` is advice."""
     try:
@@ -214,11 +224,13 @@ def run(main: Callable[[], int | None], out_of_memory: str):
         if str(TOY) in message:
             message += "; git checkout toy restores it, and toy/README.md says how it is made"
     except (MemoryError, RuntimeError) as error:
-        # PyTorch says "out of memory", or what it could not allocate; a worker may have been killed for memory too.
+        # A worker may have been killed for memory too.
         if "DataLoader worker" in str(error):
             message = f"{error_summary(error)}; rerun the same command to resume, or use --workers 0"
-        elif isinstance(error, MemoryError) or re.search("alloc|out of memory", str(error), re.I):
+        elif isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error), re.I):
             message = f"out of memory; {out_of_memory}"
+        elif "torch._dynamo" in f"{type(error).__mro__}":        # which is slow to import
+            message = f"--compile: {error_summary(error)}; leave it out"
         else:
             raise
-    sys.exit(f"error: {message}")
+    sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes

@@ -85,10 +85,11 @@ class CaptionedImages:
     """
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    `skipped` counts, by reason, files without a partner and shards that are cut; what comes before a cut is
-    used. With `caption` all images have this one. The index of shards takes long to make: it is kept in the
-    file `index`, and mapped from there as long as the shards do not change. Raises FileNotFoundError or
-    ValueError if the folder has no image with a caption.
+    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is hidden,
+    files without a partner, and shards that are cut; what comes before a cut is used. With `caption` all
+    images have this one. The index of shards takes long to make: it is kept in the file `index`, and mapped
+    from there as long as the shards do not change. Raises FileNotFoundError or ValueError if the folder has
+    no image with a caption.
     """
 
     KINDS = ("image", "txt", "json", "line")                     # of spans
@@ -100,6 +101,7 @@ class CaptionedImages:
         shards = sorted(path for path in self.root.rglob("*.tar") if path.is_file())
         if (self.root / "metadata.jsonl").is_file():
             self.make_index(self.from_metadata())
+            self.count_rest("metadata.jsonl", {*self.paths})
         elif not shards:
             self.make_index(self.pair(self.loose_files()))
         else:
@@ -109,6 +111,7 @@ class CaptionedImages:
                 self.make_index(item for shard in shards for item in self.pair(self.members(shard)))
                 if index:
                     self.write_index(index, state)
+            self.count_rest("shards", {name for name, _, _ in files})
         if not len(self):
             raise ValueError(f"--data: {folder} has no image with a caption ({format_counts(self.skipped)}); "
                              f"see --help")
@@ -117,6 +120,15 @@ class CaptionedImages:
 
     def __len__(self) -> int:
         return len(self.spans)
+
+    def count_rest(self, kind: str, used: set[str]):
+        """Counts the images and shards beside those `used`, and warns that they are left out."""
+        endings = (*IMAGES, ".tar")
+        rest = sum(name.lower().endswith(endings) and name not in used for name, _ in self.loose_files())
+        self.skipped[f"not_in_{kind}"] = rest
+        if rest:
+            print(f"warning: {self.root} is read as {kind}; {rest} other images or shards are not used",
+                  file=sys.stderr)
 
     def relative(self, path: Path) -> str:
         return path.relative_to(self.root).as_posix()
@@ -187,9 +199,9 @@ class CaptionedImages:
                     if name.is_absolute() or ".." in name.parts:
                         raise ValueError("outside of the folder")
                     path = self.root / name
-                    image = Span(str(name), 0, path.stat().st_size if path.exists() else 0)
+                    image = Span(str(name), 0, path.stat().st_size if path.is_file() else 0)
                     yield {"image": image, "line": Span("metadata.jsonl", start, len(line))}
-                except (ValueError, KeyError, TypeError, RecursionError):
+                except (ValueError, KeyError, TypeError, RecursionError, OSError):
                     self.skipped["bad_line"] += bool(line.strip())
                 start += len(line)
 
@@ -214,6 +226,8 @@ class CaptionedImages:
         if span.size > LARGEST_FILE:
             raise Skip("too_large")
         try:
+            if not (self.root / span.path).is_file():  # gone, or a pipe, which would not end
+                raise Skip("unreadable")
             with open(self.root / span.path, "rb") as file:
                 file.seek(span.start)
                 return file.read(span.size)
@@ -274,7 +288,10 @@ class CaptionedImages:
         # `strip` alone would keep invisible characters, such as a zero-width space.
         if not any(character.isprintable() and not character.isspace() for character in text):
             raise Skip("blank_caption")
-        return " ".join(text.split())
+        words = text.split()
+        if len(text) > LARGEST_CAPTION - 4:  # the last word may be cut; the bytes of the last letter were
+            words = words[:-1] or words
+        return " ".join(words)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -2,6 +2,7 @@
 Files: found in a folder or on the hub, written completely or not at all; one clear line for what is wrong.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -9,7 +10,9 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
+
+from safetensors import SafetensorError
 
 WRITING = ".writing-"  # begins the names of half-written files and folders, which a kill leaves behind
 
@@ -78,8 +81,8 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
 
 def error_summary(error: Exception) -> str:
     """The first line of what an error says, with the file at fault first."""
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        return f"{error.filename2 or error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).strip().split("\n")[0]
 
 
@@ -91,16 +94,27 @@ def atomic_write(path: Path, write: Callable[[Path], object]):
     """
     Has `write` make a temporary file, or a whole folder, and renames it to `path`.
 
-    So `path` is always the old file or the new one; a folder has to be new.
+    So `path` is always the old file or the new one; a folder has to be new. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
+    with name_in_errors(path), tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         write(temporary)
         for inside in [*temporary.rglob("*"), temporary]:
             sync(inside)
         os.replace(temporary, path)
     sync(path.parent)
+
+
+@contextlib.contextmanager
+def name_in_errors(path: Path):
+    """Within `with`, an error of writing that names no file, as that of a full disk, is told of `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "filename", None):
+            raise
+        raise OSError(f"{path} cannot be written: {error_summary(error)}") from None
 
 
 def sync(path: Path):
@@ -126,17 +140,19 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
     atomic_write(path, lambda path: path.write_text(text.getvalue(), newline=""))
 
 
-def read_csv(path: Path) -> list[dict[str, str]]:
+def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
     """
     The rows of a CSV file, by the names in its header, without a last one that was cut while being written.
 
-    Raises ValueError for a file that is damaged.
+    Raises ValueError for a file that is damaged, or has not all of the columns `numbers`, or text in them.
     """
     try:
-        with open(path, newline="") as file:
-            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
-    except (UnicodeDecodeError, csv.Error):
-        raise ValueError(f"{path} is not CSV; remove it") from None
-    if any(None in row or None in row.values() for row in rows):
-        raise ValueError(f"{path} has a row that is not as long as its header; remove it")
+        with open(path, newline="", encoding="utf-8") as file:
+            header, *rows = csv.reader(line for line in file if line.endswith("\n"))
+        rows = [dict(zip(header, row, strict=True)) for row in rows]
+        for row in [dict.fromkeys(header, 0), *rows]:
+            for name in numbers:
+                float(row[name])
+    except (ValueError, KeyError, csv.Error):  # no UTF-8, an empty file, a row that is cut, a column missing
+        raise ValueError(f"{path} is damaged, or not what its name says; remove it") from None
     return rows

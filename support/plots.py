@@ -15,6 +15,7 @@ from support.files import read_csv
 INK, PALE = "#222222", "#dddddd"
 COLOURS = [  # Okabe and Ito's
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
+LOSSES = ("step", "task", "outKD", "featKD")  # columns of log.csv
 WIDTH = 960  # of a chart: sharp at a README's width
 
 
@@ -158,11 +159,11 @@ def loss_curves(runs: list[Path]) -> Image.Image:
     Losses are on a logarithmic scale; those that are 0 throughout, or not finite, are left out. Raises
     FileNotFoundError or ValueError.
     """
-    logs, charts = [read_csv(run / "log.csv") for run in runs], []
-    for loss in ("task", "outKD", "featKD"):
+    logs, charts = [read_csv(run / "log.csv", LOSSES) for run in runs], []
+    for loss in LOSSES[1:]:
         curves = []                                              # one of each run, in the order of the legend
         for log in logs:
-            points = [(int(row["step"]), float(row[loss])) for row in log]
+            points = [(float(row["step"]), float(row[loss])) for row in log]
             curves.append([(step, math.log10(value)) for step, value in points if 0 < value < math.inf])
         points = sum(curves, [])
         if not points:

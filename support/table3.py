@@ -108,7 +108,7 @@ def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> l
     The distance is the root mean square difference of images from the same noise, in 0..1.
     """
     path = folder / f"score-{steps}-{len(prompts)}.csv"          # by steps, as a run may be made longer
-    if not path.exists() or not read_csv(path):
+    if not path.exists() or not read_csv(path, tuple(SIGNS)):
         images = draw(teacher, prompts, folder / "unet")
         scores = dict.fromkeys(SIGNS, math.nan)
         if teacher == "toy":
@@ -119,7 +119,8 @@ def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> l
             distances.append((difference**2).mean() ** 0.5)
         scores["distance"] = statistics.fmean(distances)
         write_csv(path, list(scores), [list(scores.values())])
-    return [float(value) for value in read_csv(path)[0].values()]
+    row = read_csv(path)[0]
+    return [float(row[key]) for key in SIGNS]
 
 
 def verdict(gains: list[np.ndarray]) -> str:

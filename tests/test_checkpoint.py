@@ -225,6 +225,41 @@ def test_a_second_run_in_a_folder_is_refused(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
 
 
+def test_a_lock_is_a_plain_file(tmp_path):
+    (tmp_path / "victim").write_text("kept")
+    (tmp_path / ".lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError, match=".lock"):
+        lock_run_dir(tmp_path)
+    assert (tmp_path / "victim").read_text() == "kept"
+    (tmp_path / ".lock").unlink()
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(FileExistsError, match=".lock"):
+        lock_run_dir(tmp_path)
+
+
+@needs_fork
+def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
+    def job():
+        _lock = lock_run_dir(tmp_path)
+        if os.fork() == 0:
+            time.sleep(5)
+            os._exit(0)
+        os._exit(0)
+
+    assert in_processes(job) == [0]
+    lock_run_dir(tmp_path).close()
+
+
+def test_a_run_of_another_program_is_refused(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    with pytest.raises(FileExistsError, match="--out"):
+        lock_run_dir(tmp_path, other="bundle")
+    lock_run_dir(tmp_path, other="log.csv").close()
+    (tmp_path / "log.csv").touch()
+    with pytest.raises(FileExistsError, match="--out"):
+        lock_run_dir(tmp_path, other="log.csv")
+
+
 def test_a_folder_that_has_a_model_and_no_run_is_refused(tmp_path):
     for name in ("model_index.json", "config.json", "unet"):
         folder = tmp_path / name

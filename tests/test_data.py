@@ -116,6 +116,7 @@ def test_a_blank_caption_is_skipped(tmp_path, text):
     assert one_pass(source) == (1, {BAD_CAPTIONS[text]: 1})
     lines = [json.dumps({"file_name": "good.png", "text": words}) for words in (text, "a box")]
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    (tmp_path / "bad.png").unlink()
     assert one_pass(CaptionedImages(tmp_path)) == (1, {BAD_CAPTIONS[text]: 1})
 
 
@@ -140,6 +141,9 @@ def test_a_long_caption_is_cut(tmp_path):
     assert read == "a" + "ä" * (LARGEST_CAPTION // 2 - 1)
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "x.png", "text": text * 3}))
     assert CaptionedImages(tmp_path).load(0)[1] == text
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "x.txt").write_text("a red circle " * LARGEST_CAPTION)
+    assert {*CaptionedImages(tmp_path).load(0)[1].split()} == {"a", "red", "circle"}, "no word is cut"
 
 
 def test_a_file_too_large_for_an_image_is_not_read(tmp_path):
@@ -198,6 +202,24 @@ def test_metadata(tmp_path):
     good, skipped = one_pass(CaptionedImages(tmp_path))
     assert (good, skipped) == (2, {"bad_line": 8, "no_caption": 1, "unreadable": 1})
     assert good + skipped.total() == len([line for line in lines if line])
+
+
+def test_what_a_shard_or_metadata_hides_is_counted(tmp_path, capsys):
+    write(tmp_path, pair("a") | pair("b") | {"0.tar": tar(pair("c"))})
+    assert one_pass(CaptionedImages(tmp_path)) == (1, {"not_in_shards": 2})
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
+    assert one_pass(CaptionedImages(tmp_path)) == (1, {"not_in_metadata.jsonl": 2})
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2 and all(str(tmp_path) in line for line in told)
+
+
+def test_names_in_metadata_that_no_system_has_and_pipes(tmp_path):
+    names = ["x" * 5000, "a\0b", "pipe.png", "a.png"]
+    os.mkfifo(write(tmp_path, {"a.png": GOOD}) / "pipe.png")
+    lines = [json.dumps({"file_name": name, "text": "one"}) for name in names]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    good, skipped = one_pass(CaptionedImages(tmp_path))
+    assert good == 1 and skipped.total() == 3
 
 
 def test_one_caption_for_all(tmp_path):

@@ -1,7 +1,9 @@
 """Files are written completely or not at all; of a model on the hub only what is read is downloaded."""
 
+import errno
 import fnmatch
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bundles import bundle
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from common import FILE, HALF_FILE, WEIGHTS, refusal, save_shards
@@ -92,6 +95,22 @@ def test_json_and_csv(tmp_path):
     for damaged in (b"w\n", b"w,3,4\n", b"\xff,1\n"):
         table.write_bytes(whole.encode() + damaged)
         assert str(table) in refusal(read_csv, table)
+    write_csv(table, ["name", "value"], [["x", 1.5], ["y", math.nan]])
+    assert len(read_csv(table, ["value"])) == 2
+    for text in ("", "name\nx\n", "name,value\nx,y\n"):
+        table.write_text(text)
+        assert str(table) in refusal(read_csv, table, ["value"])
+
+
+def test_an_error_of_writing_names_the_file(tmp_path):
+    for error in (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")):
+        def write(path):
+            raise error
+        with pytest.raises(OSError, match=f"{tmp_path}/a.png cannot be written: (No space|I/O)"):
+            atomic_write(tmp_path / "a.png", write)
+    with pytest.raises(FileNotFoundError, match="absent"):
+        atomic_write(tmp_path / "a.png", lambda path: (tmp_path / "absent").read_bytes())
+    assert not any(tmp_path.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -483,11 +483,11 @@ def test_an_output_that_cannot_be_written_is_reported_first(program, tmp_path, m
     assert program(*PROMPT)[0] == 2
 
 
-def error_of(result) -> str:
+def error_of(result, expected: int = 1) -> str:
     """The one line of a program that failed, and wrote no file."""
     code, printed, files = result
     error = printed.err.splitlines()[-1]
-    assert code == 1 and error.startswith("error: ") and not files
+    assert code == expected and error.startswith("error: ") and not files
     assert printed.err.count("error: ") == 1 and "Traceback" not in printed.err
     return error
 
@@ -568,13 +568,34 @@ def test_a_picture_that_is_not_finite_is_not_saved(program, tmp_path):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), MemoryError(),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 8 bytes.")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: 8 bytes."),
+    RuntimeError("could not create a primitive")])
 def test_out_of_memory_says_what_to_lower(program, folder, monkeypatch, error):
     def load_unet(*args):
         raise error
     monkeypatch.setattr(model, "load_unet", load_unet)
     error = error_of(program(*PROMPT, "--model", folder))
     assert "out of memory" in error and "--low-memory" in error
+
+
+def test_words_that_are_not_utf8_are_refused(program, tmp_path):
+    for flags in (["--prompt", "a \udcff"], [*PROMPT, "--negative", "\udcff"],
+                  [*PROMPT, "--out", f"{tmp_path}/\udcff.png"]):
+        assert "UTF-8" in error_of(program(*flags), 2)
+
+
+def test_an_error_of_the_compiler_is_one_line(program, folder, monkeypatch):
+    def load_unet(*args):
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler\nmore")
+    monkeypatch.setattr(model, "load_unet", load_unet)
+    assert "--compile: no C++ compiler;" in error_of(program(*PROMPT, "--model", folder))
+
+
+def test_escapes_in_names_do_not_reach_the_screen(program, folder, monkeypatch):
+    def load_unet(*args):
+        raise ValueError("\x1b[31mred")
+    monkeypatch.setattr(model, "load_unet", load_unet)
+    assert "error: ?[31mred" in error_of(program(*PROMPT, "--model", folder))
 
 
 def test_a_bug_keeps_its_traceback(program, folder, monkeypatch):

@@ -39,7 +39,7 @@ def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict
     """
     path = run / "scores.csv"
     header = ["", "colour", "shape", "spatial", "steps", "captions"]
-    rows = read_csv(path) if path.exists() else []
+    rows = read_csv(path, header[1:]) if path.exists() else []
     if [(row["steps"], row["captions"]) for row in rows[-1:]] != [(str(steps), str(count))]:
         captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(count)]
         images = {name: draw(pipeline, unet, captions, f"judging {name}") for name, unet in unets.items()}

@@ -235,7 +235,7 @@ def train(args: argparse.Namespace):
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(hours=2))
     bundle = args.out / "bundle"
-    _lock = lock_run_dir(args.out) if rank == 0 else None  # held until the process ends
+    _lock = lock_run_dir(args.out, other="log.csv") if rank == 0 else None  # held until the process ends
     if rank == 0 and not (bundle / "vae" / "config.json").exists():
         prepare(bundle, args.init, args.vae_steps)
     if world > 1:
