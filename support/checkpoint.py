@@ -91,8 +91,8 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     """
     Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
 
-    `save_weights(folder)` writes the network's weights; if it makes a folder unet/, that appears in the run's
-    folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
+    `save_weights(folder)` writes the network's weights; folders unet/ and unet_ema/ that it makes appear in the
+    run's folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
     numbers that are not finite.
     """
     moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
@@ -185,9 +185,9 @@ def file_checksum(path: Path) -> int:
 
 
 def show_unet(run: Path, checkpoint: Path):
-    """Shows the U-Net of a checkpoint as the run's unet/, without a copy where the file system has links."""
-    for path in checkpoint.glob("unet/*"):
-        atomic_write(run / "unet" / path.name, partial(link_or_copy, path))
+    """Shows unet/ and unet_ema/ of a checkpoint in the run's folder, without a copy where there are links."""
+    for path in checkpoint.glob("unet*/*"):
+        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
 
 
 def link_or_copy(source: Path, target: Path):
@@ -212,17 +212,22 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
 
 
 class Log:
-    """log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped."""
+    """
+    log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped.
+
+    mfu is the share of the GPUs' peak that the counted FLOPs take, empty where the peak is not known;
+    fixed_outKD is of a batch that is always the same, every --preview-every steps.
+    """
 
     COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
-               "skipped_samples", "skipped_steps")
+               "skipped_samples", "skipped_steps", "images_per_s", "mfu", "fixed_outKD")
 
     def __init__(self, path: Path, step: int):
         try:
             rows = [row for row in read_csv(path) if int(row["step"]) <= step] if path.exists() else []
         except (KeyError, ValueError):
             raise ValueError(f"{path} is not the log of a run; remove it") from None
-        write_csv(path, self.COLUMNS, [list(row.values()) for row in rows])
+        write_csv(path, self.COLUMNS, [[row.get(name, "") for name in self.COLUMNS] for row in rows])
         self.file = open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 

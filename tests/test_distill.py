@@ -157,6 +157,7 @@ class Parts(NamedTuple):
     samples: Samples
     identity: dict
     stop: object
+    least_seconds: float
 
     def objective(self, batch: distill.Batch) -> tuple[Tensor, Tensor]:
         features = None
@@ -322,7 +323,7 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     log = log_rows(folder)
     assert list(log[0]) == ["step", "task", "outKD", "featKD", "total", "lr", "norm", "images",
-                            "skipped_samples", "skipped_steps"]
+                            "skipped_samples", "skipped_steps", "fixed_outKD"]
     assert [(row["step"], row["images"]) for row in log] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert [float(row["lr"]) for row in log] == pytest.approx([1e-5, 1e-5 * 2 / 3, 1e-5 / 3], rel=1e-5)
     for row in log:
