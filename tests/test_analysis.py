@@ -137,7 +137,7 @@ def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(folder):
 
 def test_similarity_of_known_vectors():
     outputs = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[-6.0, -8.0]]])
-    assert block_similarity(outputs).tolist() == [0.6, -1.0]
+    assert block_similarity(outputs).tolist() == pytest.approx([0.6, -1.0])
 
 
 def test_similarity_of_blocks_that_add_nothing_is_one(folder):
