@@ -192,7 +192,7 @@ def attention(args: argparse.Namespace) -> Image.Image:
 
 def block_similarity(outputs: Tensor) -> Tensor:
     """Cosines (N - 1,) of N consecutive outputs (N, T, D), each to the one before, the mean over tokens."""
-    a, b = outputs[:-1].double(), outputs[1:].double()
+    a, b = outputs[:-1].float(), outputs[1:].float()             # not double, which MPS does not have
     return ((a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()).mean(dim=1)
 
 

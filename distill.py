@@ -12,6 +12,7 @@ training sample comes from the seed and its position: a run is the same on one p
 
 import argparse
 import contextlib
+import copy
 import math
 import os
 import signal
@@ -30,8 +31,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import model
-from sample import Pipeline, load_pipeline
-from support import costs
+from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, load_pipeline
+from support import costs, plan
 from support.cache import Cache
 from support.checkpoint import (
     Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir,
@@ -42,6 +43,7 @@ from support.cli import (
 from support.data import CaptionedImages, Samples, Shapes, format_counts, load_samples, micro_batches
 from support.files import atomic_write, local_folder
 from support.plots import loss_curves
+from support.text import CLIPConfig
 from support.vae import VAEConfig
 from toy import judging
 
@@ -155,7 +157,7 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
         pixels = torch.stack([sample["pixels"] for sample in new]).to(device, non_blocking=True) / 127.5 - 1
         captions = [sample["caption"] for sample in new]
         pixels = pixels.to(next(vae.parameters()).dtype)
-        slices = pixels.split(max(1, 2**22 // pixels[0, 0].numel()))  # 4 megapixels at a time, for memory
+        slices = pixels.split(max(1, 2**20 // pixels[0, 0].numel()))  # a megapixel at a time, for memory
         mean, logvar = (torch.cat(parts) for parts in zip(*(vae.encode(part) for part in slices)))
         context, pooled = text(captions)
         for i, sample in enumerate(new):
@@ -209,20 +211,33 @@ def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None
     return loss, torch.stack([task, out_kd, feat_kd]).detach()
 
 
+def sample_loss(args: argparse.Namespace, samples: list[dict], pipeline: Pipeline,
+                teacher: model.UNet | None, teacher_features: model.Features | None, student: nn.Module,
+                student_features: model.Features, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+    """`objective` of samples as they come from the data: what a process computes at a time."""
+    batch = encode_batch(samples, pipeline, cache)
+    return objective(args, batch, teacher, teacher_features, student, student_features, pipeline.dtype)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | None, student: model.UNet,
-          matched: dict[str, str], samples: Samples, identity: dict, stop: StopSignal) -> int:
+          matched: dict[str, str], samples: Samples, identity: dict, stop: StopSignal,
+          least_seconds: float = 0.0) -> int:
     """
     Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
 
-    `identity` is what a resumed run must have in common with its checkpoint. Raises FloatingPointError after 20
-    steps in a row whose gradients are not finite; other errors are of data and files.
+    `identity` is what a resumed run must have in common with its checkpoint; `least_seconds` is what a step
+    takes at the peak of the GPUs, or 0 if that is not known. Raises FloatingPointError after 20 steps in a row
+    whose gradients are not finite; other errors are of data and files.
     """
     rank, world, _ = process_ranks()
     device, dtype = pipeline.device, pipeline.dtype
+    unets = {"unet": student}                                    # what is saved, by folder
+    if args.ema:
+        unets["unet_ema"] = copy.deepcopy(student)
     student_features = model.Features(student, list(matched))
     teacher_features = None
     if teacher:  # without outKD it stops after its last feature
@@ -232,9 +247,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped_samples": {},
              "scaler": scaler.state_dict()}
     state |= resume(args.out, identity, student, optimizer,
-                    lambda folder: student.load_state_dict(model.load_unet(folder).state_dict()))
+                    lambda folder: [unet.load_state_dict(model.load_unet(folder / name).state_dict())
+                                    for name, unet in unets.items()])
     scaler.load_state_dict(state["scaler"])
-    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}")
+    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
     if state["step"] > args.steps:
         raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
     if state["step"] == args.steps:
@@ -246,6 +262,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
                              pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
     accumulation = args.batch // (args.micro_batch * world)
+    fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
     first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
     bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
@@ -257,14 +274,11 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         sums = torch.zeros(6, device=device)  # task, outKD, featKD, skipped samples, SIGINTs, SIGTERMs
         for micro_step in range(accumulation):
             micro_batch = next(loader)
-            for sample in micro_batch:
-                if "error" in sample:
-                    raise ValueError(sample["error"])
-                skipped |= {str(index): reason for index, reason in sample["skipped"].items()}  # as JSON has it
+            skipped |= skipped_by(micro_batch)
             last = micro_step == accumulation - 1
             with ddp.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                batch = encode_batch(micro_batch, pipeline, samples.cache)
-                loss, terms = objective(args, batch, teacher, teacher_features, ddp, student_features, dtype)
+                loss, terms = sample_loss(args, micro_batch, pipeline, teacher, teacher_features, ddp,
+                                          student_features, samples.cache)
                 scaler.scale(loss / accumulation).backward()
             sums[:3] += terms / accumulation
 
@@ -279,6 +293,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         finite = math.isfinite(norm)                             # the same on all processes, as gradients are
         if finite:
             scaler.step(optimizer)
+            if args.ema:
+                update_average(unets["unet_ema"], student, args.ema, state["updates"])
         scaler.update()
         optimizer.zero_grad()
         state["step"] = done = step + 1
@@ -288,13 +304,18 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         if skips:
             state["skipped_samples"] |= gather_dicts(skipped)
 
-        bar.set_postfix(task=f"{task:.3g}", outKD=f"{out_kd:.3g}", featKD=f"{feat_kd:.3g}", refresh=False)
+        seconds = time.perf_counter() - start
+        shown = {"task": task, "outKD": out_kd, "featKD": feat_kd, "images_per_s": args.batch / seconds}
+        shown |= {"mfu": least_seconds / seconds} if least_seconds else {}
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        preview = args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0
         signal_number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
         if rank == 0:
-            log.write(step=done, task=task, outKD=out_kd, featKD=feat_kd,
-                      total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd, lr=lr, norm=norm,
-                      seconds=time.perf_counter() - start, images=done * args.batch,
-                      skipped_samples=len(state["skipped_samples"]), skipped_steps=state["skipped_steps"])
+            log.write(step=done, **shown, lr=lr, norm=norm,
+                      total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd,
+                      fixed_outKD=fixed_out_kd(pipeline, teacher, student, fixed) if preview else "",
+                      seconds=seconds, images=done * args.batch, skipped_samples=len(state["skipped_samples"]),
+                      skipped_steps=state["skipped_steps"])
         if state["skipped_in_a_row"] >= 20:
             raise FloatingPointError(
                 f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
@@ -303,9 +324,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         if rank == 0 and (done % args.save_every == 0 or done == args.steps or signal_number):
             state["scaler"] = scaler.state_dict()
             save_checkpoint(args.out, identity, state, student, optimizer,
-                            lambda folder: model.save_unet(student, folder / "unet"))
+                            lambda folder: [model.save_unet(unet, folder / name)
+                                            for name, unet in unets.items()])
             bar.write(f"saved {args.out} at step {done}")
-        if rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps):
+        if preview:
             judging.preview(pipeline, teacher, student, samples.source.prompts(8),
                             args.out / "previews" / f"step-{done:07d}.png")
         if rank == 0 and step * args.batch < first_pass <= done * args.batch:
@@ -313,6 +335,52 @@ def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | No
         if signal_number:
             return signal_number
     return 0
+
+
+def skipped_by(samples: list[dict]) -> dict[str, str]:
+    """Why pairs were skipped for these samples, by index, as JSON has it. Raises ValueError if all were."""
+    skipped = {}
+    for sample in samples:
+        if "error" in sample:
+            raise ValueError(sample["error"])
+        skipped |= {str(index): reason for index, reason in sample["skipped"].items()}
+    return skipped
+
+
+@torch.no_grad()
+def update_average(average: model.UNet, student: model.UNet, decay: float, updates: int):
+    """Moves an average towards the student: exponential, and faster at first, as diffusers' EMAModel is."""
+    decay = min(decay, (1 + updates) / (10 + updates))
+    torch._foreach_lerp_([*average.parameters()], [*student.parameters()], 1 - decay)
+
+
+FIXED = range(2**30, 2**30 + 16)  # positions of samples that no run comes to
+
+
+def fixed_batches(args: argparse.Namespace, pipeline: Pipeline, samples: Samples) -> list[Batch]:
+    """
+    Samples that are the same in all runs on the same data: images, crops, timesteps and noise.
+
+    No run trains on this noise, nor on these images of the toy; those of a folder are among the others.
+    """
+    samples = copy.copy(samples)
+    samples.seed = 0
+    fixed = [samples[p] for p in FIXED]
+    skipped_by(fixed)
+    size = args.micro_batch
+    return [encode_batch(fixed[i:i + size], pipeline) for i in range(0, len(fixed), size)]
+
+
+@torch.no_grad()
+def fixed_out_kd(pipeline: Pipeline, teacher: model.UNet | None, student: model.UNet,
+                 batches: list[Batch]) -> float | str:
+    """outKD (equation 2) of `fixed_batches`, which compares steps and runs; "" if there are none."""
+    total = 0.0
+    for batch in batches:
+        wanted, _ = teacher_forward(teacher, model.Features(teacher, []), batch, pipeline.dtype)
+        prediction, _ = student_forward(student, model.Features(student, []), batch, pipeline.dtype)
+        total += F.mse_loss(prediction.float(), wanted.float()).item() * len(batch.noisy)
+    return total / len(FIXED) if batches else ""
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -341,7 +409,7 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
 TEACHERS = ("toy", "sdxl", "sd14", "sd15", "sd20-base", "sd20", "sd21")
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
 IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "flip", "task", "out_kd",
-            "feat_kd", "batch", "lr", "decay", "clip", "dropout", "seed")
+            "feat_kd", "batch", "lr", "decay", "clip", "dropout", "ema", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -392,8 +460,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=64)
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
     add("--precision", "[bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS))
-    add("--checkpointing", "what the backward pass recomputes", choices=list(model.CHECKPOINTING),
-        default="none")
+    add("--checkpointing", "what the backward pass recomputes [as much as a GPU's memory asks for, and a smaller "
+        "--micro-batch if need be; none elsewhere]", choices=list(model.CHECKPOINTING))
+    add("--ema", "decay of an average of the student's weights, unet_ema/, such as 0.9999 [no average]",
+        type=number(float, 0, 1))
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
     add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
@@ -460,6 +530,17 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
     return student.to(device, memory_format=torch.channels_last)
 
 
+def rehearse(args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAEConfig,
+             config: model.UNetConfig, student_config: model.UNetConfig) -> plan.Rehearsal:
+    """A run without numbers, to count what it needs; `config` is as in `new_student`."""
+    with torch.device("meta"):
+        student, teacher = model.UNet(student_config), model.UNet(config)
+    matched = match_features(student, teacher, args.features, args.sa_blocks)
+    teacher_config = config if args.teacher != "none" else None
+    return plan.Rehearsal(args, texts, vae, teacher_config, student_config, matched,
+                          NoiseSchedule(SDXL_SCHEDULER), sample_loss)
+
+
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
     texts, vae, config = costs.read_configs(model_source(args))
@@ -471,11 +552,28 @@ def dry_run(args: argparse.Namespace):
         student_config = model.student_config(config, args.student)
     else:
         _, _, student_config = costs.read_configs(args.init)
-    with torch.device("meta"):
-        student, teacher = model.UNet(student_config), model.UNet(config)
-    matched = match_features(student, teacher, args.features, args.sa_blocks)
-    costs.dry_run(args, config if args.teacher != "none" else None, student_config, vae,
-                  texts[0].max_position_embeddings, matched)
+    plan.dry_run(rehearse(args, texts, vae, config, student_config))
+
+
+def fit_gpu(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig,
+            student_config: model.UNetConfig, world: int) -> float:
+    """
+    Chooses micro-batch and checkpointing by a GPU's memory, unless --checkpointing is given.
+
+    Returns the seconds that a step's counted FLOPs take at the peak of all GPUs, or 0 if that is not known.
+    """
+    least_seconds = 0.0
+    if pipeline.device.startswith("cuda"):
+        texts = tuple(encoder.config for encoder in pipeline.text.encoders)
+        rehearsal = rehearse(args, texts, pipeline.vae_config, config, student_config)
+        gpu = torch.cuda.get_device_properties(pipeline.device)
+        peak = plan.peak_flops(gpu.name) if pipeline.dtype in model.HALF else 0
+        if peak:
+            least_seconds = args.batch * rehearsal.flops() / (world * peak)
+        if not args.checkpointing:
+            args.micro_batch, args.checkpointing = rehearsal.fit(gpu.total_memory) or (1, "full")
+    args.checkpointing = args.checkpointing or "none"
+    return least_seconds
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -504,6 +602,7 @@ def main(argv: list[str] | None = None) -> int:
     teacher = pipeline.unet.requires_grad_(False) if args.teacher != "none" else None
     pipeline.unet = None
     student = new_student(args, config, device)
+    least_seconds = fit_gpu(args, pipeline, config, student.config, world)
     student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
     samples = load_samples(args, pipeline, student.config)
@@ -516,9 +615,11 @@ def main(argv: list[str] | None = None) -> int:
         count = sum(p.numel() for p in student.parameters())
         change = f" ({count / sum(p.numel() for p in teacher.parameters()) - 1:+.0%})" if teacher else ""
         print(f"{args.out}: a student of {count:,} parameters{change}, {len(matched)} features, "
-              f"{dtype} on {world} x {device}")
+              f"{dtype} on {world} x {device}, micro-batches of {args.micro_batch}, "
+              f"checkpointing {args.checkpointing}")
     with StopSignal() as stop:
-        signal_number = train(args, pipeline, teacher, student, matched, samples, identity, stop)
+        signal_number = train(
+            args, pipeline, teacher, student, matched, samples, identity, stop, least_seconds)
     if world > 1:
         dist.destroy_process_group()
     if signal_number:

@@ -101,8 +101,8 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     """
     Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
 
-    `save_weights(folder)` writes the network's weights; if it makes a folder unet/, that appears in the run's
-    folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
+    `save_weights(folder)` writes the network's weights; folders unet/ and unet_ema/ that it makes appear in the
+    run's folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
     numbers that are not finite.
     """
     moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
@@ -192,9 +192,9 @@ def file_checksum(path: Path) -> int:
 
 
 def show_unet(run: Path, checkpoint: Path):
-    """Shows the U-Net of a checkpoint as the run's unet/, without a copy where the file system has links."""
-    for path in checkpoint.glob("unet/*"):
-        atomic_write(run / "unet" / path.name, partial(link_or_copy, path))
+    """Shows unet/ and unet_ema/ of a checkpoint in the run's folder, without a copy where there are links."""
+    for path in checkpoint.glob("unet*/*"):
+        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
 
 
 def link_or_copy(source: Path, target: Path):
@@ -223,15 +223,20 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
 
 
 class Log:
-    """log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped."""
+    """
+    log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped.
+
+    mfu is the share of the GPUs' peak that the counted FLOPs take, empty where the peak is not known;
+    fixed_outKD is of a batch that is always the same, every --preview-every steps.
+    """
 
     COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
-               "skipped_samples", "skipped_steps")
+               "skipped_samples", "skipped_steps", "images_per_s", "mfu", "fixed_outKD")
 
     def __init__(self, path: Path, step: int):
-        rows = read_csv(path, self.COLUMNS) if path.exists() else []
+        rows = read_csv(path, ("step",)) if path.exists() else []
         rows = [row for row in rows if float(row["step"]) <= step]
-        write_csv(path, self.COLUMNS, [[row[name] for name in self.COLUMNS] for row in rows])
+        write_csv(path, self.COLUMNS, [[row.get(name, "") for name in self.COLUMNS] for row in rows])
         self.path, self.file = path, open(path, "a", newline="")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 

@@ -14,7 +14,6 @@ from typing import Callable
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
 
@@ -112,62 +111,6 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
     for part, modules in parts.items():
         counts[part] = count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2
     return counts
-
-
-def count_pass(network: nn.Module, *inputs: Tensor) -> tuple[int, int]:
-    """FLOPs of a forward pass, and backward if the network is trained; bytes kept between the two."""
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept = {}                                                    # storages by their number, each once
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage                       # held on to, or its number is used again
-        return tensor
-
-    with count_flops() as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = network(*inputs)
-        if output.requires_grad:
-            output.sum().backward()
-    return counter.get_total_flops(), sum(storage.nbytes() for storage in kept.values())
-
-
-def dry_run(args: argparse.Namespace, teacher_config: model.UNetConfig | None,
-            student_config: model.UNetConfig, vae_config: VAEConfig, tokens: int, matched: dict[str, str]):
-    """
-    Prints what a run of distill.py would be: settings, features, parameters, FLOPs, memory. Needs no weights.
-
-    `tokens` is the length of a prompt; `matched` has paths of the student's modules and of their teachers.
-    """
-    size = args.size or student_config.sample_size * vae_config.downscale
-    torch.set_default_dtype(torch.bfloat16)
-    with FakeTensorMode():                                       # tensors of all sizes, without memory
-        student, vae = model.UNet(student_config), VAE(vae_config).requires_grad_(False)
-        inputs = unet_inputs(student_config, tokens, size // vae_config.downscale)
-        student_flops, activations = count_pass(student, *inputs)
-        vae_flops, _ = count_pass(vae.encoder, torch.empty(1, 3, size, size))
-        teacher = model.UNet(teacher_config).requires_grad_(False) if teacher_config else None
-        teacher_flops = count_pass(teacher, *inputs)[0] if teacher and (args.out_kd or matched) else 0
-        s, v = count_parameters(student), count_parameters(vae)
-        t = count_parameters(teacher) if teacher else 0
-    torch.set_default_dtype(torch.float32)
-    # Bytes: the student's weights, gradients and two moments in float32, and its copy in bfloat16, in which
-    # the teacher is too; the VAE in float32 if it asks for that.
-    weights = (4 + 4 + 8 + 2) * s + 2 * t + (4 if vae_config.force_upcast else 2) * v
-    most = "" if args.out_kd else "at most "                     # it stops after its last feature
-    for name in sorted(vars(args).keys() - {"dry_run"}):
-        print(f"{name:14} {getattr(args, name)}")
-    print(f"\n{len(matched)} features, student <- teacher")
-    for path, source in matched.items():
-        print(f"  {path} <- {source}")
-    print(f"""
-parameters   teacher {t:,}, student {s:,}{f" ({s / t - 1:+.1%})" if t else ""}, VAE {v:,}
-work         TFLOP an image: teacher {most}{teacher_flops / 1e12:.4g}, student forward and backward
-             {student_flops / 1e12:.4g}, VAE encoder {vae_flops / 1e12:.4g} (once, with --cache);
-             a step of {args.batch}: {args.batch * (teacher_flops + student_flops + vae_flops) / 1e12:.4g}
-memory       GB: weights of all, gradients and moments {weights / 1e9:.2f}; activations of {args.micro_batch}
-             images, without checkpointing, {args.micro_batch * activations / 1e9:.2f}
-             Counted in bfloat16, not measured; text encoders and the allocator's reserve come on top""")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -91,9 +91,10 @@ def in_processes(*jobs: Callable[[], int | None]) -> list[int]:
 
 
 def log_rows(run: Path) -> list[dict[str, str]]:
-    """log.csv without the time that steps took."""
+    """log.csv without the time that steps took, and what follows from it."""
     with open(run / "log.csv", newline="") as file:
-        return [{name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)]
+        return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_s", "mfu")}
+                for row in csv.DictReader(file)]
 
 
 def checkpoint(run: Path) -> tuple[dict, dict[str, Tensor]]:

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from support import costs, plots
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
 from support.plots import loss_curves
-from support.vae import VAEConfig
 from toy import shapes
 
 STORED = load_file(ANSWERS.with_name("analysis.safetensors"))
@@ -139,7 +137,7 @@ def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(folder):
 
 def test_similarity_of_known_vectors():
     outputs = torch.tensor([[[1.0, 0.0]], [[3.0, 4.0]], [[-6.0, -8.0]]])
-    assert block_similarity(outputs).tolist() == [0.6, -1.0]
+    assert block_similarity(outputs).tolist() == pytest.approx([0.6, -1.0])
 
 
 def test_similarity_of_blocks_that_add_nothing_is_one(folder):
@@ -222,23 +220,6 @@ def test_seconds_are_the_median_after_a_run_to_warm_up(monkeypatch):
     monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ticks))
     timed = costs.time_network(network, [torch.ones(2, 3), torch.ones(3, 4)], 5, 3)
     assert timed == (5 * 2 * 2 * 3 * 4, 2) and len(calls) == 4 * 5
-
-
-def test_dry_run_counts_a_step_from_sdxl_to_koala_700m(folder, capsys):
-    args = argparse.Namespace(size=0, batch=128, micro_batch=10, out_kd=1.0, dry_run=True)
-    teacher = model.CONFIGS["sdxl"]
-    costs.dry_run(args, teacher, model.student_config(teacher, "700m"), VAEConfig(), 77, {"a": "b"})
-    printed = " ".join(capsys.readouterr().out.split())
-    for text in ("teacher 2,567,463,684, student 782,822,724", "teacher 6.761", "8.264", "4.879",
-                 "step of 128: 2548", "moments 19.56", "26.08"):
-        assert text in printed
-    _, vae, small = costs.read_configs(str(folder))
-    costs.dry_run(args, None, small, vae, 77, {})
-    printed = " ".join(capsys.readouterr().out.split())
-    student, encoder, step = (float(re.search(text + " ([0-9.e-]+)", printed)[1])
-                              for text in ("forward and backward", "VAE encoder", "step of 128:"))
-    assert step == pytest.approx(128 * (student + encoder), rel=1e-3) and "teacher 0, student" in printed
-    assert torch.get_default_dtype() == torch.float32
 
 
 # Charts

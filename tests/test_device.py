@@ -1,14 +1,42 @@
-"""The path of a device without a device: on `meta`, a tensor on the wrong device or a wait for a number raises."""
+"""
+The path of a device without a device: on `meta`, a tensor on the wrong device or a wait for a number raises; and
+so does a float64 tensor, which MPS lacks.
+"""
 
 import contextlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import distill
 import model
+from analysis import attention_map, block_similarity
 from sample import load_pipeline
 from support.data import Samples, Shapes
+
+
+class NoDoubles(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        output = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            if isinstance(tensor, torch.Tensor) and (tensor.device.type, tensor.dtype) == ("meta", torch.float64):
+                raise AssertionError(f"{op} makes a float64 tensor on the device")
+        return output
+
+
+@pytest.fixture(autouse=True)
+def no_doubles():
+    with NoDoubles():
+        yield
+
+
+def test_a_float64_tensor_on_the_device_is_found():
+    for make in (lambda: torch.zeros(2, dtype=torch.float64, device="meta"), lambda: torch.zeros(2).to("meta").double(),
+                 lambda: torch.zeros(2, dtype=torch.float64).to("meta")):
+        with pytest.raises(AssertionError):
+            make()
 
 
 @pytest.fixture
@@ -29,9 +57,9 @@ def test_a_distillation_step_stays_on_its_device(pipeline, monkeypatch):
     matched = distill.match_features(student, teacher, args.features)
     captured = [model.Features(teacher, list(matched.values())), model.Features(student, list(matched))]
     data = Samples(Shapes(), 64, (4, 32, 32), 0, 0.5, False)
-    batch = distill.encode_batch([data[p] for p in range(2)], pipeline)
-    assert {tensor.device.type for tensor in batch} == {"meta"}
-    loss, terms = distill.objective(args, batch, teacher, captured[0], student, captured[1], torch.float32)
+    samples = [data[p] for p in range(2)]
+    assert {tensor.device.type for tensor in distill.encode_batch(samples, pipeline)} == {"meta"}
+    loss, terms = distill.sample_loss(args, samples, pipeline, teacher, captured[0], student, captured[1])
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters(), fused=False).step()
@@ -46,3 +74,9 @@ def test_sampling_stays_on_its_device(pipeline):
     assert latents.device.type == "meta" and latents.shape == (2, 4, 32, 32)
     assert pipeline.vae.decode(latents).shape == (2, 3, 64, 64)
     assert pipeline.vae.decode_tiled(latents[:1], tile=20, overlap=4).device.type == "meta"
+
+
+def test_what_figures_measure_stays_on_its_device():
+    x = torch.zeros(3, 16, 64, device="meta")
+    assert block_similarity(x).device.type == "meta"
+    assert attention_map(model.Attention(64, 2).to("meta"), x).shape == (3, 16, 16)

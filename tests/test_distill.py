@@ -179,6 +179,7 @@ class Parts(NamedTuple):
     samples: Samples
     identity: dict
     stop: object
+    least_seconds: float
 
     def objective(self, batch: distill.Batch) -> tuple[Tensor, Tensor]:
         features = None
@@ -344,7 +345,7 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch, capsys):
     folder = tmp_path / "run"
     log = log_rows(folder)
     assert list(log[0]) == ["step", "task", "outKD", "featKD", "total", "lr", "norm", "images",
-                            "skipped_samples", "skipped_steps"]
+                            "skipped_samples", "skipped_steps", "fixed_outKD"]
     assert [(row["step"], row["images"]) for row in log] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert [float(row["lr"]) for row in log] == pytest.approx([1e-5, 1e-5 * 2 / 3, 1e-5 / 3], rel=1e-5)
     for row in log:
@@ -397,6 +398,53 @@ def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
     drawn = theirs("a red box", num_inference_steps=3, generator=torch.Generator().manual_seed(5)).images[0]
     ours, = sample.load_pipeline(tmp_path / "run")(["a red box"], steps=3, seed=5)
     assert np.abs(np.asarray(ours).astype(int) - np.asarray(drawn)).max() <= 2
+
+
+def test_an_average_by_hand():
+    student, average = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(average.weight, 0)
+    for updates, expected in ((0, 0.9), (1, 0.9 * 2 / 11 + 2 * 9 / 11), (1000, 3 * 0.5 + 0.5 * 1.8)):
+        torch.nn.init.constant_(student.weight, updates + 1 if updates < 2 else 3)
+        if updates == 1000:
+            torch.nn.init.constant_(average.weight, 1.8)
+        distill.update_average(average, student, 0.5, updates)   # 1 / 10, 2 / 11, and then 0.5
+        assert average.weight.item() == pytest.approx(expected)
+
+
+def test_an_average_is_kept_beside_the_student_and_leaves_it_alone(run, tmp_path, during):
+    flags = ["--lr", "1e-3", "--steps", "3"]
+    assert run(*flags, out="plain") == 0 and run(*flags, "--ema", "0.9", out="whole") == 0
+    for sitting in range(3):                                     # stopped after each step
+        during(lambda call: signal.raise_signal(signal.SIGTERM) if call == 1 and sitting < 2 else None)
+        assert run(*flags, "--ema", "0.9", out="pieces") == (128 + signal.SIGTERM if sitting < 2 else 0)
+    folders = {out: {name: load_unet(tmp_path / out / name).state_dict() for name in ("unet", "unet_ema")}
+               for out in ("whole", "pieces")}
+    assert not (tmp_path / "plain" / "unet_ema").exists() and log_rows(tmp_path / "plain") == log_rows(tmp_path / "whole")
+    plain = load_unet(tmp_path / "plain").state_dict()
+    for unets in folders.values():
+        assert equal(unets["unet"], plain) and equal(unets["unet_ema"], folders["whole"]["unet_ema"])
+        assert not torch.equal(unets["unet_ema"]["conv_in.weight"], plain["conv_in.weight"])
+    assert equal(load_unet(tmp_path / "whole" / "step-00000003" / "unet_ema").state_dict(),
+                 folders["whole"]["unet_ema"])
+    with pytest.raises(ValueError, match="ema was 0.9 and is None"):
+        run(*flags[:2], "--steps", "4", out="whole")
+
+
+def test_the_loss_of_fixed_samples_is_comparable_and_leaves_training_alone(run, teacher, tmp_path, pairs, monkeypatch):
+    monkeypatch.setattr(judging, "preview", lambda *parts: None)
+
+    def losses(out: str, *flags) -> list[str]:
+        assert run("--data", pairs, *flags, out=out) == 0
+        return [row.pop("fixed_outKD") for row in log_rows(tmp_path / out)]
+
+    still = ["--preview-every", "2", "--lr", "1e-12"]
+    first, *rest = losses("learning", "--preview-every", "2", "--lr", "1e-3", "--micro-batch", "1")
+    assert first == rest[1] == "" and float(rest[0]) > 0 and rest[0] != rest[2]
+    losses("without", "--lr", "1e-3", "--micro-batch", "1")
+    assert equal(checkpoint(tmp_path / "learning")[1], checkpoint(tmp_path / "without")[1])
+    loss = losses("still", *still)[1]
+    assert losses("seed", *still, "--seed", "1")[1] == loss
+    assert losses("task", *still, "--teacher", "none", "--init", teacher) == [""] * 4
 
 
 def test_only_the_student_learns(run, teacher, monkeypatch):
@@ -500,7 +548,7 @@ SLIPS = [
     "--batch 0", "--micro-batch 0", "--batch 5 --micro-batch 2", "--task -1", "--task nan", "--out-kd inf",
     "--feat-kd x", "--decay 1.1", "--clip 0", "--dropout -0.1", "--dropout 1.5", "--dropout nan", "--size 7",
     "--size 100", "--size -8", "--size 100000", "--workers -1", "--save-every 0", "--preview-every -1",
-    "--judge -1", "--seed -1", "--seed 1e3", "--student sdxl", "--sa-blocks middle", "--precision int8",
+    "--judge -1", "--seed -1", "--ema 2", "--seed 1e3", "--student sdxl", "--sa-blocks middle", "--precision int8",
     "--checkpointing some", "--unknown", "--feat 1", "toy", "--teacher none", "--caption dog", "--student",
     "--features SB", "--teacher absent", "--init absent", "--vae absent",
     "--out ", "--data ", "--cache ", "--device ",
