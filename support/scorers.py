@@ -1,9 +1,9 @@
 """
-Scores of a picture for Table 4: HPSv2 and other CLIPs, T2I-CompBench's questions to BLIP, and the toy's judge.
+Scores of a picture: HPSv2 and other CLIPs, T2I-CompBench's questions to BLIP, and the toy's judge (Table 4).
 
-A scorer is found and checked when it is made, which takes no memory; `load` brings its networks onto a device.
-`columns(group)` names its scores of a group of prompts, and `scorer(image, prompt, group)` gives them, nan for
-one that does not apply. transformers has the networks; it is imported when one is loaded.
+A scorer is found and checked when it is made, without its weights; `load` brings those onto a device.
+`columns(group)` names its scores of a group of prompts, and `scorer(image, prompt, group)` gives them, nan
+where one does not apply. The networks are those of transformers, imported when one is loaded.
 """
 
 import math
@@ -33,7 +33,7 @@ def find_network(source: str, kind: str) -> Path:
     """
     The folder of a network of transformers, `kind` "clip" or "blip", downloaded if need be.
 
-    Raises FileNotFoundError or ValueError, one line that says what to do, if it is another or has only pickles.
+    Raises FileNotFoundError or ValueError, one line that says what to do, for others and for mere pickles.
     """
     folder = local_folder(source, ("scorer",))
     found = read_config(folder, lambda config: config["model_type"])
@@ -41,8 +41,8 @@ def find_network(source: str, kind: str) -> Path:
         raise ValueError(f"{source} is of the type {found}, not {kind}; give a {KINDS[kind]} as --scorer")
     if not any(folder.glob("model*.safetensors*")):
         raise FileNotFoundError(
-            f"{source} has no model.safetensors, and a pickle (.bin) is not opened; save it with transformers "
-            f"(safe_serialization), or look for a pull request with safetensors on its page, and give the folder")
+            f"{source} has no model.safetensors, and a pickle (.bin) is not opened; convert it, or look on "
+            f"its page for a pull request that did (hf download ... --revision refs/pr/N); give the folder")
     return folder
 
 
@@ -73,7 +73,7 @@ class CLIPScorer:
     """
     100 x the cosine of a picture and its prompt, by a CLIPModel: its `source` is a hub id or a folder.
 
-    HPSv2 (Wu et al., arXiv 2306.09341) and PickScore (arXiv 2305.01569) are CLIPs trained on people's choices.
+    HPSv2 (Wu et al., arXiv 2306.09341) and PickScore (arXiv 2305.01569) were trained on what people prefer.
     """
 
     digits = 2
@@ -105,9 +105,10 @@ class CompBench:
     """
     T2I-CompBench (Huang et al., arXiv 2307.06350), by category, which is the group's name.
 
-    Attributes: BLIP is asked "PHRASE?" for each noun phrase, and the probabilities of "yes" rather than "no" are
-    multiplied; phrases are those of `noun_phrases` and not spaCy's, and questions are tokenized as transformers
-    does, without BLIP's own first token. Non-spatial: the cosine of CLIP. The others need UniDet.
+    Attributes: BLIP is asked "PHRASE?" for each noun phrase, and the probabilities of "yes" rather than "no"
+    are multiplied. Unlike in the benchmark, phrases are those of `noun_phrases` and not spaCy's, and a
+    question begins with the tokenizer's first token and not [ENC]. Non-spatial: CLIP's cosine. Others need
+    UniDet.
     """
 
     digits = 4
@@ -135,23 +136,21 @@ class CompBench:
 
     @torch.inference_mode()
     def answer(self, image: Image.Image, questions: list[str]) -> list[float]:
-        """BLIP's probability of "yes" rather than "no" to each question."""
-        network, tokenizer = self.network, self.processor.tokenizer
-        inputs = self.processor(images=image, text=questions, padding=True, return_tensors="pt").to(network.device)
-        seen = network.vision_model(inputs["pixel_values"]).last_hidden_state  # (1, T, D)
-        asked = network.text_encoder(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            encoder_hidden_states=seen.expand(len(questions), -1, -1)).last_hidden_state  # (B, L, D)
-        start = torch.full((len(questions), 1), network.decoder_start_token_id, device=network.device)
-        logits = network.text_decoder(
-            input_ids=start, encoder_hidden_states=asked,
-            encoder_attention_mask=inputs["attention_mask"]).logits[:, 0]  # (B, words)
-        yes_no = logits[:, tokenizer.convert_tokens_to_ids(["yes", "no"])]
-        return yes_no.softmax(dim=1)[:, 0].tolist()
+        """BLIP's probability of "yes" rather than "no" to each question; one by one, for padding counts."""
+        network, tokenizer, answers = self.network, self.processor.tokenizer, []
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(network.device)
+        seen = network.vision_model(pixels).last_hidden_state    # (1, T, D)
+        start = torch.full((1, 1), network.decoder_start_token_id, device=network.device)
+        for question in questions:
+            ids = tokenizer(question, return_tensors="pt")["input_ids"].to(network.device)  # (1, L)
+            asked = network.text_encoder(ids, encoder_hidden_states=seen).last_hidden_state  # (1, L, D)
+            logits = network.text_decoder(start, encoder_hidden_states=asked).logits[0, 0]  # (words,)
+            answers.append(logits[tokenizer.convert_tokens_to_ids(["yes", "no"])].softmax(dim=0)[0].item())
+        return answers
 
 
 class Judge:
-    """The toy's judge: colour, shape and spatial, each 0 or 1. Raises ValueError for other captions than its."""
+    """The toy's judge: colour, shape and spatial, each 0 or 1. Raises ValueError for prompts of others."""
 
     digits = 3
 
@@ -170,14 +169,14 @@ class Judge:
 
 
 def find_scorer(name: str, groups: dict[str, list[str]]) -> CLIPScorer | CompBench | Judge:
-    """The scorer with this name, or of this hub id or folder of a CLIPModel, for these prompts; raises as they."""
+    """The scorer with this name, hub id or folder of a CLIPModel, for these prompts; raises as they do."""
     prompts = sum(groups.values(), [])
     if name == "judge":
         return Judge(prompts)
     if name == "compbench":
         return CompBench(groups)
     if name not in SCORERS and "/" not in name and not Path(name).is_dir():
-        raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor the hub id or folder of a CLIPModel")
+        raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor a hub id or folder")
     return CLIPScorer(SOURCES.get(name, name), prompts)
 
 
@@ -185,16 +184,16 @@ def find_scorer(name: str, groups: dict[str, list[str]]) -> CLIPScorer | CompBen
 # Noun phrases
 
 
-DETERMINERS = set("a an the its his her their this these those one two three four some many several".split())
+DETERMINERS = set("a an the its his her their this these those one two three four some many".split())
 BREAKS = (  # words between phrases; those of several words first
-    "in front of|on top of|next to|side by side|and|or|with|of|in|on|at|by|near|to|from|for|into|onto|over|under|"
-    "above|below|beside|behind|between|against|through|around|across|inside|outside|along|as|while|that|which|who|"
-    "where|has|have|had")
+    "in front of|on top of|next to|side by side|and|or|with|of|in|on|at|by|near|to|from|for|into|onto|over|"
+    "under|above|below|beside|behind|between|against|through|around|across|inside|outside|along|as|while|"
+    "that|which|who|where|has|have|had")
 VERBS = set(  # of the benchmark's sentences; words that name things too, such as "slice", are left out
-    "is are was were be been hold holds held sit sits sat stand stands stood hang hangs hung rest rests lie lies "
-    "serve serves provide provides provided release bake boil illuminate attract keep keeps kept decorate jot write "
-    "made create created led flowed floated propelled sparkled dominated attracted fascinated controlled reads "
-    "sitting standing parked placed attached mounted stacked arranged waving".split())
+    "is are was were be been hold holds held sit sits sat stand stands stood hang hangs hung rest rests lie "
+    "lies serve serves provide provides provided release bake boil illuminate attract keep keeps kept "
+    "decorate jot write made create created led flowed floated propelled sparkled dominated attracted "
+    "fascinated controlled reads sitting standing parked placed attached mounted stacked arranged waving".split())
 COLOURS = "black|white|red|green|blue|yellow|orange|purple|pink|brown|gray|grey|gold|silver|tan|beige"
 
 
@@ -203,23 +202,24 @@ def noun_phrases(prompt: str) -> list[str]:
     The noun phrases of a sentence such as T2I-CompBench's, in its order.
 
     A phrase begins at a determiner, or after one of BREAKS or a comma, and ends before the next, or at one of
-    VERBS; what follows a verb up to there is no phrase. Two colours that "and" joins are one attribute. It knows
-    no grammar: a verb that is not listed stays with the noun before it, unless a determiner follows; an object
-    without a determiner is lost after a verb; a comma between adjectives parts them; and any word that is left
-    over passes for a noun.
+    VERBS; what follows a verb up to there is no phrase. Two colours that "and" joins are one attribute. This
+    knows no grammar: a verb that is not listed stays with the noun before it, unless a determiner follows; an
+    object without a determiner is lost after a verb; a comma between adjectives parts them; and any word that
+    is left over passes for a noun.
     """
     text = re.sub(rf"\b({COLOURS}) and (?=(?:{COLOURS})\b)", r"\1_and_", prompt, flags=re.I)
     phrases = []
     for part in re.split(rf"[,.;:!?]|\b(?:{BREAKS})\b", text, flags=re.I):
-        phrase, open_ = [], True                                 # open: words belong to a phrase
+        phrase, after_verb = [], False
         for word in part.split():
             if word.lower() in DETERMINERS:
-                phrases.append(phrase[:-1] if open_ and len(phrase) > 2 else phrase)  # the last: an unlisted verb
-                phrase, open_ = [word], True
+                unlisted_verb = not after_verb and len(phrase) > 2  # "cap release the", "a man riding a"
+                phrases.append(phrase[:-1] if unlisted_verb else phrase)
+                phrase, after_verb = [word], False
             elif word.lower() in VERBS:
-                open_ = False
-            elif open_:
+                after_verb = True
+            elif not after_verb:
                 phrase.append(word)
         phrases.append(phrase)
     return [" ".join(phrase).replace("_", " ") for phrase in phrases
-            if any(word.lower() not in DETERMINERS | VERBS for word in phrase)]
+            if any(word.lower() not in DETERMINERS for word in phrase)]

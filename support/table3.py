@@ -27,7 +27,7 @@ from sample import load_pipeline
 from support.cli import resolve_device
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
-from support.plots import draw_table, print_table, stack
+from support.plots import draw_table, format_score, print_table, stack
 from support.scorers import find_scorer
 from toy import shapes
 
@@ -158,13 +158,6 @@ def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, n
         if not np.isnan(best[i]).any():
             verdicts.append(f"by {key} {verdict([sign * gain[i] for gain in gains])}")
     return "; ".join(verdicts)
-
-
-def format_score(mean: float, spread: float) -> str:
-    """A mean with its spread, nan for one seed; blank if there is no mean."""
-    if math.isnan(mean):
-        return ""
-    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
 def ablation(args: argparse.Namespace) -> Image.Image:

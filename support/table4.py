@@ -1,8 +1,8 @@
 """
 Table 4: what pictures score, and what they cost, beside the paper's numbers.
 
-`python analysis.py quality` draws each prompt with each model from the same noise, keeps the pictures, and scores
-them: means, their standard errors, and of two models the share of prompts that each wins.
+`python analysis.py quality` draws each prompt with each model from the same noise, keeps the pictures, and
+scores them: means, their standard errors, and the share of prompts on which each model is best.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from support.cli import preset, resolve_device, resolve_dtype
 from support.costs import count_parameters, describe_device, read_configs
 from support.data import PROMPTS
 from support.files import atomic_write, local_folder, write_csv
-from support.plots import draw_table, print_table
+from support.plots import draw_table, format_score, print_table
 from support.scorers import find_scorer
 from support.text import CLIPTokenizer
 from toy import shapes
@@ -51,7 +51,7 @@ PAPER = {  # millions of parameters of the U-Net; HPSv2 and T2I-CompBench in the
 
 
 def paper_scores(name: str, scorer: str) -> dict[str, float]:
-    """The published scores of a row of PAPER, by column; none for a scorer that the paper does not have."""
+    """The published scores of a row of PAPER, by column; none of a scorer that the paper does not use."""
     scores = dict(zip(sum(COLUMNS.values(), ()), PAPER[name][1:]))
     return {column: scores[column] for column in COLUMNS.get(scorer, ())}
 
@@ -61,10 +61,12 @@ def paper_scores(name: str, scorer: str) -> dict[str, float]:
 
 
 def read_prompt_file(path: Path) -> list[str]:
-    """The prompts of a text file, one a line, or of a JSON list, as HPSv2's are. Raises OSError or ValueError."""
+    """The prompts of a text, one a line, or of a JSON list, as HPSv2's are. Raises OSError or ValueError."""
     try:
         text = path.read_text(encoding="utf-8")
         lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
+        if not isinstance(lines, list):
+            raise TypeError
         prompts = [line.strip() for line in lines if line.strip()]
     except UnicodeDecodeError:
         raise ValueError(f"--prompts {path} is not a text in UTF-8") from None
@@ -119,15 +121,15 @@ def keep_picture(path: Path, image: Image.Image, settings: dict, cost: dict):
 
 
 def find_picture(path: Path, settings: dict) -> tuple[Image.Image, dict] | None:
-    """A picture, and its settings and cost; None if it is absent or damaged, or its settings are not these."""
+    """A picture, and its settings and cost; None if it is absent or damaged, or has other settings."""
     try:
         with Image.open(path) as image:
             image.load()
             drawn = json.loads(image.info["drawn"])
             intact = drawn["pixels"] == zlib.crc32(image.tobytes())
             same = all(drawn[key] == value for key, value in settings.items())
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError):  # SyntaxError: Pillow's for a broken PNG
-        return None
+    except (OSError, ValueError, LookupError, TypeError, SyntaxError):
+        return None                                              # a SyntaxError is Pillow's, for a broken PNG
     return (image, drawn) if intact and same else None
 
 
@@ -147,8 +149,10 @@ class Pictures:
         shared = {"steps": steps, "guidance": chosen.guidance, "dtype": str(self.dtype), "unet": weights}
         self.wanted = {}                                         # paths and settings of each group's pictures
         for group, prompts in groups.items():
-            self.wanted[group] = [(folder / f"{group}-{i:05}.png", {"prompt": prompt, "seed": args.seed + i} | shared)
-                                  for i, prompt in enumerate(prompts)]
+            self.wanted[group] = []
+            for i, prompt in enumerate(prompts):
+                settings = {"prompt": prompt, "seed": args.seed + i} | shared
+                self.wanted[group].append((folder / f"{group}-{i:05}.png", settings))
 
     def complete(self):
         """Draws what is absent, damaged or drawn otherwise, 32 at a time: no more is lost if it is killed."""
@@ -157,13 +161,16 @@ class Pictures:
             return
         pipeline = load_pipeline(self.name, None, self.dtype, self.device, self.low_memory)
         where = describe_device(self.device, self.dtype)
-        for first in tqdm(range(0, len(missing), 32), f"drawing {self.name}", unit="x32"):
+        bar = tqdm(total=len(missing), desc=f"drawing {self.name}")
+        for first in range(0, len(missing), 32):
             part, start = missing[first:first + 32], time.perf_counter()
             images = pipeline([settings["prompt"] for _, settings in part], steps=part[0][1]["steps"],
                               seed=[settings["seed"] for _, settings in part])
             cost = {"seconds": (time.perf_counter() - start) / len(part), "where": where}
             for image, (path, settings) in zip(images, part):
                 keep_picture(path, image, settings, cost)
+            bar.update(len(part))
+        bar.close()
 
     def score(self, scorer: Callable) -> tuple[list[np.ma.MaskedArray], list[dict]]:
         """Scores (N, K) of each group, masked where one does not apply; and what is known of each picture."""
@@ -186,8 +193,8 @@ def bootstrap(groups: list[np.ma.MaskedArray], resamples: int = 1000) -> tuple[n
     """
     Standard errors of the mean of each column, and of the average of these means.
 
-    Each group is the scores (N, K) of its N prompts in its K columns, masked where one does not apply. Prompts
-    are drawn again, with replacement, within their group; the same ones for every model.
+    Each group is the scores (N, K) of its N prompts in its K columns, masked where one does not apply.
+    Prompts are drawn again, with replacement, within their group; the same ones for every model.
     """
     rng, means = np.random.default_rng(0), []
     for scores in groups:
@@ -225,7 +232,7 @@ def published_rows(scorer: str, columns: tuple[str, ...], others: list[str], dig
         numbers = [published.get(column, math.nan) for column in columns[:-1]]
         if published.keys() & {*columns}:
             numbers += [statistics.fmean(numbers), *(published.get(other, math.nan) for other in others)]
-            cells = ["" if math.isnan(number) else f"{number:.{digits}f}" for number in numbers]
+            cells = [format_score(number, math.nan, digits) for number in numbers]
             rows.append([f"{name}, published", parameters, math.nan, math.nan, *cells])
     return rows
 
@@ -234,11 +241,11 @@ def quality(args: argparse.Namespace) -> Image.Image:
     """Draws with all models, and only then loads the scorer: the two are never in memory together."""
     toys = all_toys(args.model)
     groups, scorer_name = read_groups(args, toys), args.scorer or ("judge" if toys else "hpsv2")
-    scorer = find_scorer(scorer_name, groups)                           # fails now, and not after hours of drawing
+    scorer = find_scorer(scorer_name, groups)                    # fails now, and not after hours of drawing
     scored = {group: prompts for group, prompts in groups.items() if scorer.columns(group)}
     others = [group for group in groups if group not in scored]
     if not scored:
-        raise ValueError(f"--prompts: {', '.join(others)} needs UniDet, which is not here; give other prompts")
+        raise ValueError(f"--prompts: {', '.join(others)} needs UniDet, which is not here; give others")
     models = [Pictures(one, args, scored) for one in args.model]
     for pictures in models:
         pictures.complete()
@@ -255,14 +262,14 @@ def quality(args: argparse.Namespace) -> Image.Image:
         seconds = statistics.median(facts["seconds"] for facts in drawn)
         places |= dict.fromkeys(facts["where"] for facts in drawn)
         rows += [[name, *numbers, parameters, seconds, share] for numbers in zip(columns, means, errors)]
-        scores = [f"{mean:.{scorer.digits}f} ± {error:.{scorer.digits}f}" for mean, error in zip(means, errors)]
-        cells.append([name, parameters / 1e6, seconds, share, *scores, *[""] * len(others)])
+        with_errors = [format_score(*numbers, scorer.digits) for numbers in zip(means, errors)]
+        cells.append([name, parameters / 1e6, seconds, share, *with_errors, *[""] * len(others)])
     cells += published_rows(scorer_name, columns, others, scorer.digits)
     write_csv(args.out.with_suffix(".csv"),
-              ["model", "column", "mean", "standard error", "parameters", "seconds", "wins"], rows)
-    header = ["model", "M parameters", "s a picture", "wins", *columns, *(f"{one} (UniDet)" for one in others)]
+              ["model", "column", "mean", "standard error", "parameters", "seconds", "best on"], rows)
+    header = ["model", "M parameters", "s a picture", "best on", *columns,
+              *(f"{other} (no UniDet)" for other in others)]
     print_table(header, cells)
     title = f"Table 4 by {scorer_name}: {len(drawn)} prompts, on {' and '.join(places)}"
-    notes = "Parameters are the U-Net's; ± is a standard error over prompts"
-    print(f"{title}. {notes}")
+    print(f"{title}; parameters are the U-Net's, ± is a standard error over prompts")
     return draw_table(title, header, cells)
