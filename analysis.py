@@ -6,6 +6,7 @@ The paper's figures and tables. Each command writes a PNG and, but for `curves`,
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
     python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
+    python analysis.py quality --model toy runs/toy-700m         # Table 4: what pictures score, and cost
     python analysis.py curves runs/toy-700m                      # the losses of runs
 
 A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a finished run of distill.py.
@@ -27,29 +28,23 @@ from tqdm import tqdm
 import model
 from sample import Pipeline, load_pipeline
 from support.cli import (
-    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, preset, run)
+    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
 from support.costs import SA_STAGES, budget, latency
 from support.data import PROMPTS
-from support.files import atomic_write, local_folder, write_csv
+from support.files import atomic_write, write_csv
 from support.plots import add_title, image_grid, line_chart, loss_curves, print_table, stack
+from support.scorers import SCORERS
 from support.table3 import ablation
-from support.text import CLIPTokenizer
+from support.table4 import all_toys, quality, read_prompt_file
 from toy import shapes
 
 
 def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
     """The prompts of a file; else, if all models are toys, `count` captions of two objects; else PROMPTS."""
     if args.prompts:
-        try:
-            lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError:
-            raise ValueError(f"--prompts {args.prompts} is not a text in UTF-8") from None
-        if not any(lines):
-            raise ValueError(f"--prompts {args.prompts} has no prompts")
-        return [line for line in lines if line]
-    for name in args.model:
-        if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
-            return PROMPTS
+        return read_prompt_file(args.prompts)
+    if not all_toys(args.model):
+        return PROMPTS
     captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(10 * count)]
     return [caption for caption in captions if shapes.parse(caption)[1]][:count]
 
@@ -300,7 +295,20 @@ def main(argv: list[str] | None = None):
     add("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
     add("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    add("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
     add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
+    add = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
+    add("--scorer", type=nonempty, metavar="NAME",
+        help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
+    add("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of such files")
+    add("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; of the toy 256]")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, 50 in the paper [the preset's]")
+    add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
+    add("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
+    add("--precision", choices=PRECISIONS, metavar="P",
+        help="fp32, fp16 or bf16, to draw in [fp16 on a GPU, fp32 elsewhere]")
+    add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
+    add("--device", type=nonempty, help="[a GPU if there is one]")
     args = parser.parse_args(argv)
     picture = args.draw(args)
     atomic_write(args.out, picture.save)

@@ -185,6 +185,13 @@ def time_network(network: Callable, inputs: list[Tensor], passes: int, repeat: i
     return counter.get_total_flops(), statistics.median(run() for _ in range(repeat))
 
 
+def describe_device(device: str, dtype: torch.dtype) -> str:
+    """What a time was measured on."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (
+        f"a CPU, {torch.get_num_threads()} threads")
+    return f"{name}, {str(dtype).removeprefix('torch.')}"
+
+
 @torch.inference_mode()
 def latency(args: argparse.Namespace) -> Image.Image:
     """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
@@ -215,10 +222,7 @@ def latency(args: argparse.Namespace) -> Image.Image:
         header, rows = header[:7], [row[:7] for row in rows]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
-    where = f"a CPU, {torch.get_num_threads()} threads"
-    if device.startswith("cuda"):
-        where = torch.cuda.get_device_name(device)
-    where += f", {str(dtype).removeprefix('torch.')}"
+    where = describe_device(device, dtype)
     print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e12:.3g} TFLOP/s")
     return stack(draw_table(f"Latency on {where}", header, rows),
                  bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,

@@ -18,7 +18,7 @@ WRITING = ".writing-"  # begins the names of half-written files and folders, whi
 
 # The folders of a model in the official layout, and the files that are read in them.
 PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
-WEIGHTS = re.compile(r"(diffusion_pytorch_|/)model(-\d+-of-\d+)?(\.fp16)?(-\d+-of-\d+)?\.safetensors")
+WEIGHTS = re.compile(r"(diffusion_pytorch_|/|^)model(-\d+-of-\d+)?(\.fp16)?(-\d+-of-\d+)?\.safetensors")
 
 
 def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False,

@@ -37,6 +37,13 @@ def format_number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def format_score(mean: float, spread: float, digits: int = 3) -> str:
+    """A mean with its spread, if it is not nan; blank if there is no mean."""
+    if math.isnan(mean):
+        return ""
+    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
+
+
 def print_table(header: list[str], rows: list[list]):
     """Prints a table, the first column to the left, the others to the right."""
     table = [list(map(format_number, row)) for row in [header, *rows]]

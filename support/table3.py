@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 from PIL import Image
@@ -23,9 +24,11 @@ from tqdm import tqdm
 
 import distill
 from sample import load_pipeline
+from support.cli import resolve_device
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
-from support.plots import draw_table, print_table, stack
+from support.plots import draw_table, format_score, print_table, stack
+from support.scorers import find_scorer
 from toy import shapes
 
 
@@ -101,14 +104,18 @@ def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> li
     return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))
 
 
-def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> list[float]:
+def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
+          scorer: str | None = None) -> list[float]:
     """
-    The scores of a run: the judge's, nan if the teacher is not the toy, and the distance to the teacher.
+    The scores of a run: the judge's, nan if the teacher is not the toy, the distance to the teacher, and the
+    mean of a scorer if there is one.
 
     The distance is the root mean square difference of images from the same noise, in 0..1.
     """
-    path = folder / f"score-{steps}-{len(prompts)}.csv"          # by steps, as a run may be made longer
-    if not path.exists() or not read_csv(path, tuple(SIGNS)):
+    name = f"score-{steps}-{len(prompts)}"                       # by steps, as a run may be made longer
+    path = folder / (f"{name}-{quote(scorer, safe='')}.csv" if scorer else f"{name}.csv")
+    signs = [*SIGNS, scorer] if scorer else [*SIGNS]
+    if not path.exists() or not read_csv(path, signs):
         images = draw(teacher, prompts, folder / "unet")
         scores = dict.fromkeys(SIGNS, math.nan)
         if teacher == "toy":
@@ -118,9 +125,14 @@ def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...]) -> l
             difference = np.asarray(ours, np.float64) / 255 - np.asarray(theirs, np.float64) / 255
             distances.append((difference**2).mean() ** 0.5)
         scores["distance"] = statistics.fmean(distances)
+        if scorer:
+            network = find_scorer(scorer, {"prompts": list(prompts)})
+            network.load(resolve_device(None))                   # after the pipelines, which are gone
+            scores[scorer] = statistics.fmean(
+                network(image, prompt, "prompts")[0] for image, prompt in zip(images, prompts))
         write_csv(path, list(scores), [list(scores.values())])
     row = read_csv(path)[0]
-    return [float(row[key]) for key in SIGNS]
+    return [float(row[sign]) for sign in signs]
 
 
 def verdict(gains: list[np.ndarray]) -> str:
@@ -138,22 +150,16 @@ def verdict(gains: list[np.ndarray]) -> str:
     return "too close to tell"
 
 
-def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray]) -> str:
+def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray],
+                  signs: dict[str, int] = SIGNS) -> str:
     """What each score says of a finding; `scores` (scores, seeds) are by row of the finding's table."""
     best = np.mean([scores[row] for row in better], axis=0)      # (scores, seeds)
     gains = [best - np.mean([scores[row] for row in group], axis=0) for group in worse]
     verdicts = []
-    for i, (key, sign) in enumerate(SIGNS.items()):
+    for i, (key, sign) in enumerate(signs.items()):
         if not np.isnan(best[i]).any():
             verdicts.append(f"by {key} {verdict([sign * gain[i] for gain in gains])}")
     return "; ".join(verdicts)
-
-
-def format_score(mean: float, spread: float) -> str:
-    """A mean with its spread, nan for one seed; blank if there is no mean."""
-    if math.isnan(mean):
-        return ""
-    return f"{mean:.3f}" if math.isnan(spread) else f"{mean:.3f} ± {spread:.3f}"
 
 
 def ablation(args: argparse.Namespace) -> Image.Image:
@@ -162,6 +168,10 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     prompts = tuple(PROMPTS[:args.judge])
     if teacher == "toy":                                         # captions that were not trained on
         prompts = tuple(shapes.caption(shapes.JUDGE_SEED, i) for i in range(args.judge))
+    signs = SIGNS
+    if args.scorer:
+        find_scorer(args.scorer, {"prompts": list(prompts)})     # fails now, and not after hours of runs
+        signs = SIGNS | {args.scorer: 1}
     runs = {}                                                    # to their scores
     for seed, table in product(range(args.seeds), tables):
         runs |= {(row.features, row.blocks, seed): None for row in TABLE[table].values()}
@@ -170,7 +180,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         with ThreadPoolExecutor(args.jobs) as pool:
             folders = list(pool.map(lambda run: run_distill(args, *run), group))
         for run, folder in zip(group, folders):
-            runs[run] = score(folder, args.steps, teacher, prompts)
+            runs[run] = score(folder, args.steps, teacher, prompts, args.scorer)
 
     rows, cells, findings = [], [], []
     for table in tables:
@@ -183,9 +193,9 @@ def ablation(args: argparse.Namespace) -> Image.Image:
             rows.append([*start, *np.stack([means, spreads], axis=1).flatten().tolist()])
             cells.append([*start, *map(format_score, means, spreads)])
         claim, better, worse = FINDINGS[table]
-        findings.append([claim, check_finding(better, worse, scores)])
-    header = ["table", "row", "paper's HPSv2", *SIGNS]
-    csv_header = header[:3] + [key + kind for key, kind in product(SIGNS, ("", " spread"))]
+        findings.append([claim, check_finding(better, worse, scores, signs)])
+    header = ["table", "row", "paper's HPSv2", *signs]
+    csv_header = header[:3] + [key + kind for key, kind in product(signs, ("", " spread"))]
     write_csv(args.out.with_suffix(".csv"), csv_header, rows)
     print_table(header, cells)
     for claim, found in findings:

@@ -21,6 +21,7 @@ from support import costs, plots
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
 from support.plots import loss_curves
+from support.text import CLIPTokenizer
 from toy import shapes
 
 STORED = load_file(ANSWERS.with_name("analysis.safetensors"))
@@ -279,11 +280,11 @@ def test_small_vocabularies_are_given_captions_and_others_prompts(folder, monkey
     args = argparse.Namespace(prompts=None, model=["toy", str(folder)])
     captions = analysis.read_prompts(args, 5)
     assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
-    monkeypatch.setattr(analysis.CLIPTokenizer, "SMALL", 0)
+    monkeypatch.setattr(CLIPTokenizer, "SMALL", 0)
     assert analysis.read_prompts(args, 5) == PROMPTS
 
 
-@pytest.mark.parametrize("command", ["", "attention", "similarity", "budget", "latency", "ablation"])
+@pytest.mark.parametrize("command", ["", "attention", "similarity", "budget", "latency", "ablation", "quality"])
 def test_help_fits_a_screen(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "110")
     with pytest.raises(SystemExit):
