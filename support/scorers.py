@@ -19,13 +19,12 @@ from model import read_config, read_weights
 from support.files import error_summary, local_folder
 from toy import shapes
 
-SOURCES = {  # CLIPs as scorers, and the networks of T2I-CompBench
+CLIPS = {
     "hpsv2": "adams-story/HPSv2-hf",                             # xswu/HPSv2 as a CLIPModel
     "pickscore": "yuvalkirstain/PickScore_v1",
-    "clip": "openai/clip-vit-large-patch14",
-    "compbench's CLIP": "openai/clip-vit-base-patch32",
-    "compbench's BLIP": "Salesforce/blip-vqa-base"}
-SCORERS = ("hpsv2", "pickscore", "clip", "compbench", "judge")
+    "clip": "openai/clip-vit-large-patch14"}
+COMPBENCH = {"clip": "openai/clip-vit-base-patch32", "blip": "Salesforce/blip-vqa-base"}  # the benchmark's own
+SCORERS = (*CLIPS, "compbench", "judge")
 KINDS = {"clip": "CLIPModel", "blip": "BlipForQuestionAnswering"}  # by the model_type in config.json
 
 
@@ -47,7 +46,7 @@ def find_network(source: str, kind: str) -> tuple[Path, Path]:
     own = any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor"))
     if own or kind != "clip":
         return folder, folder
-    return folder, local_folder(SOURCES["compbench's CLIP"], ("scorer",), weights=False)
+    return folder, local_folder(COMPBENCH["clip"], ("scorer",), weights=False)
 
 
 def load_network(folder: Path, processor_folder: Path, kind: str,
@@ -118,8 +117,8 @@ class CompBench:
 
     def __init__(self, groups: dict[str, list[str]]):
         non_spatial, attributes = groups.get("non_spatial"), groups.keys() - {"non_spatial", *self.UNIDET}
-        self.clip = CLIPScorer(SOURCES["compbench's CLIP"], non_spatial) if non_spatial else None
-        self.folders = find_network(SOURCES["compbench's BLIP"], "blip") if attributes else None
+        self.clip = CLIPScorer(COMPBENCH["clip"], non_spatial) if non_spatial else None
+        self.folders = find_network(COMPBENCH["blip"], "blip") if attributes else None
 
     def columns(self, group: str) -> tuple[str, ...]:
         return () if group in self.UNIDET else (group,)
@@ -179,7 +178,7 @@ def find_scorer(name: str, groups: dict[str, list[str]]) -> CLIPScorer | CompBen
         return CompBench(groups)
     if name not in SCORERS and "/" not in name and not Path(name).is_dir():
         raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor a hub id or folder")
-    return CLIPScorer(SOURCES.get(name, name), prompts)
+    return CLIPScorer(CLIPS.get(name, name), prompts)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -96,7 +96,7 @@ def test_clip_scores_are_those_of_transformers(clip):
 
 
 def test_a_conversion_without_a_processor_has_clips(clip, tmp_path, monkeypatch):
-    monkeypatch.setitem(scorers.SOURCES, "compbench's CLIP", str(clip))
+    monkeypatch.setitem(scorers.COMPBENCH, "clip", str(clip))
     scores = []
     half = {name: tensor.half() for name, tensor in load_file(clip / "model.safetensors").items()}
     save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
@@ -118,8 +118,8 @@ def test_prompts_that_clip_does_not_read_to_their_ends_are_counted(clip, capsys)
 
 
 def test_compbench_multiplies_the_answers_of_transformers(clip, blip, monkeypatch):
-    monkeypatch.setitem(scorers.SOURCES, "compbench's BLIP", str(blip))
-    monkeypatch.setitem(scorers.SOURCES, "compbench's CLIP", str(clip))
+    monkeypatch.setitem(scorers.COMPBENCH, "blip", str(blip))
+    monkeypatch.setitem(scorers.COMPBENCH, "clip", str(clip))
     scorer = CompBench({"color": ["x"], "non_spatial": ["x"], "complex": ["x"]})
     assert [scorer.columns(group) for group in ("color", "non_spatial", "complex")] == [
         ("color",), ("non_spatial",), ()]
@@ -281,7 +281,7 @@ def test_a_tie_is_nobodys_win():
 
 
 def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(scorers.SOURCES, "hpsv2", str(clip))
+    monkeypatch.setitem(scorers.CLIPS, "hpsv2", str(clip))
     command = ("--model", *models, "--scorer", "hpsv2", "--prompts", folder, "--steps", 1, "--limit", 2,
                "--low-memory", "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     pipelines, load = [], table4.load_pipeline
