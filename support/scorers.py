@@ -19,20 +19,20 @@ from model import read_config, read_weights
 from support.files import error_summary, local_folder
 from toy import shapes
 
-SOURCES = {  # CLIPs as scorers, and the networks of T2I-CompBench
+CLIPS = {
     "hpsv2": "adams-story/HPSv2-hf",                             # xswu/HPSv2 as a CLIPModel
     "pickscore": "yuvalkirstain/PickScore_v1",
-    "clip": "openai/clip-vit-large-patch14",
-    "compbench's CLIP": "openai/clip-vit-base-patch32",
-    "compbench's BLIP": "Salesforce/blip-vqa-base"}
-SCORERS = ("hpsv2", "pickscore", "clip", "compbench", "judge")
+    "clip": "openai/clip-vit-large-patch14"}
+COMPBENCH = {"clip": "openai/clip-vit-base-patch32", "blip": "Salesforce/blip-vqa-base"}  # the benchmark's own
+SCORERS = (*CLIPS, "compbench", "judge")
 KINDS = {"clip": "CLIPModel", "blip": "BlipForQuestionAnswering"}  # by the model_type in config.json
 
 
-def find_network(source: str, kind: str) -> Path:
+def find_network(source: str, kind: str) -> tuple[Path, Path]:
     """
-    The folder of a network of transformers, `kind` "clip" or "blip", downloaded if need be.
+    The folders of a network of transformers, `kind` "clip" or "blip", and of its processor.
 
+    A CLIP without a processor of its own, as conversions are, has OpenAI's, which is the same for all.
     Raises FileNotFoundError or ValueError, one line that says what to do, for others and for mere pickles.
     """
     folder = local_folder(source, ("scorer",))
@@ -43,24 +43,25 @@ def find_network(source: str, kind: str) -> Path:
         raise FileNotFoundError(
             f"{source} has no model.safetensors, and a pickle (.bin) is not opened; convert it, or look on "
             f"its page for a pull request that did (hf download ... --revision refs/pr/N); give the folder")
-    return folder
+    own = any((folder / f"{name}_config.json").exists() for name in ("preprocessor", "processor"))
+    if own or kind != "clip":
+        return folder, folder
+    return folder, local_folder(COMPBENCH["clip"], ("scorer",), weights=False)
 
 
-def load_network(folder: Path, kind: str, device: str) -> tuple[torch.nn.Module, object]:
+def load_network(folder: Path, processor_folder: Path, kind: str,
+                 device: str) -> tuple[torch.nn.Module, object]:
     """A network in float32 and its processor; raises as `find_network`, also if weights are missing."""
     import transformers  # slow to import, and seldom needed
     transformers.logging.set_verbosity_error()                   # of what else might be installed
     transformers.logging.disable_progress_bar()
 
-    # Conversions may have no processor of their own, as CLIP's is the same for all.
-    own = (folder / "preprocessor_config.json").exists() or (folder / "processor_config.json").exists()
-    other = folder if own else local_folder(SOURCES["compbench's CLIP"], ("scorer",), weights=False)
     weights = read_weights(folder, "model", torch.float32)
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         network, report = getattr(transformers, KINDS[kind]).from_pretrained(
             None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True)
-        processor = transformers.AutoProcessor.from_pretrained(other, local_files_only=True)
+        processor = transformers.AutoProcessor.from_pretrained(processor_folder, local_files_only=True)
     except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} does not load as a {KINDS[kind]}: {error_summary(error)}") from None
     missing = sorted(report["missing_keys"])
@@ -79,13 +80,13 @@ class CLIPScorer:
     digits = 2
 
     def __init__(self, source: str, prompts: list[str]):
-        self.folder, self.prompts = find_network(source, "clip"), prompts
+        self.folders, self.prompts = find_network(source, "clip"), prompts
 
     def columns(self, group: str) -> tuple[str, ...]:
         return (group,)
 
     def load(self, device: str):
-        self.network, self.processor = load_network(self.folder, "clip", device)
+        self.network, self.processor = load_network(*self.folders, "clip", device)
         self.length = self.network.config.text_config.max_position_embeddings
         tokens = [self.processor.tokenizer(prompt)["input_ids"] for prompt in self.prompts]
         count = sum(len(ids) > self.length for ids in tokens)
@@ -116,8 +117,8 @@ class CompBench:
 
     def __init__(self, groups: dict[str, list[str]]):
         non_spatial, attributes = groups.get("non_spatial"), groups.keys() - {"non_spatial", *self.UNIDET}
-        self.clip = CLIPScorer(SOURCES["compbench's CLIP"], non_spatial) if non_spatial else None
-        self.folder = find_network(SOURCES["compbench's BLIP"], "blip") if attributes else None
+        self.clip = CLIPScorer(COMPBENCH["clip"], non_spatial) if non_spatial else None
+        self.folders = find_network(COMPBENCH["blip"], "blip") if attributes else None
 
     def columns(self, group: str) -> tuple[str, ...]:
         return () if group in self.UNIDET else (group,)
@@ -125,8 +126,8 @@ class CompBench:
     def load(self, device: str):
         if self.clip:
             self.clip.load(device)
-        if self.folder:
-            self.network, self.processor = load_network(self.folder, "blip", device)
+        if self.folders:
+            self.network, self.processor = load_network(*self.folders, "blip", device)
 
     def __call__(self, image: Image.Image, prompt: str, group: str) -> list[float]:
         if group == "non_spatial":
@@ -177,7 +178,7 @@ def find_scorer(name: str, groups: dict[str, list[str]]) -> CLIPScorer | CompBen
         return CompBench(groups)
     if name not in SCORERS and "/" not in name and not Path(name).is_dir():
         raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor a hub id or folder")
-    return CLIPScorer(SOURCES.get(name, name), prompts)
+    return CLIPScorer(CLIPS.get(name, name), prompts)
 
 
 # ------------------------------------------------------------------------------------------------------------

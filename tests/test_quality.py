@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from bundles import WORDS, bundle, write_json
 from common import refusal
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertTokenizer, BlipConfig, BlipForQuestionAnswering, BlipImageProcessor, BlipProcessor, CLIPConfig,
     CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer)
@@ -94,6 +95,19 @@ def test_clip_scores_are_those_of_transformers(clip):
     assert abs(expected) < 99
 
 
+def test_a_conversion_without_a_processor_has_clips(clip, tmp_path, monkeypatch):
+    monkeypatch.setitem(scorers.COMPBENCH, "clip", str(clip))
+    scores = []
+    half = {name: tensor.half() for name, tensor in load_file(clip / "model.safetensors").items()}
+    save_file(half, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((clip / "config.json").read_bytes())
+    for folder in (clip, tmp_path):
+        scorer = find_scorer(str(folder), {})
+        scorer.load("cpu")
+        scores += scorer(noise(), "a red circle", "")
+    assert scorer.network.dtype == torch.float32 and scores[0] == pytest.approx(scores[1], rel=1e-2)
+
+
 def test_prompts_that_clip_does_not_read_to_their_ends_are_counted(clip, capsys):
     long = "a red circle " * 20
     scorer = CLIPScorer(str(clip), ["a red circle", long, long + "cross"])
@@ -104,8 +118,8 @@ def test_prompts_that_clip_does_not_read_to_their_ends_are_counted(clip, capsys)
 
 
 def test_compbench_multiplies_the_answers_of_transformers(clip, blip, monkeypatch):
-    monkeypatch.setitem(scorers.SOURCES, "compbench's BLIP", str(blip))
-    monkeypatch.setitem(scorers.SOURCES, "compbench's CLIP", str(clip))
+    monkeypatch.setitem(scorers.COMPBENCH, "blip", str(blip))
+    monkeypatch.setitem(scorers.COMPBENCH, "clip", str(clip))
     scorer = CompBench({"color": ["x"], "non_spatial": ["x"], "complex": ["x"]})
     assert [scorer.columns(group) for group in ("color", "non_spatial", "complex")] == [
         ("color",), ("non_spatial",), ()]
@@ -134,8 +148,8 @@ def test_a_scorer_that_cannot_be_used_is_one_line(clip, blip, tmp_path):
     assert "pickle" in refusal(find_scorer, str(tmp_path / "pickle"), {})
     write_json(tmp_path / "cut" / "config.json", config)
     (tmp_path / "cut" / "model.safetensors").write_bytes((clip / "model.safetensors").read_bytes()[:-9])
-    scorer = find_scorer(str(tmp_path / "cut"), {})
     write_json(tmp_path / "cut" / "processor_config.json", {})
+    scorer = find_scorer(str(tmp_path / "cut"), {})
     assert "damaged" in refusal(scorer.load, "cpu")
     larger = config | {"vision_config": config["vision_config"] | {"num_hidden_layers": 2}}
     write_json(tmp_path / "cut" / "config.json", larger)
@@ -267,7 +281,7 @@ def test_a_tie_is_nobodys_win():
 
 
 def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(scorers.SOURCES, "hpsv2", str(clip))
+    monkeypatch.setitem(scorers.CLIPS, "hpsv2", str(clip))
     command = ("--model", *models, "--scorer", "hpsv2", "--prompts", folder, "--steps", 1, "--limit", 2,
                "--low-memory", "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     pipelines, load = [], table4.load_pipeline
