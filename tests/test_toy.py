@@ -164,8 +164,8 @@ def train(means, monkeypatch):
 
     def train(run: Path, *flags):
         try:
-            make.main(["--steps", "3", "--vae-steps", "1", "--batch", "2", "--mean-steps", "1",
-                       "--judge-every", "1", "--out", str(run), *flags])
+            make.main(["--steps", "3", "--cycle", "3", "--vae-steps", "1", "--batch", "2",
+                       "--mean-steps", "1", "--judge-every", "1", "--out", str(run), *flags])
         except Exception as error:
             raise error.with_traceback(None)  # its frames would keep the folder locked
     return train
