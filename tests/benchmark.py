@@ -3,21 +3,26 @@ Our speed and memory beside diffusers', in turns, so that a slow moment of the m
 
     python tests/benchmark.py             # all; needs diffusers
     python tests/benchmark.py unet toy    # some of: unet toy train load sample start distill memory resident
+                                          # feed index; these two and memory are ours alone
 
 A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster).
 """
 
+import io
 import shutil
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -265,9 +270,86 @@ def resident():
                   done.stdout.split("fp16: ")[1].splitlines()[0])
 
 
+def photo(megapixels: float, seed: int) -> bytes:
+    """A JPEG, of 3 to 2, with a photograph's spectrum: the amplitude falls with the frequency."""
+    height, width = round((megapixels * 1e6 / 1.5) ** 0.5), round((megapixels * 1e6 * 1.5) ** 0.5)
+    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)).clamp(min=1 / width)
+    noise = torch.fft.rfft2(torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed)))
+    pixels = torch.fft.irfft2(noise / frequency**1.2, s=(height, width))
+    pixels = (pixels / pixels.std() * 50 + 128).clamp(0, 255).byte().permute(1, 2, 0)
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def feed(count: int = 24):
+    """Pictures a second that a worker reads from shards for 1024 px; what a draft or a reduction would give."""
+    from support.data import CaptionedImages, Samples
+
+    for megapixels in (1, 2, 4, 16):
+        with tempfile.TemporaryDirectory() as folder, tarfile.open(f"{folder}/0.tar", "w") as tar:
+            files = [photo(megapixels, i % 3) for i in range(count)]
+            for i, content in enumerate(files):
+                for name, data in ((f"{i}.jpg", content), (f"{i}.txt", b"a photo")):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
+            tar.close()
+            samples = Samples(CaptionedImages(folder), 1024, (4, 128, 128), 0, 0.1, False)
+            seconds = []
+            for p in range(count):
+                start = time.perf_counter()
+                samples[p]
+                seconds.append(time.perf_counter() - start)
+        rate = 1 / statistics.median(seconds)
+        print(f"feed, JPEG of {megapixels} MP, {len(files[0]) / 1e6:.2f} MB {rate:15.1f} pictures/s a worker; "
+              f"16 a second need {-(-16 // rate):.0f} workers")
+        image = Image.open(io.BytesIO(files[0]))
+        size = [max(1024, round(side * 1024 / min(image.size))) for side in image.size]
+        exact = None
+        for name, draft, gap in (("as it is", False, None), ("Image.draft", True, None),
+                                 ("reducing_gap 2", False, 2.0), ("reducing_gap 3", False, 3.0)):
+            seconds = []
+            for _ in range(5):
+                start = time.perf_counter()
+                image = Image.open(io.BytesIO(files[0]))
+                if draft:
+                    image.draft("RGB", size)
+                pixels = np.asarray(image.resize(size, Image.Resampling.LANCZOS, reducing_gap=gap), np.int16)
+                seconds.append(time.perf_counter() - start)
+            exact = pixels if exact is None else exact
+            difference = np.abs(pixels - exact)
+            print(f"    {name:30} {statistics.median(seconds):8.4f} s   differs by {difference.mean():.3f} "
+                  f"of 255 on average, {difference.max()} at most")
+
+
+def index(pairs: int = 10**6, shards: int = 100):
+    """Seconds of a second start on shards of so many pairs: the index is mapped, its checksum read."""
+    from support.data import CaptionedImages
+
+    with tempfile.TemporaryDirectory() as folder:
+        for i in range(shards):
+            Path(folder, f"{i:05}.tar").write_bytes(bytes(1024))
+        paths = ["", *(f"{i:05}.tar" for i in range(shards))]
+        spans = np.zeros((pairs, 4, 3), np.int64)
+        spans[:, :2, 0] = 1 + np.arange(pairs)[:, None] * shards // pairs
+        spans[:, :2, 1:] = np.arange(4 * pairs).reshape(pairs, 2, 2)
+
+        def pretend(self, items):
+            self.paths, self.spans = paths, spans
+
+        real, CaptionedImages.make_index = CaptionedImages.make_index, pretend
+        for make in (pretend, real):
+            CaptionedImages.make_index = make
+            start = time.perf_counter()
+            images = CaptionedImages(folder, index=Path(folder, "index"))
+            seconds = time.perf_counter() - start
+        print(f"index, second start, {len(images):,} pairs {seconds:8.3f} s, {spans.nbytes / 1e6:.0f} MB")
+
+
 if __name__ == "__main__":
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.backends.cpu.get_cpu_capability()}")
     for name in sys.argv[1:] or ["unet", "toy", "train", "load", "sample", "start", "distill", "memory",
-                                 "resident"]:
+                                 "resident", "feed", "index"]:
         globals()[name]()

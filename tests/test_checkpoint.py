@@ -282,11 +282,19 @@ def test_a_log_of_something_else_is_refused(tmp_path, content):
 def test_a_row_of_the_log_that_was_cut_or_is_of_no_checkpoint_is_dropped(run, tmp_path, begun):
     shutil.copytree(begun, tmp_path / "run")
     with open(tmp_path / "run" / "log.csv", "a") as file:
-        file.write("3" + ",0.5" * 10 + "\n4,0.5,0.2")
+        file.write("3" + ",0.5" * (len(Log.COLUMNS) - 1) + "\n4,0.5,0.2")
     assert run("--steps", "3") == 0
     rows = log_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(begun)
     assert rows[2]["task"] != "0.5" and None not in rows[2].values()
+
+
+def test_a_log_with_fewer_columns_goes_on(tmp_path):
+    (tmp_path / "log.csv").write_text("step,task,seconds\n1,0.5,9\n2,0.4,9\n")
+    Log(tmp_path / "log.csv", 1).write(step=2, task=0.3, mfu=0.25)
+    rows = log_rows(tmp_path)
+    assert [(row["step"], row["task"], row["fixed_outKD"]) for row in rows] == [("1", "0.5", ""), ("2", "0.3", "")]
+    assert list(rows[0]) == [name for name in Log.COLUMNS if name not in ("seconds", "images_per_s", "mfu")]
 
 
 def test_a_finished_run_gets_back_a_unet_that_was_deleted(run, tmp_path, begun):
