@@ -43,9 +43,9 @@ def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
         try:
             lines = [line.strip() for line in args.prompts.read_text(encoding="utf-8").splitlines()]
         except UnicodeDecodeError:
-            raise ValueError(f"--prompts {args.prompts} is not a text in UTF-8") from None
+            lines = []
         if not any(lines):
-            raise ValueError(f"--prompts {args.prompts} has no prompts")
+            raise ValueError(f"--prompts {args.prompts} has no prompts in UTF-8")
         return [line for line in lines if line]
     for name in args.model:
         if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
