@@ -822,6 +822,8 @@ def judge(box: Box, injection: Injection) -> tuple[str, str]:
         found = load_checkpoint(injection.run)
         if found is None or found[1]["state"]["step"] < saved[-1]:
             return "losses", outcomes[0].output
+    if injection.signals and injection.to != "reader" and outcomes[0].code == 1:
+        return "losses", outcomes[0].output                      # it did not save what it had done
     if injection.signals:
         outcomes.append(execute(injection.program))
     output = "\n--- again ---\n".join(f"{outcome.output}\nexit {outcome.code}" for outcome in outcomes)
