@@ -28,7 +28,6 @@ This file stands alone: it needs torch and safetensors, and no other file of the
 """
 
 import json
-import math
 import os
 import re
 from collections import OrderedDict

@@ -43,10 +43,10 @@ sys.path.insert(0, str(ROOT))
 import analysis  # noqa: E402
 import distill  # noqa: E402
 import sample  # noqa: E402
-from runs import checkpoint, contents, equal, write_pairs, write_tar, write_teacher, write_vae  # noqa: E402
+from runs import checkpoint, equal, write_pairs, write_tar, write_teacher, write_vae  # noqa: E402
 from support import cli, data, files, table3  # noqa: E402
 from support.checkpoint import load_checkpoint  # noqa: E402
-from toy import make, shapes  # noqa: E402
+from toy import make  # noqa: E402
 
 LIMIT = 120  # seconds; far more than any program here takes
 NUMBERS = (
@@ -822,6 +822,8 @@ def judge(box: Box, injection: Injection) -> tuple[str, str]:
         found = load_checkpoint(injection.run)
         if found is None or found[1]["state"]["step"] < saved[-1]:
             return "losses", outcomes[0].output
+    if injection.signals and injection.to != "reader" and outcomes[0].code == 1:
+        return "losses", outcomes[0].output                      # it did not save what it had done
     if injection.signals:
         outcomes.append(execute(injection.program))
     output = "\n--- again ---\n".join(f"{outcome.output}\nexit {outcome.code}" for outcome in outcomes)
