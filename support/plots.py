@@ -151,6 +151,44 @@ def line_chart(title: str, x_name: str, y_name: str,
     return add_title(title, legend(list(curves)), picture)
 
 
+def dot_chart(title: str, names: list[str],
+              groups: dict[str, dict[str, list[tuple[float, float]]]]) -> Image.Image:
+    """
+    Groups of rows, by their headings and labels: in each row a dot for each of `names` at its (value, spread).
+
+    A spread is a bar to either side, and none if it is nan.
+    """
+    values = [point for rows in groups.values() for points in rows.values() for point in points]
+    reach = [(mean, 0.0 if math.isnan(spread) else spread) for mean, spread in values]
+    x_ticks = ticks(min(mean - spread for mean, spread in reach), max(mean + spread for mean, spread in reach))
+    row, size = 26, 15
+    left = 32 + max(text_width(label, size) for rows in groups.values() for label in (*rows, *groups))
+    height = row * sum(len(rows) + 2 for rows in groups.values()) + 24
+    picture = Image.new("RGB", (WIDTH, height), "white")
+    draw = ImageDraw.Draw(picture)
+
+    def place(value: float) -> float:
+        return left + (WIDTH - 40 - left) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
+
+    y = 0
+    for heading, rows in groups.items():
+        top, bottom = y + row, y + row * (len(rows) + 1)
+        draw.text((16, y + row // 2), heading, INK, font(size), "lm")
+        for value in x_ticks:
+            draw.line((place(value), top, place(value), bottom), PALE)
+            draw.text((place(value), bottom + 12), f"{value:g}", INK, font(13), "mm")
+        for i, (label, points) in enumerate(rows.items()):
+            middle = top + row * i + row // 2
+            draw.text((left - 16, middle), label, INK, font(size), "rm")
+            for k, ((mean, spread), colour) in enumerate(zip(points, COLOURS)):
+                at = middle + 6 * k - 3 * (len(points) - 1)      # those of one row do not hide each other
+                if not math.isnan(spread):
+                    draw.line((place(mean - spread), at, place(mean + spread), at), colour, 2)
+                draw.circle((place(mean), at), 4, colour)
+        y = bottom + row
+    return add_title(title, legend(names), picture)
+
+
 def moving_average(values: list[float], window: int) -> list[float]:
     """The mean of each value and those before it, `window` in all, or as many as there are."""
     sums = np.cumsum([0.0, *values])

@@ -27,7 +27,7 @@ from sample import load_pipeline
 from support.cli import resolve_device
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
-from support.plots import draw_table, format_score, print_table, stack
+from support.plots import dot_chart, draw_table, format_score, print_table, stack
 from support.scorers import find_scorer
 from toy import shapes
 
@@ -38,6 +38,7 @@ class Row(NamedTuple):
     hpsv2: float
     features: str
     blocks: str = "bottom"
+    normalize: bool = False                                      # each feature by its teacher's mean square
 
 
 TABLE = {
@@ -51,7 +52,8 @@ TABLE = {
     "3d": {"SA only": Row(26.74, "SA"), "SA + LF at DW-1 & UP-3": Row(26.98, "SA,LF@DW-1,LF@UP-3"),
            "SA + Res at DW-1 & UP-3": Row(26.94, "SA,Res@DW-1,Res@UP-3"),
            "SA + LF all": Row(26.83, "SA,LF"), "SA + Res all": Row(26.80, "SA,Res"),
-           "SA + CA + Res + FFN + LF all": Row(26.39, "SA,CA,Res,FFN,LF")}}
+           "SA + CA + Res + FFN + LF all": Row(26.39, "SA,CA,Res,FFN,LF"),
+           "SA + LF at DW-1 & UP-3, normalized": Row(math.nan, "SA,LF@DW-1,LF@UP-3", normalize=True)}}
 FINDINGS = {  # of section 4.2: the mean of some rows is better than that of each group of others
     "3a": ("F1, self-attention is the best type of feature",
            ["SA"], [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
@@ -64,16 +66,17 @@ FINDINGS = {  # of section 4.2: the mean of some rows is better than that of eac
 SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # the scores of a run; 1: more is better
 
 
-def distill_flags(args: argparse.Namespace, features: str, blocks: str, seed: int) -> list[str]:
+def distill_flags(args: argparse.Namespace, features: str, blocks: str, normalize: bool,
+                  seed: int) -> list[str]:
     """The flags of a run: KOALA-1B on task and featKD, without outKD (section 4.2)."""
     return ["--student", "1b", "--out-kd", "0", "--features", features, "--sa-blocks", blocks,
             "--steps", str(args.steps), "--batch", str(args.batch), "--seed", str(seed),
-            "--judge", "0", "--preview-every", "0"]
+            "--judge", "0", "--preview-every", "0", *["--normalize-features"] * normalize]
 
 
 def parse_teacher(args: argparse.Namespace) -> str:
     """The teacher in the flags for distill.py; raises ValueError for flags that the table sets itself."""
-    own = distill_flags(args, "none", "bottom", 0)
+    own = distill_flags(args, "none", "bottom", True, 0)
     for flag in args.distill:
         if flag.split("=")[0] in (*own[::2], "--feat-kd", "--out", "--dry-run"):
             raise ValueError(f"{flag} is not for distill.py here: each run of the table has its own")
@@ -83,11 +86,12 @@ def parse_teacher(args: argparse.Namespace) -> str:
     return teacher
 
 
-def run_distill(args: argparse.Namespace, features: str, blocks: str, seed: int) -> Path:
+def run_distill(args: argparse.Namespace, features: str, blocks: str, normalize: bool, seed: int) -> Path:
     """Runs or resumes distill.py in a folder of `--runs`, which it returns; raises ValueError if it fails."""
-    folder = args.runs / f"{re.sub('[^A-Za-z0-9]+', '-', features)}-{blocks}-{args.steps}-{seed}"
+    kind = re.sub("[^A-Za-z0-9]+", "-", features) + "-normalized" * normalize
+    folder = args.runs / f"{kind}-{blocks}-{args.steps}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    flags = distill_flags(args, features, blocks, seed) + args.distill
+    flags = distill_flags(args, features, blocks, normalize, seed) + args.distill
     command = [sys.executable, distill.__file__, "--out", str(folder), *flags]
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // args.jobs))} if args.jobs > 1 else {}
     with open(folder / "distill.log", "w") as log:
@@ -174,7 +178,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         signs = SIGNS | {args.scorer: 1}
     runs = {}                                                    # to their scores
     for seed, table in product(range(args.seeds), tables):
-        runs |= {(row.features, row.blocks, seed): None for row in TABLE[table].values()}
+        runs |= {(*row[1:], seed): None for row in TABLE[table].values()}
     for i in tqdm(range(0, len(runs), args.jobs), "runs"):       # once a run has failed, no other is started
         group = list(runs)[i:i + args.jobs]
         with ThreadPoolExecutor(args.jobs) as pool:
@@ -182,16 +186,19 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         for run, folder in zip(group, folders):
             runs[run] = score(folder, args.steps, teacher, prompts, args.scorer)
 
-    rows, cells, findings = [], [], []
+    rows, cells, findings, groups = [], [], [], {}
     for table in tables:
-        scores = {}
+        scores, points = {}, {}
         for name, row in TABLE[table].items():
-            scores[name] = np.array([runs[row.features, row.blocks, seed] for seed in range(args.seeds)]).T
+            scores[name] = np.array([runs[(*row[1:], seed)] for seed in range(args.seeds)]).T
             means = scores[name].mean(axis=1)
             spreads = scores[name].std(axis=1, ddof=1) if args.seeds > 1 else means * math.nan
-            start = [table, name, f"{row.hpsv2:.2f}"]
+            start = [table, name, format_score(row.hpsv2, math.nan, 2)]
+            points[name] = list(zip(means, spreads))
             rows.append([*start, *np.stack([means, spreads], axis=1).flatten().tolist()])
             cells.append([*start, *map(format_score, means, spreads)])
+        order = sorted(TABLE[table].items(), key=lambda item: -np.nan_to_num(item[1].hpsv2))
+        groups[f"Table {table}"] = {f"{name}  {format_score(row.hpsv2, math.nan, 2)}": points[name] for name, row in order}
         claim, better, worse = FINDINGS[table]
         findings.append([claim, check_finding(better, worse, scores, signs)])
     header = ["table", "row", "paper's HPSv2", *signs]
@@ -201,6 +208,10 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     for claim, found in findings:
         print(f"{claim}: {found}")
     title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seeds, "
-             f"{len(prompts)} captions")
-    return stack(draw_table(title, header, cells),
+             f"{len(prompts)} captions. In the paper's order, with its HPSv2")
+    names = [sign for sign in signs if sign != "distance"] if teacher == "toy" or args.scorer else ["distance"]
+    kept = [list(signs).index(name) for name in names]
+    groups = {heading: {label: [points[k] for k in kept] for label, points in rows.items()}
+              for heading, rows in groups.items()}
+    return stack(dot_chart(title, names, groups),
                  draw_table("Findings of section 4.2", ["finding", "verdict"], findings))
