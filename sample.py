@@ -37,7 +37,7 @@ from support.vae import VAE, VAEConfig, load_vae
 SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
-    "steps_offset": 1}
+    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 ABSENT = {  # what diffusers takes an absent entry to mean
     "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
     "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True}

@@ -144,7 +144,6 @@ def test_scaled_latents_have_unit_variance(vae):
     assert timesteps.min() < 100 and timesteps.max() > 900
 
 
-@pytest.mark.xfail(reason="remove this line when weights of this schedule are published", strict=True)
 def test_the_checkpoint_is_of_the_recipe():
     assert model.read_json(CHECKPOINT / "scheduler" / "scheduler_config.json") == make.SCHEDULER
     assert model.read_json(CHECKPOINT / "model_index.json") == make.INDEX
