@@ -403,8 +403,8 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
               "save_every": 500, "preview_every": 1000, "features": KOALA_FEATURES},
     "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0,
            "save_every": 500, "preview_every": 1000, "features": "SA"},
-    "toy": {"steps": 1000, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
-            "save_every": 100, "preview_every": 250, "features": KOALA_FEATURES},
+    "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
+            "save_every": 100, "preview_every": 300, "features": KOALA_FEATURES},
 }
 TEACHERS = ("toy", "sdxl", "sd14", "sd15", "sd20-base", "sd20", "sd21")
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
