@@ -884,7 +884,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=600, help="then it comes to an end [%(default)s]")
-    parser.add_argument("--kind", nargs="+", choices=[kind.__name__ for kind in KINDS], help="these alone")
+    parser.add_argument("--kind", nargs="+", metavar="KIND", choices=[kind.__name__ for kind in KINDS],
+                        help="these alone, by the names of their functions")
     parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
     parser.add_argument("--jobs", type=int, default=2, help="faults at the same time [%(default)s]")
     parser.add_argument("--verbose", action="store_true", help="show the output of what went wrong")

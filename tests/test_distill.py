@@ -568,7 +568,7 @@ def test_a_slip_in_the_command_line_is_reported_in_one_line(line, capsys):
 def test_help_names_flags_and_their_defaults(program):
     code, out, _ = program("--help")
     assert code == 0
-    for name in ("--features", "--sa-blocks", "[1.0]", "paper 100000", "toy 1000", "SA,LF@DW-1,LF@UP-3"):
+    for name in ("--features", "--sa-blocks", "[1.0]", "paper 100000", "toy 900", "SA,LF@DW-1,LF@UP-3"):
         assert name in out
 
 
