@@ -210,6 +210,23 @@ def test_training_resumes_and_leaves_a_bundle(train, tmp_path, monkeypatch):
     assert contents(tmp_path / "published") == before
 
 
+@pytest.mark.parametrize("name", ["1b", "700m", "1b-sa", "1b-lf"])
+def test_the_students_that_ship_are_the_toys_and_draw(name):
+    pipeline = load_pipeline(f"toy-{name}")
+    teacher = model.load_unet(CHECKPOINT).config
+    assert pipeline.unet.config == model.student_config(teacher, name.split("-")[0])
+    captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(6)]
+    assert shapes.scores(pipeline(captions, seed=list(range(6))), captions)["colour"] >= 0.5
+
+
+def test_a_run_is_published_as_a_student(begun, tmp_path):
+    make.publish_student(begun, tmp_path / "1b")
+    published, student = model.load_unet(tmp_path / "1b"), model.load_unet(begun)
+    assert published.config == student.config and published.conv_in.weight.dtype == torch.float16
+    torch.testing.assert_close(published.conv_in.weight.float(), student.conv_in.weight, rtol=1e-3, atol=1e-6)
+    assert (tmp_path / "1b" / "log.csv").read_bytes() == (begun / "log.csv").read_bytes()
+
+
 def test_a_bundle_is_judged(tmp_path, capsys, monkeypatch):
     shutil.copytree(CHECKPOINT, tmp_path / "bundle")
     monkeypatch.setattr(sample, "preset", lambda name: cli.preset(name)._replace(steps=2))

@@ -5,6 +5,7 @@ How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on 
     python -m toy.make                                               # the same, in one process
     python -m toy.make judge --captions 256
     python -m toy.make publish                                       # copies it to toy/checkpoint, in float16
+    python -m toy.make publish --out runs/1b                         # a student by distill.py, to toy/students/1b
 
 First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text
 is the second-to-last layers of two CLIP encoders, side by side; the second's pooled output and six size numbers
@@ -34,7 +35,7 @@ from tqdm import tqdm
 import model
 from sample import SDXL_SCHEDULER, NoiseSchedule, load_pipeline
 from support.checkpoint import lock_run_dir, process_ranks, resume, save_checkpoint
-from support.cli import PRESETS, ArgumentParser, number, path, run
+from support.cli import PRESETS, STUDENTS, TOY, ArgumentParser, number, path, run
 from support.data import micro_batches
 from support.files import atomic_write, write_json
 from support.plots import image_grid
@@ -329,6 +330,12 @@ def publish(bundle: Path, target: Path):
         save_clip(clip, target / name)
 
 
+def publish_student(run: Path, target: Path):
+    """Copies the U-Net of a run of distill.py to `target`, in float16, and its log."""
+    model.save_unet(model.load_unet(run).half(), target)
+    shutil.copyfile(run / "log.csv", target / "log.csv")
+
+
 def main(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__, "%(prog)s [train | judge | publish] [options]",
                             prog="python -m toy.make")
@@ -354,14 +361,17 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.batch % process_ranks()[1]:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
-    if args.command != "train" and not Path(args.out, "bundle", "model_index.json").is_file():
+    of_student = args.command == "publish" and (args.out / "unet").is_dir()
+    if args.command != "train" and not of_student and not Path(args.out, "bundle", "model_index.json").is_file():
         parser.error(f"{args.out} has no model to {args.command}: train it first")
     if args.command == "train":
         train(args)
     elif args.command == "judge":
         print(judge(args))
+    elif of_student:
+        publish_student(args.out, STUDENTS / args.out.name)
     else:
-        publish(args.out / "bundle", Path(__file__).parent / "checkpoint")
+        publish(args.out / "bundle", TOY)
 
 
 if __name__ == "__main__":
