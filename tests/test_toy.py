@@ -138,7 +138,7 @@ def test_scaled_latents_have_unit_variance(vae):
     images, captions = make.pictures(range(64, 128))
     assert images.shape == (64, 3, 64, 64) and captions[0] == shapes.caption(shapes.TRAIN_SEED, 64)
     means = vae.encode(images)[0] * vae.config.scaling_factor
-    assert means.std().item() == pytest.approx(1, rel=0.05)
+    assert means.std().item() == pytest.approx(1, rel=0.1)       # 64 pictures have more or fewer objects
     latents, timesteps, texts = make.examples(range(64, 128), vae, None)
     assert 1 < latents.std() < 1.2 and texts == captions         # the VAE's own noise comes on top
     assert timesteps.min() < 100 and timesteps.max() > 900
