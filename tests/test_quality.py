@@ -319,7 +319,8 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
     run(*command)
     changed = [i for i, path in enumerate(kept) if path.stat().st_mtime_ns != before[i]]
     again = read_csv(tmp_path / "t.csv")
-    assert changed == [1, 6] and [row["mean"] for row in again] == [row["mean"] for row in rows]
+    means, means_again = ([float(row["mean"]) for row in table] for table in (rows, again))
+    assert changed == [1, 6] and means_again == pytest.approx(means, rel=0.01)  # alone it may round otherwise
 
 
 def test_a_kill_loses_at_most_the_pictures_at_hand(models, tmp_path, monkeypatch):
