@@ -137,7 +137,7 @@ def test_the_samplers_are_those_of_diffusers(spacing, prediction, sampler, steps
     from oracle_sample import SCHEDULERS
     entries = entries | {"timestep_spacing": spacing, "prediction_type": prediction}
     if "rescale_betas_zero_snr" in entries and (spacing, prediction) != ("trailing", "v_prediction"):
-        return  # the network is told nothing at the last timestep, or has to tell the noise from itself
+        pytest.skip("a first input that is all noise needs v, and timestep 999")
     theirs = SCHEDULERS[sampler].from_config(SCHEDULER | entries)
     theirs.set_timesteps(steps)
     noise = draw("noise", 2, 4, 6, 5)
@@ -148,7 +148,7 @@ def test_the_samplers_are_those_of_diffusers(spacing, prediction, sampler, steps
     for t in theirs.timesteps:
         latents = theirs.step(predict(theirs.scale_model_input(latents, t), float(t)), t, latents).prev_sample
     ours = sample.sample_latents(predict, noise, NoiseSchedule(SCHEDULER | entries, sampler=sampler), steps)
-    assert relative_error(ours, latents) < 2e-3 if "rescale_betas_zero_snr" in entries else 2e-5
+    assert relative_error(ours, latents) < (2e-3 if "rescale_betas_zero_snr" in entries else 2e-5)
 
 
 @pytest.mark.parametrize("entry", [
