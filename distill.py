@@ -406,7 +406,6 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
             "save_every": 100, "preview_every": 300, "features": KOALA_FEATURES},
 }
-TEACHERS = ("toy", "sdxl", "sd14", "sd15", "sd20-base", "sd20", "sd21")
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
 IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "flip", "task", "out_kd",
             "feat_kd", "batch", "lr", "decay", "clip", "dropout", "ema", "seed")
@@ -423,8 +422,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     add("--student", "KOALA's of SDXL, or BK-SDM's (base, small, tiny) of Stable Diffusion", default="700m",
         choices=list(model.SURGERIES))
-    add("--teacher", f"{', '.join(TEACHERS)}, a hub id or a folder; none: the task loss alone", default="toy",
-        metavar="MODEL")
+    add("--teacher", "a name such as toy, sdxl or sd14, a hub id or a folder; none: the task loss alone",
+        default="toy", metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
         metavar="MODEL")
     add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
@@ -471,7 +470,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
 
-    recipe = "bk" if args.student in ("base", "small", "tiny") else "paper"
+    recipe = "paper" if args.student in model.CONFIGS else "bk"
     if preset(args.teacher) == PRESETS["toy"]:
         recipe = "toy"
     for name, value in RECIPES[recipe].items():

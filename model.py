@@ -7,7 +7,8 @@ The U-Net of SDXL and KOALA, the KOALA surgery, features for distillation, weigh
 
 KOALA: Lee et al., arXiv 2312.04005. SDXL: Podell et al., arXiv 2307.01952.
 
-There is one U-Net; every variant is a row of numbers in CONFIGS. Its stages have the paper's names:
+There is one U-Net. A variant is a UNetConfig; a student's is what the surgery makes of its teacher's. Its stages
+have the paper's names:
 
     noisy latents                                                                 prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
@@ -181,13 +182,6 @@ def check_fixed(found: dict, supported: dict):
              if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
     if wrong:
         raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
-
-
-CONFIGS = {  #         transformer blocks   in Mid        pairs       parameters (Table 2)
-    "sdxl": UNetConfig(depths=(0, 2, 10), mid_depth=10, pairs=2),  # 2,567,463,684
-    "1b":   UNetConfig(depths=(0, 2, 6),  mid_depth=6,  pairs=1),  # 1,161,184,324
-    "700m": UNetConfig(depths=(0, 2, 5),  mid_depth=0,  pairs=1),  #   782,822,724
-}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -531,6 +525,13 @@ def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     return replace(teacher, pairs=1, channels=teacher.channels[:levels], heads=teacher.heads[:levels],
                    depths=tuple(min(depth, surgery.depth) for depth in teacher.depths[:levels]),
                    mid_depth=min(surgery.mid_depth, teacher.mid_depth))
+
+
+CONFIGS = {                                       # parameters (Table 2)
+    "sdxl": UNetConfig(),                         # 2,567,463,684
+    "1b": student_config(UNetConfig(), "1b"),     # 1,161,184,324
+    "700m": student_config(UNetConfig(), "700m"),  #   782,822,724
+}
 
 
 def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:

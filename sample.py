@@ -328,8 +328,8 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
     chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
-    others = {"unet": preset(unet).unet} if unet else {"unet": chosen.student} if chosen.student else {}
-    others |= {"vae": preset(vae).source} if vae else {}
+    unet_source, vae_source = preset(unet).unet if unet else chosen.student, preset(vae).source if vae else None
+    others = {part: source for part, source in (("unet", unet_source), ("vae", vae_source)) if source}
     folder = local_folder(chosen.source, tuple(part for part in PARTS if part not in others), half)
     unet_folder, vae_folder = (local_folder(others[part], (part,), half) if part in others else folder
                                for part in ("unet", "vae"))

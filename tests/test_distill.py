@@ -88,6 +88,20 @@ def test_each_term_equals_that_of_diffusers_networks_and_hooks(deep, case):
     torch.testing.assert_close(loss.double(), expected @ torch.tensor([2.0, 3, 5]).double(), rtol=1e-5, atol=0)
 
 
+def test_features_are_normalized_if_asked_for(deep):
+    networks, batch = deep
+    student, teacher = networks["700m"], networks["teacher"]
+    matched = match_features(student, teacher, "SA,LF@UP-3")
+    learned, taught = Features(student, list(matched)), Features(teacher, list(matched.values()))
+    args = parse_args(["--normalize-features"])
+    with torch.no_grad():
+        _, terms = objective(args, batch, teacher, taught, student, learned, torch.float32)
+        _, ours = distill.student_forward(student, learned, batch, torch.float32)
+        _, theirs = distill.teacher_forward(teacher, taught, batch, torch.float32)
+    expected = sum(((a - b)**2).mean() / (b**2).mean() for a, b in zip(ours, theirs))
+    torch.testing.assert_close(terms[2], expected, rtol=1e-5, atol=0)
+
+
 def test_the_stored_answers_are_those_of_diffusers():
     pytest.importorskip("diffusers")
     stored, live = load_file(ANSWERS), answers()
