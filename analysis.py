@@ -9,7 +9,7 @@ The paper's figures and tables. Each command writes a PNG and, but for `curves`,
     python analysis.py quality --model toy runs/toy-700m         # Table 4: what pictures score, and cost
     python analysis.py curves runs/toy-700m                      # the losses of runs
 
-A model is the toy, or sdxl, 1b or 700m, or a hub id, or a folder such as a finished run of distill.py.
+A model is a name such as toy, sdxl, 1b or 700m, a hub id, or a folder such as a finished run of distill.py.
 `budget` and `latency` need no weights.
 """
 
@@ -66,8 +66,8 @@ def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
 
 def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     """
-    Rows (N, M) along their `count` principal components, (N, count), and the share of the variance that each
-    explains, (count,). A component's sign is such that the largest entry of its direction is positive.
+    The first `count` principal components of rows (N, M): scores (N, count), and the share of the variance that each
+    explains, (count,). Signs are fixed so that each direction's largest entry is positive.
     """
     centred = rows.double() - rows.double().mean(dim=0)
     with torch.random.fork_rng(devices=[]):
@@ -82,7 +82,7 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
                at: float) -> Iterator[tuple[Image.Image, dict[str, Tensor]]]:
     """
     The image of each prompt, and the map (T, T) of each stage with self-attention: the mean over its
-    blocks and heads, after the share `at` of the steps, in the half of guidance with the prompt.
+    blocks and heads, after the share `at` of the steps, in guidance's conditional half.
 
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
@@ -91,7 +91,8 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
     stages = [stage for stage in model.stages(unet.config) if stage in SA_STAGES]
     layers = {stage: model.feature_paths(unet, "SA", stage) for stage in stages}
     norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
-    features = model.Features(unet, list(norms.values()))        # what enters the self-attention layers
+    # What enters the self-attention layers: the layers themselves are fused, and keep no map.
+    features = model.Features(unet, list(norms.values()))
     maps = {}
 
     def measure(step: int):
@@ -110,9 +111,12 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 
 
 def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
-    """The query, as shares of width and height, on what the toy's caption names first; else the centre."""
+    """
+    Where the query is whose attention is drawn, as shares of width and height, and the object there: the one that
+    the toy's caption names first, or the centre and None.
+    """
     try:
-        (colour, _), *_ = shapes.parse(prompt)[0]
+        colour, _ = shapes.parse(prompt)[0][0]
         target = next(item for item in shapes.read(image) if item.colour == colour)
     except (ValueError, StopIteration):                          # not the toy's, or the object is missing
         return 0.5, 0.5, None
@@ -138,19 +142,20 @@ def draw_tokens(colours: Tensor, size: int) -> Image.Image:
 
 def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
     """The image with a red box around the query at (x, y), shares of width and height."""
-    image, half, x, y = image.copy(), image.width / 32, x * image.width, y * image.height
-    ImageDraw.Draw(image).rectangle((x - half, y - half, x + half, y + half), outline="red", width=3)
+    image, half, cx, cy = image.copy(), image.width / 32, x * image.width, y * image.height
+    ImageDraw.Draw(image).rectangle((cx - half, cy - half, cx + half, cy + half), outline="red", width=3)
     return image
 
 
 def attention(args: argparse.Namespace) -> Image.Image:
-    """Measures the maps of all prompts, and draws some: (b) their components, (c) their row of one query."""
-    prompts, rows, drawn, size = read_prompts(args, 24), [], [], 152  # pixels of a picture
+    """Measures the maps of all prompts; of the first `--rows` draws (b) the components, (c) one query's row."""
+    prompts, rows, drawn = read_prompts(args, 24), [], []
+    size = 152                                                   # pixels of a picture
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
             x, y, target = find_query(image, prompts[i])
-            components = dict.fromkeys(SA_STAGES)                # None: a gap
+            components = dict.fromkeys(SA_STAGES)                # None, a gap, at Mid if there is none
             queries = dict.fromkeys(SA_STAGES)
             for stage, weights in maps.items():                  # (T, T)
                 side = math.isqrt(len(weights))
@@ -159,7 +164,7 @@ def attention(args: argparse.Namespace) -> Image.Image:
                 rows.append([name, prompts[i], stage, len(weights), *explained.tolist(),
                              on_object(query, target)])
                 low, high = scores.amin(0), scores.amax(0)
-                components[stage] = draw_tokens((scores - low) / (high - low), size)
+                components[stage] = draw_tokens((scores - low) / (high - low), size)  # as red, green, blue
                 queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3), size)
             if i < args.rows:
                 image = image.resize((size, size))
@@ -265,50 +270,46 @@ def main(argv: list[str] | None = None):
                                  help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
         return command.add_argument
 
-    add_attention = add_command(
-        attention, "self-attention maps of each stage: components, and one query", "toy")
-    add_similarity = add_command(
-        similarity, "cosine of each transformer block's output to the one before", "toy")
-    for add in (add_attention, add_similarity):
+    maps = add_command(attention, "self-attention maps of each stage: components, and one query", "toy")
+    cosines = add_command(similarity, "cosine of each transformer block's output to the one before", "toy")
+    add_command(budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
+    times = add_command(latency, "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
+    table3 = add_command(ablation, "runs distill.py for each row of Table 3")
+    table4 = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
+    losses = add_command(curves, "the losses of one or several runs, step by step")
+
+    for add in (maps, cosines):
         add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
+    maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the maps")
+    maps("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+    times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
+    times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
+    times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
+    table3("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
+    table3("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
+    table3("--steps", type=number(int, 1, 10**9), default=120, metavar="N", help="of each run")
+    table3("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
+    table3("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
+    table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
+    table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
+    table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
+    table4("--scorer", type=nonempty, metavar="NAME",
+           help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
+    table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of such files")
+    table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; of the toy 256]")
+    table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, 50 in the paper [the preset's]")
+    table4("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
+    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
+    table4("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
+    for add in (times, table4):
+        add("--precision", choices=PRECISIONS, metavar="P",
+            help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+    for add in (maps, cosines, times, table4):
         add("--device", type=nonempty, help="[a GPU if there is one]")
-    add_attention("--at", type=number(float, 0, 1), default=0.5, metavar="X",
-                  help="share of the steps before the maps")
-    add_attention("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
-    add_command(budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
-    add = add_command(latency, "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
-    add("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
-    add("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
-    add("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
-    add("--precision", choices=PRECISIONS, metavar="P",
-        help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
-    add("--device", type=nonempty, help="[a GPU if there is one]")
-    add = add_command(curves, "the losses of one or several runs, step by step")
-    add("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")
-    add = add_command(ablation, "runs distill.py for each row of Table 3")
-    add("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
-    add("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
-    add("--steps", type=number(int, 1, 10**9), default=120, metavar="N", help="of each run")
-    add("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
-    add("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
-    add("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
-    add("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
-    add("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
-    add("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
-    add = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
-    add("--scorer", type=nonempty, metavar="NAME",
-        help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
-    add("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of such files")
-    add("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; of the toy 256]")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, 50 in the paper [the preset's]")
-    add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
-    add("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
-    add("--precision", choices=PRECISIONS, metavar="P",
-        help="fp32, fp16 or bf16, to draw in [fp16 on a GPU, fp32 elsewhere]")
-    add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
-    add("--device", type=nonempty, help="[a GPU if there is one]")
+    losses("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")
     args = parser.parse_args(argv)
     picture = args.draw(args)
     atomic_write(args.out, picture.save)

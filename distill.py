@@ -19,8 +19,9 @@ import signal
 import time
 from collections import Counter
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import model
-from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, load_pipeline
+from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, images_at_once, load_pipeline
 from support import costs, plan
 from support.cache import Cache
 from support.checkpoint import (
@@ -55,6 +56,9 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
                    sa_blocks: str = "bottom") -> dict[str, str]:
     """
     Which module of the teacher each module of the student learns from, by their paths (Table 3).
+
+    The surgery leaves widths and resolutions as they are, so two matched features have one shape, and there is no
+    projection between them.
 
     `features` is as in "SA,LF@DW-1": types, at every stage or at one. A path changes twice: its pair by
     `model.teacher_path`, as the surgery has it, and its transformer block by `teacher_block` (Table 3c). Raises
@@ -119,9 +123,9 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction, the student's
     equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the features of the teacher, of the student
 
-    Each is a mean of squared differences. Equation (3) has its sum inside the norm, where differences of
-    features could cancel; here it is outside, as in BK-SDM's code. The features of some modules are ten times as
-    large as those of others, and are heard before them; `normalize` divides each by its teacher's mean square.
+    Each is a mean of squared differences. Equation (3) has its sum inside the norm, but features of different
+    shapes cannot be added; here it is outside, as in BK-SDM's code. The features of some modules are ten times as
+    large as those of others and dominate the sum; `normalize` divides each term by its teacher's mean square.
     """
     task = F.mse_loss(prediction.float(), target.float())
     out_kd = feat_kd = torch.zeros_like(task)
@@ -134,7 +138,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A step: what is noised, what the teacher and the student make of it
+# A step: encode and noise a batch, run teacher and student
 
 
 class Batch(NamedTuple):
@@ -142,7 +146,7 @@ class Batch(NamedTuple):
 
     noisy: Tensor      # (B, 4, H, W) noisy latents
     timesteps: Tensor  # (B,)
-    context: Tensor    # (B, L, D) text, zeros where it is dropped
+    context: Tensor    # (B, L, D) text; where it is dropped, what guidance takes for no prompt
     pooled: Tensor     # (B, P) pooled text, likewise
     time_ids: Tensor   # (B, 6) original height and width, crop top and left, target height and width
     target: Tensor     # (B, 4, H, W) the noise, or v
@@ -150,14 +154,14 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = None) -> Batch:
-    """Encodes and noises samples of `support.data.Samples`; a cache is given those that are new to it."""
+    """Encodes and noises samples of `support.data.Samples`; a cache is given what is new to it."""
     device, vae, text = pipeline.device, pipeline.vae, pipeline.text
     new = [sample for sample in samples if "pixels" in sample]
     if new:
         pixels = torch.stack([sample["pixels"] for sample in new]).to(device, non_blocking=True) / 127.5 - 1
         captions = [sample["caption"] for sample in new]
         pixels = pixels.to(next(vae.parameters()).dtype)
-        slices = pixels.split(max(1, 2**20 // pixels[0, 0].numel()))  # a megapixel at a time, for memory
+        slices = pixels.split(images_at_once(pixels[0, 0].numel()))
         mean, logvar = (torch.cat(parts) for parts in zip(*(vae.encode(part) for part in slices)))
         context, pooled = text(captions)
         for i, sample in enumerate(new):
@@ -168,183 +172,125 @@ def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = 
     mean, std, latent_noise, noise, context, pooled, time_ids = (
         torch.stack([sample[name].to(device, non_blocking=True) for sample in samples]).float()
         for name in ("mean", "std", "latent_noise", "noise", "context", "pooled", "time_ids"))
-    kept = torch.tensor([not sample["dropped"] for sample in samples], device=device)
+    latents = (mean + std * latent_noise) * vae.config.scaling_factor  # drawn from the VAE's distribution
     timesteps = torch.tensor([sample["timestep"] for sample in samples])
-    latents = (mean + std * latent_noise) * vae.config.scaling_factor
+    keep = torch.tensor([not sample["dropped"] for sample in samples], device=device)
+    absent = (context.new_zeros(1), pooled.new_zeros(1)) if pipeline.zero_negative else text([""])
     return Batch(noisy=pipeline.schedule.add_noise(latents, noise, timesteps), timesteps=timesteps.to(device),
-                 context=context * kept[:, None, None], pooled=pooled * kept[:, None], time_ids=time_ids,
+                 context=torch.where(keep[:, None, None], context, absent[0].float()),
+                 pooled=torch.where(keep[:, None], pooled, absent[1].float()), time_ids=time_ids,
                  target=pipeline.schedule.target(latents, noise, timesteps))
 
 
+class Networks(NamedTuple):
+    """Teacher and student, and the features of each that equation (3) compares."""
+
+    teacher: model.UNet | None
+    student: nn.Module                                           # a UNet, or DistributedDataParallel around it
+    teacher_features: model.Features
+    student_features: model.Features
+
+
+def hook_features(teacher: model.UNet | None, student: model.UNet, matched: dict[str, str],
+                  out_kd: float = 1.0) -> Networks:
+    """The networks of a step with hooks on their matched modules; without outKD the teacher stops after its last."""
+    return Networks(teacher, student, model.Features(teacher, list(matched.values()), stop=not out_kd),
+                    model.Features(student, list(matched)))
+
+
 @torch.no_grad()
-def teacher_forward(teacher: model.UNet, features: model.Features, batch: Batch,
-                    dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """The teacher's prediction, in its own dtype, or None if `features` ends the pass; and its features."""
-    prediction = None
+def teacher_forward(networks: Networks, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+    """The teacher's prediction in its own dtype, or None if its features end the pass; and its features."""
+    prediction, features = None, networks.teacher_features
     with features as captured:
-        prediction = teacher(batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype),
-                             batch.pooled.to(dtype), batch.time_ids)  # a half would round 1023 pixels to 1024
+        prediction = networks.teacher(
+            batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype), batch.pooled.to(dtype),
+            batch.time_ids)                                      # a half would round 1023 pixels to 1024
     return prediction, [captured[path] for path in features.paths]
 
 
-def student_forward(student: nn.Module, features: model.Features, batch: Batch,
-                    dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+def student_forward(networks: Networks, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     """The student's prediction and its features; its float32 weights compute in `dtype`."""
-    device = batch.noisy.device.type
+    device, features = batch.noisy.device.type, networks.student_features
     with torch.autocast(device, dtype, enabled=dtype != torch.float32), features as captured:
-        prediction = student(batch.noisy, batch.timesteps, batch.context, batch.pooled, batch.time_ids)
+        prediction = networks.student(*batch[:5])
     return prediction, [captured[path] for path in features.paths]
 
 
-def objective(args: argparse.Namespace, batch: Batch, teacher: model.UNet | None,
-              teacher_features: model.Features | None, student: nn.Module, student_features: model.Features,
+def objective(args: argparse.Namespace, batch: Batch, networks: Networks,
               dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The loss of a batch, a scalar, and task, outKD and featKD (3,) without gradient."""
-    teacher_prediction, f_teacher = None, []
-    if teacher and (args.out_kd or teacher_features.paths):
-        teacher_prediction, f_teacher = teacher_forward(teacher, teacher_features, batch, dtype)
-    prediction, f_student = student_forward(student, student_features, batch, dtype)
+    teacher_prediction, teacher_features = None, []
+    if networks.teacher and (args.out_kd or networks.teacher_features.paths):
+        teacher_prediction, teacher_features = teacher_forward(networks, batch, dtype)
+    prediction, features = student_forward(networks, batch, dtype)
     task, out_kd, feat_kd = losses(
-        prediction, batch.target, teacher_prediction, f_student, f_teacher, args.normalize_features)
-    # Terms of weight 0 too, so that every layer has a gradient, as DistributedDataParallel needs.
+        prediction, batch.target, teacher_prediction, features, teacher_features, args.normalize_features)
+    # Terms of weight 0 stay in the sum: DistributedDataParallel needs a gradient for every layer.
     loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
     return loss, torch.stack([task, out_kd, feat_kd]).detach()
 
 
-def sample_loss(args: argparse.Namespace, samples: list[dict], pipeline: Pipeline,
-                teacher: model.UNet | None, teacher_features: model.Features | None, student: nn.Module,
-                student_features: model.Features, cache: Cache | None = None) -> tuple[Tensor, Tensor]:
+def sample_loss(args: argparse.Namespace, samples: list[dict], pipeline: Pipeline, networks: Networks,
+                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
     """`objective` of samples as they come from the data: what a process computes at a time."""
-    batch = encode_batch(samples, pipeline, cache)
-    return objective(args, batch, teacher, teacher_features, student, student_features, pipeline.dtype)
+    return objective(args, encode_batch(samples, pipeline, cache), networks, pipeline.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def train(args: argparse.Namespace, pipeline: Pipeline, teacher: model.UNet | None, student: model.UNet,
-          matched: dict[str, str], samples: Samples, identity: dict, stop: StopSignal,
-          least_seconds: float = 0.0) -> int:
-    """
-    Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
-
-    `identity` is what a resumed run must have in common with its checkpoint; `least_seconds` is what a step
-    takes at the peak of the GPUs, or 0 if that is not known. Raises FloatingPointError after 20 steps in a row
-    whose gradients are not finite; other errors are of data and files.
-    """
-    rank, world, _ = process_ranks()
-    device, dtype = pipeline.device, pipeline.dtype
-    unets = {"unet": student}                                    # what is saved, by folder
-    if args.ema:
-        unets["unet_ema"] = copy.deepcopy(student)
-    student_features = model.Features(student, list(matched))
-    teacher_features = None
-    if teacher:  # without outKD it stops after its last feature
-        teacher_features = model.Features(teacher, list(matched.values()), stop=not args.out_kd)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
-    state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped_samples": {},
-             "scaler": scaler.state_dict()}
-    state |= resume(args.out, identity, student, optimizer,
-                    lambda folder: [unet.load_state_dict(model.load_unet(folder / name).state_dict())
-                                    for name, unet in unets.items()])
-    scaler.load_state_dict(state["scaler"])
-    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
-    if state["step"] > args.steps:
-        raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
-    if state["step"] == args.steps:
-        return 0
-    if args.compile:
-        student.compile()
-    ddp = DistributedDataParallel(student, gradient_as_bucket_view=True) if world > 1 else student
-    positions = micro_batches(state["step"], args.steps, args.batch, args.micro_batch, rank, world)
-    loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
-                             pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
-    accumulation = args.batch // (args.micro_batch * world)
-    fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
-    first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
-    log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
-    bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
-               unit="step", disable=rank > 0)
-
-    for step in bar:
-        start, skipped = time.perf_counter(), {}
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(args, step)
-        sums = torch.zeros(6, device=device)  # task, outKD, featKD, skipped samples, SIGINTs, SIGTERMs
-        for micro_step in range(accumulation):
-            micro_batch = next(loader)
-            skipped |= skipped_by(micro_batch)
-            last = micro_step == accumulation - 1
-            with ddp.no_sync() if world > 1 and not last else contextlib.nullcontext():
-                loss, terms = sample_loss(args, micro_batch, pipeline, teacher, teacher_features, ddp,
-                                          student_features, samples.cache)
-                scaler.scale(loss / accumulation).backward()
-            sums[:3] += terms / accumulation
-
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
-        sums[3:] = torch.tensor([len(skipped), stop.received == signal.SIGINT, stop.received == signal.SIGTERM])
-        if world > 1:
-            dist.all_reduce(sums)
-        # The only place where the host reads results of a step.
-        *terms, skips, interrupts, terminations, norm = torch.cat([sums, norm[None]]).tolist()
-        task, out_kd, feat_kd = (term / world for term in terms)
-        finite = math.isfinite(norm)                             # the same on all processes, as gradients are
-        if finite:
-            scaler.step(optimizer)
-            if args.ema:
-                update_average(unets["unet_ema"], student, args.ema, state["updates"])
-        scaler.update()
-        optimizer.zero_grad()
-        state["step"] = done = step + 1
-        state["updates"] += finite
-        state["skipped_steps"] += not finite
-        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-        if skips:
-            state["skipped_samples"] |= gather_dicts(skipped)
-
-        seconds = time.perf_counter() - start
-        shown = {"task": task, "outKD": out_kd, "featKD": feat_kd, "images_per_s": args.batch / seconds}
-        shown |= {"mfu": least_seconds / seconds} if least_seconds else {}
-        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
-        preview = args.preview_every and (done % args.preview_every == 0 or done == args.steps) and rank == 0
-        signal_number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
-        if rank == 0:
-            log.write(step=done, **shown, lr=lr, norm=norm,
-                      total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd,
-                      fixed_outKD=fixed_out_kd(pipeline, teacher, student, fixed) if preview else "",
-                      seconds=seconds, images=done * args.batch, skipped_samples=len(state["skipped_samples"]),
-                      skipped_steps=state["skipped_steps"])
-        if state["skipped_in_a_row"] >= 20:
-            raise FloatingPointError(
-                f"20 steps in a row had gradients that are not finite (task {task:.3g}, outKD {out_kd:.3g}, "
-                f"featKD {feat_kd:.3g}); start another run with --init {args.out}/unet and --precision bf16 or "
-                f"a lower --lr")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps or signal_number):
-            state["scaler"] = scaler.state_dict()
-            save_checkpoint(args.out, identity, state, student, optimizer,
-                            lambda folder: [model.save_unet(unet, folder / name)
-                                            for name, unet in unets.items()])
-            bar.write(f"saved {args.out} at step {done}")
-        if preview:
-            judging.preview(pipeline, teacher, student, samples.source.prompts(8),
-                            args.out / "previews" / f"step-{done:07d}.png")
-        if rank == 0 and step * args.batch < first_pass <= done * args.batch:
-            bar.write(data_report(samples.source, state["skipped_samples"], done * args.batch))
-        if signal_number:
-            return signal_number
-    return 0
+def learning_rate(args: argparse.Namespace, step: int) -> float:
+    """Constant, then falling linearly to 0 over the last share `--decay` of the steps."""
+    return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
 def skipped_by(samples: list[dict]) -> dict[str, str]:
-    """Why pairs were skipped for these samples, by index, as JSON has it. Raises ValueError if all were."""
+    """Why pairs were skipped for these samples, by index (as text, for JSON). Raises ValueError if all were."""
     skipped = {}
     for sample in samples:
         if "error" in sample:
             raise ValueError(sample["error"])
         skipped |= {str(index): reason for index, reason in sample["skipped"].items()}
     return skipped
+
+
+def accumulate_gradients(args: argparse.Namespace, pipeline: Pipeline, networks: Networks,
+                         loader: Iterator[list[dict]], cache: Cache | None,
+                         scaler: torch.amp.GradScaler) -> tuple[Tensor, dict[str, str]]:
+    """
+    Adds up the gradients of a step's micro-batches; processes average theirs in the last one.
+
+    Returns task, outKD and featKD (3,), and why samples were skipped, by index.
+    """
+    _, world, _ = process_ranks()
+    count = args.batch // (args.micro_batch * world)
+    terms, skipped = torch.zeros(3, device=pipeline.device), {}
+    for i in range(count):
+        samples = next(loader)
+        skipped |= skipped_by(samples)
+        with networks.student.no_sync() if world > 1 and i < count - 1 else contextlib.nullcontext():
+            loss, part = sample_loss(args, samples, pipeline, networks, cache)
+            scaler.scale(loss / count).backward()
+        terms += part / count
+    return terms, skipped
+
+
+def read_results(terms: Tensor, norm: Tensor, skipped: int,
+                 received: int) -> tuple[list[float], float, int, int]:
+    """
+    The three terms, the gradients' norm, the number of samples skipped and the signal received, or 0, of all
+    processes as numbers. This is the only place where a step waits for the device.
+    """
+    counts = [skipped, received == signal.SIGINT, received == signal.SIGTERM]
+    sums, world = torch.cat([terms, torch.tensor(counts, device=terms.device)]), 1
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        world = dist.get_world_size()
+    *terms, skipped, interrupts, terminations, norm = torch.cat([sums, norm[None]]).tolist()
+    number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
+    return [term / world for term in terms], norm, int(skipped), number
 
 
 @torch.no_grad()
@@ -354,14 +300,14 @@ def update_average(average: model.UNet, student: model.UNet, decay: float, updat
     torch._foreach_lerp_([*average.parameters()], [*student.parameters()], 1 - decay)
 
 
-FIXED = range(2**30, 2**30 + 16)  # positions of samples that no run comes to
+FIXED = range(2**30, 2**30 + 16)  # positions of samples beyond the end of any run
 
 
 def fixed_batches(args: argparse.Namespace, pipeline: Pipeline, samples: Samples) -> list[Batch]:
     """
     Samples that are the same in all runs on the same data: images, crops, timesteps and noise.
 
-    No run trains on this noise, nor on these images of the toy; those of a folder are among the others.
+    No run trains on this noise, nor on these pictures of shapes; images of a folder are trained on too.
     """
     samples = copy.copy(samples)
     samples.seed = 0
@@ -375,23 +321,122 @@ def fixed_batches(args: argparse.Namespace, pipeline: Pipeline, samples: Samples
 def fixed_out_kd(pipeline: Pipeline, teacher: model.UNet | None, student: model.UNet,
                  batches: list[Batch]) -> float | str:
     """outKD (equation 2) of `fixed_batches`, which compares steps and runs; "" if there are none."""
-    total = 0.0
+    networks, total = hook_features(teacher, student, {}), 0.0
     for batch in batches:
-        wanted, _ = teacher_forward(teacher, model.Features(teacher, []), batch, pipeline.dtype)
-        prediction, _ = student_forward(student, model.Features(student, []), batch, pipeline.dtype)
-        total += F.mse_loss(prediction.float(), wanted.float()).item() * len(batch.noisy)
+        teacher_prediction, _ = teacher_forward(networks, batch, pipeline.dtype)
+        prediction, _ = student_forward(networks, batch, pipeline.dtype)
+        total += F.mse_loss(prediction.float(), teacher_prediction.float()).item() * len(batch.noisy)
     return total / len(FIXED) if batches else ""
-
-
-def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Constant, and falling to 0 over the last share `--decay` of the steps."""
-    return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
 def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen: int) -> str:
     """How many pairs the first pass over the data used, and why others were skipped."""
     reasons = format_counts(Counter(skipped.values()) + source.skipped)
     return f"first pass over the data: {min(len(source) - len(skipped), seen)} pairs used; skipped: {reasons}"
+
+
+def load_unets(unets: dict[str, model.UNet], folder: Path):
+    """Reads the U-Nets from the folders of these names."""
+    for name, unet in unets.items():
+        unet.load_state_dict(model.load_unet(folder / name).state_dict())
+
+
+def save_unets(unets: dict[str, model.UNet], folder: Path):
+    """Writes the U-Nets to folders of these names."""
+    for name, unet in unets.items():
+        model.save_unet(unet, folder / name)
+
+
+def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samples: Samples, identity: dict,
+          stop: StopSignal, least_seconds: float = 0.0) -> int:
+    """
+    Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
+
+    A step of the mathematics ends with `optimizer.zero_grad()`; log, checkpoints and previews follow. `identity`
+    is what a resumed run must have in common with its checkpoint; `least_seconds` is what a step takes at the
+    peak of the GPUs, or 0 if that is not known. Raises FloatingPointError after 20 steps in a row whose gradients
+    are not finite; other errors are of data and files.
+    """
+    rank, world, _ = process_ranks()
+    device, teacher, student = pipeline.device, networks.teacher, networks.student
+    unets = {"unet": student}                                    # what is saved, by folder
+    if args.ema:
+        unets["unet_ema"] = copy.deepcopy(student)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=pipeline.dtype == torch.float16)
+    state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped_samples": {},
+             "scaler": scaler.state_dict()}
+    state |= resume(args.out, identity, student, optimizer, partial(load_unets, unets))
+    scaler.load_state_dict(state["scaler"])
+    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
+    if state["step"] > args.steps:
+        raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
+    if state["step"] == args.steps:
+        return 0
+    if args.compile:
+        student.compile()
+    if world > 1:
+        networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
+    positions = micro_batches(state["step"], args.steps, args.batch, args.micro_batch, rank, world)
+    loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
+                             pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
+    fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
+    first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
+    log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
+    bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
+               unit="step", disable=rank > 0)
+
+    for step in bar:
+        start, lr = time.perf_counter(), learning_rate(args, step)
+        optimizer.param_groups[0]["lr"] = lr
+        terms, skipped = accumulate_gradients(args, pipeline, networks, loader, samples.cache, scaler)
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
+        terms, norm, skips, signal_number = read_results(terms, norm, len(skipped), stop.received)
+        finite = math.isfinite(norm)                             # the same on all processes, as gradients are
+        if finite:
+            scaler.step(optimizer)
+            if args.ema:
+                update_average(unets["unet_ema"], student, args.ema, state["updates"])
+        scaler.update()
+        optimizer.zero_grad()
+
+        state["step"] = done = step + 1
+        state["updates"] += finite
+        state["skipped_steps"] += not finite
+        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+        if skips:
+            state["skipped_samples"] |= gather_dicts(skipped)
+        preview = rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps)
+        if rank == 0:
+            seconds = time.perf_counter() - start
+            task, out_kd, feat_kd = terms
+            metrics = {"task": task, "outKD": out_kd, "featKD": feat_kd, "images_per_s": args.batch / seconds}
+            if least_seconds:
+                metrics["mfu"] = least_seconds / seconds
+            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
+            log.write(step=done, **metrics, lr=lr, norm=norm,
+                      total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd,
+                      fixed_outKD=fixed_out_kd(pipeline, teacher, student, fixed) if preview else "",
+                      seconds=seconds, images=done * args.batch, skipped_samples=len(state["skipped_samples"]),
+                      skipped_steps=state["skipped_steps"])
+        if state["skipped_in_a_row"] >= 20:
+            raise FloatingPointError(
+                f"20 steps in a row had gradients that are not finite (task, outKD and featKD: "
+                f"{', '.join(f'{term:.3g}' for term in terms)}); start another run with --init {args.out}/unet "
+                f"and --precision bf16 or a lower --lr")
+        if rank == 0 and (done % args.save_every == 0 or done == args.steps or signal_number):
+            state["scaler"] = scaler.state_dict()
+            save_checkpoint(args.out, identity, state, student, optimizer, partial(save_unets, unets))
+            bar.write(f"saved {args.out} at step {done}")
+        if preview:
+            judging.preview(pipeline, teacher, student, samples.source.prompts(8),
+                            args.out / "previews" / f"step-{done:07d}.png")
+        if rank == 0 and step * args.batch < first_pass <= done * args.batch:
+            bar.write(data_report(samples.source, state["skipped_samples"], done * args.batch))
+        if signal_number:
+            return signal_number
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -423,11 +468,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--student", "KOALA's of SDXL, or BK-SDM's (base, small, tiny) of Stable Diffusion", default="700m",
         choices=list(model.SURGERIES))
     add("--teacher", "a name such as toy, sdxl or sd14, a hub id or a folder; none: the task loss alone",
-        default="toy", metavar="MODEL")
+        default="toy", type=partial(model_name, words=("none",)), metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
         metavar="MODEL")
     add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
-        metavar="MODEL")
+        type=partial(model_name, words=("teacher", "random")), metavar="MODEL")
     add("--features", "of SA, CA, Res, FFN, LF, each everywhere or @STAGE (LF alone is BK-SDM); or none",
         metavar="LIST")
     add("--sa-blocks", "which of a deeper teacher's transformer blocks (Table 3c)",
@@ -469,7 +514,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true",
                         help="print settings, matched features and costs, and stop")
     args = parser.parse_args(argv)
+    fill_in(args)
+    check_args(args, parser)
+    return args
 
+
+def fill_in(args: argparse.Namespace):
+    """Settings that follow from others: what the recipe has, what needs a teacher, where the run is."""
     recipe = "paper" if args.student in model.CONFIGS else "bk"
     if preset(args.teacher) == PRESETS["toy"]:
         recipe = "toy"
@@ -478,28 +529,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(args, name, value)
     _, world, _ = process_ranks()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
+    if args.teacher == "none" or not args.feat_kd:
+        args.features = "none"
+    if args.out is None:
+        name = f"{Path(args.teacher).name}-{args.student}"
+        if args.teacher == "none" and args.init != "random":
+            name = Path(args.init).name
+        args.out = Path("runs", name)
+
+
+def check_args(args: argparse.Namespace, parser: ArgumentParser):
+    """Ends the program, with one line, if settings contradict each other."""
+    _, world, _ = process_ranks()
     if args.batch % (world * args.micro_batch):
         parser.error(f"--batch {args.batch} is not a multiple of {world} x --micro-batch {args.micro_batch}")
     try:
         parse_features(args.features)
-        for flag, words in (("--teacher", ["none"]), ("--init", ["teacher", "random"])):
-            if getattr(args, flag[2:]) not in words:
-                model_name(getattr(args, flag[2:]))
-    except (ValueError, argparse.ArgumentTypeError) as error:
-        parser.error(f"{error}" if "--" in str(error) else f"{flag}: {error}, nor {' or '.join(words)}")
+    except ValueError as error:
+        parser.error(str(error))
     if args.teacher == "none" and args.init == "teacher":
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
-    if args.teacher == "none" or not args.feat_kd:
-        args.features = "none"
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
-    name = f"{Path(args.teacher).name}-{args.student}"
-    if args.teacher == "none" and args.init != "random":
-        name = Path(args.init).name
-    args.out = args.out or Path("runs", name)
-    return args
 
 
 def model_source(args: argparse.Namespace) -> str:
@@ -537,7 +590,7 @@ def rehearse(args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAECo
     matched = match_features(student, teacher, args.features, args.sa_blocks)
     teacher_config = config if args.teacher != "none" else None
     return plan.Rehearsal(args, texts, vae, teacher_config, student_config, matched,
-                          NoiseSchedule(SDXL_SCHEDULER), sample_loss)
+                          NoiseSchedule(SDXL_SCHEDULER), hook_features, sample_loss)
 
 
 def dry_run(args: argparse.Namespace):
@@ -545,12 +598,12 @@ def dry_run(args: argparse.Namespace):
     texts, vae, config = costs.read_configs(model_source(args))
     if args.vae:
         folder = local_folder(preset(args.vae).source, ("vae",), weights=False)
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
-        vae = model.read_config(folder, VAEConfig.from_diffusers)
+        vae = model.read_config(model.part_folder(folder, "vae"), VAEConfig.from_diffusers)
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
     else:
-        _, _, student_config = costs.read_configs(args.init)
+        folder = local_folder(preset(args.init).unet, ("unet",), weights=False)
+        student_config = model.read_config(model.part_folder(folder, "unet"), model.UNetConfig.from_diffusers)
     plan.dry_run(rehearse(args, texts, vae, config, student_config))
 
 
@@ -604,6 +657,7 @@ def main(argv: list[str] | None = None) -> int:
     least_seconds = fit_gpu(args, pipeline, config, student.config, world)
     student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
+    networks = hook_features(teacher, student, matched, args.out_kd)
     samples = load_samples(args, pipeline, student.config)
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
@@ -617,8 +671,7 @@ def main(argv: list[str] | None = None) -> int:
               f"{dtype} on {world} x {device}, micro-batches of {args.micro_batch}, "
               f"checkpointing {args.checkpointing}")
     with StopSignal() as stop:
-        signal_number = train(
-            args, pipeline, teacher, student, matched, samples, identity, stop, least_seconds)
+        signal_number = train(args, pipeline, networks, samples, identity, stop, least_seconds)
     if world > 1:
         dist.destroy_process_group()
     if signal_number:

@@ -7,8 +7,8 @@ The U-Net of SDXL and KOALA, the KOALA surgery, features for distillation, weigh
 
 KOALA: Lee et al., arXiv 2312.04005. SDXL: Podell et al., arXiv 2307.01952.
 
-There is one U-Net. A variant is a UNetConfig; a student's is what the surgery makes of its teacher's. Its stages
-have the paper's names:
+All models are one class, UNet, with their numbers in a UNetConfig; `student_config` makes a student's of its
+teacher's. Stages have the paper's names:
 
     noisy latents                                                                 prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
@@ -17,12 +17,13 @@ have the paper's names:
                                        Mid  R T R
 
     R  residual block       v  downsampler       ^  upsampler
-    T  transformer blocks, each self-attention (SA), cross-attention (CA), feed-forward (FFN):
+    T  a transformer: blocks of self-attention (SA), cross-attention (CA) and feed-forward (FFN),
        in SDXL two at DW-2 and UP-2, ten at DW-3, Mid and UP-1
 
-KOALA (section 4.1) drops one RT pair of every stage and cuts ten T to six (1B) or five (700M), which also has
-no Mid. Modules are named as in the official checkpoints: `down_blocks.1` is DW-2, `up_blocks.0` is UP-1. Some
-slots exist for those names alone: `to_out.0` and `ff.net.2` were numbered around a dropout.
+KOALA (section 4.1) drops the second RT pair of every DW and UP stage. Of ten transformer blocks it keeps the
+first six (1B) or five (700M); KOALA-700M has no Mid either. Modules are named as in the official checkpoints:
+`down_blocks.1` is DW-2, `up_blocks.0` is UP-1. `to_out.0` and `ff.net.2` keep the official
+numbers, which count a dropout.
 
 Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled width.
 This file stands alone: it needs torch and safetensors, and no other file of the project.
@@ -42,7 +43,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -58,7 +59,7 @@ class UNetConfig:
     pairs: int = 2                                # RT pairs in an encoder stage; a decoder stage has one more
     heads: tuple[int, ...] = (5, 10, 20)          # attention heads, by level
     context_dim: int = 2048                       # D of the text sequence
-    pooled_dim: int = 1280                        # P of the pooled text; 0: no pooled text and no sizes
+    pooled_dim: int = 1280                        # P of the pooled text, a single vector; 0: no such, and no sizes
     size_dim: int = 256                           # sinusoids for each of the six size and crop numbers
     linear_projection: bool = True                # into and out of a transformer; else a 1x1 convolution
     groups: int = 32                              # of every group norm
@@ -141,55 +142,12 @@ class UNetConfig:
         }
 
 
-MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file without `mid_block_type` means; null means no Mid
-FIXED = {  # entries of config.json that are the same in every U-Net of this family
-    "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "conv_in_kernel": 3,
-    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "resnet_out_scale_factor": 1.0,
-    "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-}
-
-
-def per_level(value: int | list, levels: int) -> list:
-    """The official files give one number for all levels, or a list with one for each."""
-    return value if isinstance(value, list) else [value] * levels
-
-
-def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
-    """
-    Raises ValueError unless every field of a configuration has the type of its default and a sensible size.
-
-    `config` is a dataclass of numbers, tuples of numbers, flags and words.
-    """
-    for field in fields(config):
-        value, default = getattr(config, field.name), field.default
-        least = 0 if field.name in may_be_zero else 1
-        for entry in value if type(default) is tuple else (value,):
-            if isinstance(default, float):
-                valid = type(entry) in (int, float) and 0 < entry < 1e9
-            elif type(entry) is int:
-                most = 100 * max(default) if type(default) is tuple else 100 * default
-                valid = type(default) in (int, tuple) and least <= entry <= most
-            else:
-                valid = type(entry) is type(default)
-            if not valid:
-                raise ValueError(f"{field.name} cannot be {value!r}")
-
-
-def check_fixed(found: dict, supported: dict):
-    """Raises ValueError for unsupported entries of a config.json; null, false and absent are the same."""
-    wrong = [f"{key}={value!r}" for key, value in found.items()
-             if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
-    if wrong:
-        raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Building blocks
 
 
 class Checkpointed(nn.Module):
-    """A module whose activations the backward pass can recompute instead of having them kept."""
+    """A module whose activations the backward pass can recompute, to save memory; what it computes is the same."""
 
     checkpointing = "none"
 
@@ -199,27 +157,6 @@ class Checkpointed(nn.Module):
         # Non-reentrant, or a feature captured inside would have no gradient. Nothing here is random.
         return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False,
                           **CHECKPOINTING[self.checkpointing])
-
-
-SAVED_OPS = {  # what "selective" checkpointing keeps: matrix products, convolutions and attention
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.convolution.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-}
-
-
-def save_costly_ops(context, op, *args, **kwargs) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-CHECKPOINTING = {
-    "none": {},
-    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, save_costly_ops)},
-    "full": {},
-}
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -285,7 +222,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(Checkpointed):
-    """T: self-attention, cross-attention to the text, feed-forward, each added to its input."""
+    """A block of T: self-attention, cross-attention to the text, feed-forward, each added to its input."""
 
     def __init__(self, dim: int, heads: int, context_dim: int):
         super().__init__()
@@ -300,7 +237,7 @@ class TransformerBlock(Checkpointed):
 
 
 class Transformer(nn.Module):
-    """Transformer blocks on the pixels of a feature map as tokens."""
+    """T: transformer blocks on the pixels of a feature map as tokens."""
 
     def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -314,23 +251,23 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         h = self.norm(x)                                         # (B, C, H, W)
-        if not self.linear:
-            h = self.proj_in(h)
-        h = h.flatten(2).transpose(1, 2)                         # (B, T, C)
-        if self.linear:
-            h = self.proj_in(h)
+        h = self.proj_in(to_tokens(h)) if self.linear else to_tokens(self.proj_in(h))
         for block in self.transformer_blocks:
             h = block(h, context)                                # (B, T, C)
-        if self.linear:
-            h = self.proj_out(h)
-        h = h.transpose(1, 2).unflatten(2, x.shape[2:])          # (B, C, H, W)
-        if not self.linear:
-            h = self.proj_out(h)
+        h = to_map(self.proj_out(h), x) if self.linear else self.proj_out(to_map(h, x))
         return x + h                                             # (B, C, H, W)
 
 
+def to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)                          # (B, C, H, W) -> (B, T, C)
+
+
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])   # (B, T, C) -> (B, C, H, W)
+
+
 class Upsample(nn.Module):
-    """Nearest neighbours, to `size` or else to twice the height and width, and a convolution."""
+    """Nearest-neighbour upsampling, to `size` or else by two, and a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -346,9 +283,9 @@ class Upsample(nn.Module):
 
 class Stage(nn.Module):
     """
-    Residual blocks of the given (input, output) widths, the first of them followed by transformers.
+    Residual blocks of the given (input, output) widths; each of the first `transformers` is followed by one.
 
-    As it stands it is Mid: a residual block, a transformer, a residual block.
+    Mid is such a stage as it stands: a residual block, a transformer, a residual block.
     """
 
     def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int,
@@ -409,14 +346,14 @@ class UpStage(Stage):
 
 
 def sinusoidal_embedding(numbers: Tensor, dim: int) -> Tensor:
-    """Numbers (N,) as cosines, then sines, of frequencies 1, ..., 1/10000: (N, dim), float32."""
+    """Numbers (N,) as cosines, then sines, of frequencies from 1 to nearly 1/10000: (N, dim), float32."""
     frequencies = 10000 ** (-torch.arange(dim // 2, dtype=torch.float32, device=numbers.device) / (dim // 2))
     angles = numbers.float()[:, None] * frequencies              # (N, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
 def embedding_mlp(din: int, dout: int) -> nn.Sequential:
-    """Turns a condition into the embedding that residual blocks read."""
+    """An MLP of two layers, from a condition to the embedding that residual blocks read."""
     return nn.Sequential(OrderedDict(
         linear_1=nn.Linear(din, dout), act=nn.SiLU(), linear_2=nn.Linear(dout, dout)))
 
@@ -435,7 +372,7 @@ class UNet(nn.Module):
             self.add_embedding = embedding_mlp(config.pooled_dim + 6 * config.size_dim, config.emb_dim)
 
         self.down_blocks = nn.ModuleList()
-        width, skips = channels[0], [channels[0]]  # followed here as `forward` follows the tensors
+        width, skips = channels[0], [channels[0]]  # the widths that `forward` will meet
         for i, (cout, depth, heads) in enumerate(zip(channels, config.depths, config.heads)):
             self.down_blocks.append(DownStage(width, cout, depth, heads, config, last=i == last))
             width = cout
@@ -457,7 +394,7 @@ class UNet(nn.Module):
     def forward(self, sample: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor | None = None,
                 time_ids: Tensor | None = None) -> Tensor:
         """
-        Predicts the noise in `sample`, or v, whichever it was trained for.
+        Predicts the noise in `sample`, or v = alpha_t noise - sigma_t z, whichever it was trained for.
 
         sample (B, 4, H, W) noisy latents; timestep (B,) or a single number, 0 to 999; context (B, L, D) text;
         pooled (B, P) pooled text; time_ids (B, 6) original height and width, crop top and left, target height
@@ -482,8 +419,6 @@ class UNet(nn.Module):
 
     def set_checkpointing(self, mode: str):
         """What the backward pass recomputes: "none", "selective" (cheap layers) or "full" (whole blocks)."""
-        if mode not in CHECKPOINTING:
-            raise ValueError(f"no checkpointing {mode!r}; choose from {', '.join(CHECKPOINTING)}")
         if mode != "none":  # so that `Features` captures the forward pass only, in a compiled U-Net too
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
@@ -491,16 +426,31 @@ class UNet(nn.Module):
                 module.checkpointing = mode
 
 
+SAVED_OPS = [  # what "selective" checkpointing keeps: matrix products, convolutions and attention
+    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
+    torch.ops.aten.convolution.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+CHECKPOINTING = {
+    "none": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, SAVED_OPS)},
+    "full": {},
+}
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The surgery: from teacher to student, with weights and features at the same block location
 
 
 class Surgery(NamedTuple):
-    """What a student keeps of its teacher, beside one RT pair less in every stage."""
+    """How a student differs from its teacher, beside one RT pair less in every DW and UP stage."""
 
-    depth: int           # transformer blocks in a pair, at most
-    mid_depth: int       # transformer blocks in Mid, at most; 0: no Mid
-    dropped: int = 0     # levels, the innermost
+    depth: int           # the first blocks of each transformer that stay; a shorter one stays as it is
+    mid_depth: int       # likewise in Mid; 0: no Mid
+    dropped: int = 0     # innermost levels that are left out
 
 
 SURGERIES = {
@@ -515,7 +465,7 @@ SURGERIES = {
 
 
 def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
-    """What a surgery of SURGERIES makes of a teacher. Raises ValueError for one of another shape."""
+    """The configuration of a student named in SURGERIES. Raises ValueError if the teacher does not fit."""
     surgery = SURGERIES[name]
     levels = len(teacher.channels) - surgery.dropped
     if teacher.pairs != 2 or not teacher.mid_depth:
@@ -538,13 +488,13 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     """
     Where in the teacher a module or tensor of the student comes from.
 
-    Of an encoder stage's pairs 0, 1 the surgery keeps 0, of a decoder stage's 0, 1, 2 it keeps 0 and 2 (section
-    4.1): so pair 1 of a student's decoder stage is pair 2 of its teacher's. If the innermost level is dropped,
-    decoder stages count from the teacher's second one, and the student's last encoder stage has no downsampler:
-    what leaves it corresponds to what leaves the teacher's last pair there. Everything else keeps its name.
+    Of an encoder stage's two pairs the surgery keeps 0, of a decoder stage's three 0 and 2 (section 4.1). So
+    pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads the
+    skip from the level above. If the innermost level is dropped (BK-SDM's tiny), decoder stages count from the
+    teacher's second one, and the student's last encoder stage has no downsampler: what leaves it corresponds to
+    what leaves the teacher's last pair there. Everything else keeps its name, so of ten transformer blocks the
+    student has the first.
     """
-    if student.pairs == teacher.pairs:
-        return path
     path = re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
     levels = len(student.channels)
     dropped = len(teacher.channels) - levels
@@ -578,7 +528,7 @@ FEATURE_TYPES = {  # of the paper (section 4.2, F1), as patterns of module paths
     "CA": BLOCK + r"\.attn2",
     "FFN": BLOCK + r"\.ff",
     "Res": r"\.resnets\.\d+",
-    "LF": "",  # the stage itself: after its down- or upsampler
+    "LF": "",  # last feature: the output of the stage, after its down- or upsampler
 }
 
 
@@ -597,7 +547,8 @@ class Features:
             unet(...)
         captured[path]  # (B, T, D) or (B, C, H, W)
 
-    Nothing is captured outside of `with`, so that recomputation in the backward pass leaves no second copy.
+    Each forward pass replaces what the one before left. Nothing is captured outside of `with`, so that
+    recomputation in the backward pass leaves no second copy.
     The hooks are on module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends,
     and `with` is left, once everything is captured. Raises RuntimeError if a module did not run.
     """
@@ -620,18 +571,19 @@ class Features:
         self.captured = {}
         return self.captured
 
-    def __exit__(self, error, *rest):
+    def __exit__(self, error_type, *rest):
         captured, self.captured = self.captured, None
         missing = [path for path in self.paths if path not in captured]
-        if missing and error is None:
+        if missing and error_type is None:
             raise RuntimeError(f"{len(missing)} features were not captured, the first {missing[0]}")
-        return error is self.Stop
+        return error_type is self.Stop
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Weights in and out: the official layout, a folder with config.json and diffusion_pytorch_model.safetensors
 
 HALF = (torch.float16, torch.bfloat16)
+WEIGHTS = "diffusion_pytorch_model"  # the weight files of U-Net and VAE, without their endings
 
 
 def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UNet:
@@ -640,15 +592,21 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
 
     Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
-    folder = Path(folder, "unet") if Path(folder, "unet").is_dir() else Path(folder)
+    folder = part_folder(folder, "unet")
     config = read_config(folder, UNetConfig.from_diffusers)
-    weights = read_weights(folder, "diffusion_pytorch_model", dtype)
+    weights = read_weights(folder, WEIGHTS, dtype)
     return build(partial(UNet, config), weights, folder, dtype, device)
 
 
 def save_unet(unet: UNet, folder: str | Path):
     """Writes config.json and the weights, in their own dtype, in the official layout; diffusers reads them."""
-    save_network(unet, unet.config.to_diffusers(), Path(folder), "diffusion_pytorch_model")
+    save_network(unet, unet.config.to_diffusers(), Path(folder), WEIGHTS)
+
+
+def part_folder(folder: str | Path, part: str) -> Path:
+    """The folder of a network such as "unet": that part of a whole model's folder, or the folder itself."""
+    whole = Path(folder, part).is_dir() or Path(folder, "model_index.json").is_file()
+    return Path(folder, part) if whole else Path(folder)
 
 
 def read_json(path: Path) -> dict:
@@ -665,7 +623,7 @@ def read_json(path: Path) -> dict:
 
 
 def read_config(folder: Path, parse: Callable[[dict], object]):
-    """What `parse` makes of a folder's config.json. Raises FileNotFoundError or ValueError."""
+    """Reads a folder's config.json and parses it. Raises FileNotFoundError or ValueError."""
     path = folder / "config.json"
     try:
         return parse(read_json(path))
@@ -673,6 +631,48 @@ def read_config(folder: Path, parse: Callable[[dict], object]):
         raise ValueError(f"{path} is not the config.json of this kind of network ({error!r})") from None
     except ValueError as error:
         raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
+
+
+MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file without `mid_block_type` means; null means no Mid
+FIXED = {  # entries of config.json that are the same in every U-Net of this family
+    "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+}
+
+
+def per_level(value: int | list, levels: int) -> list:
+    """The official files give one number for all levels, or a list with one for each."""
+    return value if isinstance(value, list) else [value] * levels
+
+
+def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
+    """
+    Raises ValueError unless every field of a configuration, a dataclass, has the type of its default and, if it is
+    a number, is at least 1 (or 0, for `may_be_zero`) and at most a hundred times the default.
+    """
+    for field in fields(config):
+        value, default = getattr(config, field.name), field.default
+        least = 0 if field.name in may_be_zero else 1
+        for entry in value if type(default) is tuple else (value,):
+            if isinstance(default, float):
+                valid = type(entry) in (int, float) and 0 < entry < 1e9
+            elif type(entry) is int:
+                most = 100 * max(default) if type(default) is tuple else 100 * default
+                valid = type(default) in (int, tuple) and least <= entry <= most
+            else:
+                valid = type(entry) is type(default)
+            if not valid:
+                raise ValueError(f"{field.name} cannot be {value!r}")
+
+
+def check_fixed(found: dict, supported: dict):
+    """Raises ValueError for unsupported entries of a config.json; null, false and absent are the same."""
+    wrong = [f"{key}={value!r}" for key, value in found.items()
+             if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
+    if wrong:
+        raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
 
 
 def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str, Tensor]:

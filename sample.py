@@ -38,10 +38,8 @@ SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
     "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-ABSENT = {  # what diffusers takes an absent entry to mean
-    "num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02,
-    "prediction_type": "epsilon", "timestep_spacing": "linspace", "steps_offset": 0, "set_alpha_to_one": True}
-SUPPORTED = {  # entries with few choices; an absent one is the first of them, if ABSENT does not say otherwise
+ABSENT = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # diffusers' defaults
+SUPPORTED = {  # entries with few choices; the first is diffusers' default, unless ABSENT has another
     "num_train_timesteps": [1000], "beta_schedule": ["scaled_linear"],
     "prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": SPACINGS, "steps_offset": [0, 1],
     "interpolation_type": ["linear"], "final_sigmas_type": ["zero"], "timestep_type": ["discrete"],
@@ -49,7 +47,7 @@ SUPPORTED = {  # entries with few choices; an absent one is the first of them, i
     "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False, True],
     "set_alpha_to_one": [True, False]}
 CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
-OTHERS = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models that read another noise, or need other steps
+UNSUPPORTED = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
 
 
 class NoiseSchedule:
@@ -57,13 +55,13 @@ class NoiseSchedule:
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
     alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al. (arXiv
-    2206.00364) do, by `sigmas`, sigma_t / alpha_t. Made from a scheduler_config.json, whatever sampler that is
-    for; raises ValueError for what is not supported.
+    2206.00364) do, by another sigma, without a t: sigma = sigma_t / alpha_t, in `sigmas`. Made from a
+    scheduler_config.json, whatever sampler that is for; raises ValueError for what is not supported.
     """
 
     def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler"):
         self.sampler, self.file_class = sampler, str(config.get("_class_name", CLASSES[sampler]))
-        if self.file_class.startswith(OTHERS):
+        if self.file_class.startswith(UNSUPPORTED):
             raise ValueError(f"scheduler_config.json is of {self.file_class!r}, which is not supported")
         config = {key: values[0] for key, values in SUPPORTED.items()} | ABSENT | config
         for key, values in SUPPORTED.items():
@@ -82,7 +80,7 @@ class NoiseSchedule:
         self.sigmas = (1 / self.alphas_cumprod - 1).sqrt()       # (1000,)
         self.spacing = spacing or config["timestep_spacing"]
         self.prediction = config["prediction_type"]
-        self.end = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's last sigma
+        self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """alpha_t and sigma_t (B, 1, 1, 1), typed and placed as `like`, at integer timesteps (B,) on the host."""
@@ -115,9 +113,9 @@ class NoiseSchedule:
         return timesteps[:steps]
 
     def sigma_at(self, t: float) -> float:
-        """Of `sigmas`, interpolated linearly; where DDIM ends if t is below 0."""
+        """sigma at timestep t, interpolated linearly; DDIM's last one if t is below 0."""
         if t < 0:
-            return self.end
+            return self.last_sigma
         low = min(int(t), 999)
         return torch.lerp(self.sigmas[low], self.sigmas[min(low + 1, 999)], t - low).item()
 
@@ -131,7 +129,7 @@ class NoiseSchedule:
         return list(zip(timesteps, sigmas, following))
 
     def init_noise_std(self, sigma: float) -> float:
-        """The standard deviation of the first z_t, as in diffusers: 1, or sigma_t for some of Euler's."""
+        """The standard deviation of the first z_t, as in diffusers: 1, or sigma_t for Euler, unless "leading"."""
         return sigma / math.sqrt(sigma**2 + 1) if self.sampler == "euler" and self.spacing != "leading" else 1.0
 
 
@@ -140,9 +138,10 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
     """
     From noise (B, C, H, W) of variance 1 to latents z, with `schedule.sampler`.
 
-    `predict(z_t, t)` is the network. What it predicts tells the noise in z_t, and z itself; a step to s combines
-    the two again, with less noise: z_s = alpha_s z + sigma_s noise. That is Euler's method (Karras et al.,
-    Algorithm 1 without churn), and DDIM (Song et al., arXiv 2010.02502, eta 0) is the same but for its end.
+    `predict(z_t, t)` is the network. Its prediction tells the noise eps in z_t, and so the clean latents z; a step
+    to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For x = z_t / alpha_t = z + sigma * eps
+    that is x + (next_sigma - sigma) * eps, Euler's method (Karras et al., Algorithm 1 without churn). DDIM (Song
+    et al., arXiv 2010.02502, eta 0) differs only in where it ends.
     DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are
     numbers on the host, so nothing here waits for the device.
     """
@@ -150,20 +149,20 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
     z_t = noise * schedule.init_noise_std(levels[0][1])
     before = None                                                # z and sigma of the step before
     for t, sigma, next_sigma in levels:
-        alpha = 1 / math.sqrt(sigma**2 + 1)                      # sigma_t is alpha sigma
+        alpha = 1 / math.sqrt(sigma**2 + 1)                      # as alpha_t^2 + sigma_t^2 = 1
         prediction = predict(z_t, t)
         if schedule.prediction == "epsilon":
-            noise = prediction
-            z = z_t / alpha - sigma * noise
-        else:                                                    # v = alpha_t noise - sigma_t z
-            noise = alpha * (prediction + sigma * z_t)
+            eps = prediction
+            z = z_t / alpha - sigma * eps
+        else:                                                    # v = alpha_t eps - sigma_t z
+            eps = alpha * (prediction + sigma * z_t)
             z = alpha * (z_t - sigma * prediction)
         z_s = z
         if schedule.sampler == "dpm" and before and next_sigma:
             z_before, sigma_before = before
             ratio = math.log(sigma / next_sigma) / math.log(sigma_before / sigma)  # of the steps' lengths
             z_s = z + (1 - next_sigma / sigma) * ratio / 2 * (z - z_before)
-        z_t = (z_s + next_sigma * noise) / math.sqrt(next_sigma**2 + 1)
+        z_t = (z_s + next_sigma * eps) / math.sqrt(next_sigma**2 + 1)
         before = z, sigma
     return z_t
 
@@ -178,6 +177,11 @@ def guide(prediction: Tensor, guidance: float) -> Tensor:
 # Pipeline
 
 
+def images_at_once(pixels: int) -> int:
+    """How many images of so many pixels the networks compute at once: about a megapixel, for memory."""
+    return max(1, min(32, 2**20 // pixels))
+
+
 class Pipeline:
     """
     Prompts in, images out; made by `load_pipeline`.
@@ -189,7 +193,7 @@ class Pipeline:
     def __init__(self, folder: Path, unet_folder: Path, vae_folder: Path, preset: Preset, dtype: torch.dtype,
                  device: str, low_memory: bool = False, compile: bool = False):
         self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
-        self.vae_folder = vae_folder if (vae_folder / "config.json").is_file() else vae_folder / "vae"
+        self.vae_folder = model.part_folder(vae_folder, "vae")
         self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
         index = model.read_json(folder / "model_index.json")
         # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
@@ -222,8 +226,8 @@ class Pipeline:
         """
         One RGB image for each prompt, from noise drawn by a CPU generator with its seed.
 
-        None is the model's preset, and no negative prompt; height and width are in pixels; a single seed is
-        every prompt's. `progress` names a progress bar; `callback(i)` is called after network call i = 0, 1, ...
+        Steps, guidance and size default to the model's preset; height and width are in pixels; one seed serves all
+        prompts. `progress` names a progress bar; `callback(i)` is called after network call i = 0, 1, ...
         Raises ValueError for words or sizes that the model does not support, for a wrong number of seeds, and
         for images that are not finite.
         """
@@ -276,7 +280,7 @@ class Pipeline:
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        batches = torch.arange(len(seeds)).split(max(1, min(32, 2**20 // (height * width))))
+        batches = torch.arange(len(seeds)).split(images_at_once(height * width))
         bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None)
         calls, latents = itertools.count(), []
         for batch in batches:
@@ -301,10 +305,10 @@ class Pipeline:
     def decode(self, vae: VAE, latents: Tensor) -> list[Image.Image]:
         """Images of scaled latents (N, 4, H, W); in batches as in `denoise`, or with `low_memory` in tiles."""
         latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
-        batch = max(1, min(32, 2**20 // (latents[0, 0].numel() * vae.config.downscale**2)))
+        batch = 1 if self.low_memory else images_at_once(latents[0, 0].numel() * vae.config.downscale**2)
         images = []
-        for part in latents.split(1 if self.low_memory else batch):
-            with torch.autocast(self.device.split(":")[0], enabled=False):  # in previews too
+        for part in latents.split(batch):
+            with torch.autocast(self.device.split(":")[0], enabled=False):  # previews run under it
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
                 raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")

@@ -86,10 +86,10 @@ def preset(name: str | Path) -> Preset:
     return own._replace(steps=int(own.steps), guidance=float(own.guidance))
 
 
-def model_name(text: str) -> str:
-    """A type for argparse: a preset's name, a folder, or what looks like a hub id."""
-    if text not in PRESETS and "/" not in text and not os.path.exists(text):
-        names = ", ".join(PRESETS)
+def model_name(text: str, words: tuple[str, ...] = ()) -> str:
+    """A type for argparse: a preset's name, a folder, what looks like a hub id, or one of `words`."""
+    if text not in (*words, *PRESETS) and "/" not in text and not os.path.exists(text):
+        names = ", ".join([*words, *PRESETS])
         raise argparse.ArgumentTypeError(f"{text!r} is neither {names}, nor a folder, nor a hub id")
     return text
 
@@ -197,7 +197,7 @@ def reset_peak_memory(device: str):
 
 
 def peak_memory(device: str) -> float:
-    """Peak GB since the reset: allocated on a GPU, or else of the whole process; nan if unknown."""
+    """Peak GB since `reset_peak_memory`: allocated on a GPU, or else of the whole process; nan if unknown."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     if not os.access("/proc/self/status", os.R_OK):

@@ -72,7 +72,7 @@ def in_float32(norm: nn.Module, inputs: tuple[Tensor]) -> Tensor:
 
 
 def frozen(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    """A network made in `dtype`; without numbers it cannot be cast."""
+    """A network created in `dtype`, since fake tensors cannot be cast."""
     torch.set_default_dtype(dtype)
     try:
         return build().requires_grad_(False)
@@ -84,13 +84,13 @@ class Rehearsal:
     """
     The networks of a run as tensors without numbers, and what a step on them costs.
 
-    `schedule` and `sample_loss` are the run's noise schedule and the function that trains; `matched` has paths
-    of the student's modules and of their teachers.
+    `schedule` is the run's noise schedule; `hook_features` and `sample_loss` are distill.py's. `matched` has paths of the
+    student's modules and of the teacher's that they learn from.
     """
 
     def __init__(self, args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAEConfig,
                  teacher: model.UNetConfig | None, student: model.UNetConfig, matched: dict[str, str],
-                 schedule, sample_loss: Callable):
+                 schedule, hook_features: Callable, sample_loss: Callable):
         self.args, self.matched, self.sample_loss = args, matched, sample_loss
         self.config, self.vae_config, self.tokens = student, vae, texts[0].max_position_embeddings
         self.size = args.size or student.sample_size * vae.downscale
@@ -107,12 +107,12 @@ class Rehearsal:
             text = frozen(lambda: TextEncoders(
                 [CLIP(config, i == 1, last=len(texts) == 1) for i, config in enumerate(texts)],
                 [lambda prompts: torch.zeros(len(prompts), self.tokens, dtype=torch.long)] * len(texts)), dtype)
-        self.pipeline = SimpleNamespace(device="cpu", dtype=dtype, text=text, vae=encoder, schedule=schedule)
+        self.pipeline = SimpleNamespace(device="cpu", dtype=dtype, text=text, vae=encoder, schedule=schedule,
+                                        zero_negative=True)
         for module in self.student.modules():
             if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                 module.register_forward_pre_hook(in_float32)
-        self.features = (model.Features(self.teacher, list(matched.values()), stop=not args.out_kd)
-                         if teacher else None, model.Features(self.student, list(matched)))
+        self.networks = hook_features(self.teacher, self.student, matched, args.out_kd)
 
     def loss(self, images: int) -> Tensor:
         """The loss of a micro-batch of so many images, none of which is in a cache."""
@@ -121,14 +121,13 @@ class Rehearsal:
         pixels = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
         sample = {"pixels": pixels, "caption": "", "timestep": 0, "dropped": False, "noise": noise,
                   "latent_noise": noise, "time_ids": torch.zeros(6)}
-        samples, (taught, learned) = [dict(sample) for _ in range(images)], self.features
-        loss, _ = self.sample_loss(
-            self.args, samples, self.pipeline, self.teacher, taught, self.student, learned)
+        samples = [dict(sample) for _ in range(images)]
+        loss, _ = self.sample_loss(self.args, samples, self.pipeline, self.networks)
         return loss
 
     @cache
     def peak(self, images: int, checkpointing: str) -> int:
-        """Bytes of a process at their peak, micro-batches being so large: networks, Adam, activations, all."""
+        """Peak bytes of a process with micro-batches of so many images: networks, Adam, activations, all."""
         self.student.set_checkpointing(checkpointing)
         with self.fake, self.memory as memory:
             memory.peak = memory.alive

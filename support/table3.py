@@ -111,10 +111,8 @@ def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> li
 def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
           scorer: str | None = None) -> list[float]:
     """
-    The scores of a run: the judge's, nan if the teacher is not the toy, the distance to the teacher, and the
-    mean of a scorer if there is one.
-
-    The distance is the root mean square difference of images from the same noise, in 0..1.
+    The scores of a run: the judge's (nan unless the teacher is the toy), the distance to the teacher's images, and
+    a scorer's mean if there is one. The distance is the root mean square difference from the same noise, in 0..1.
     """
     name = f"score-{steps}-{len(prompts)}"                       # by steps, as a run may be made longer
     path = folder / (f"{name}-{quote(scorer, safe='')}.csv" if scorer else f"{name}.csv")
@@ -186,6 +184,8 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         for run, folder in zip(group, folders):
             runs[run] = score(folder, args.steps, teacher, prompts, args.scorer)
 
+    names = [sign for sign in signs if sign != "distance"] if teacher == "toy" or args.scorer else ["distance"]
+    kept = [list(signs).index(name) for name in names]           # the scores that are drawn
     rows, cells, findings, groups = [], [], [], {}
     for table in tables:
         scores, points = {}, {}
@@ -198,7 +198,9 @@ def ablation(args: argparse.Namespace) -> Image.Image:
             rows.append([*start, *np.stack([means, spreads], axis=1).flatten().tolist()])
             cells.append([*start, *map(format_score, means, spreads)])
         order = sorted(TABLE[table].items(), key=lambda item: -np.nan_to_num(item[1].hpsv2))
-        groups[f"Table {table}"] = {f"{name}  {format_score(row.hpsv2, math.nan, 2)}": points[name] for name, row in order}
+        dots = groups[f"Table {table}"] = {}
+        for name, row in order:
+            dots[f"{name}  {format_score(row.hpsv2, math.nan, 2)}"] = [points[name][k] for k in kept]
         claim, better, worse = FINDINGS[table]
         findings.append([claim, check_finding(better, worse, scores, signs)])
     header = ["table", "row", "paper's HPSv2", *signs]
@@ -209,9 +211,5 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         print(f"{claim}: {found}")
     title = (f"Table 3, KOALA-1B of {teacher}: {args.steps} steps of {args.batch}, {args.seeds} seeds, "
              f"{len(prompts)} captions. In the paper's order, with its HPSv2")
-    names = [sign for sign in signs if sign != "distance"] if teacher == "toy" or args.scorer else ["distance"]
-    kept = [list(signs).index(name) for name in names]
-    groups = {heading: {label: [points[k] for k in kept] for label, points in rows.items()}
-              for heading, rows in groups.items()}
     return stack(dot_chart(title, names, groups),
                  draw_table("Findings of section 4.2", ["finding", "verdict"], findings))

@@ -165,7 +165,7 @@ def distill():
 def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int, recipe: bool = False):
     """With `recipe` theirs is as BK-SDM trains: it encodes the images each time and recomputes all blocks."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from distill import losses, match_features
+    from distill import hook_features, losses, match_features
 
     teacher, student = model.UNet(config), model.UNet(model.student_config(config, "700m"))
     model.inherit(student, teacher)
@@ -177,7 +177,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     theirs[0].requires_grad_(False)
     student.to(memory_format=torch.channels_last)
-    taught, learned = model.Features(teacher, list(matched.values())), model.Features(student, list(matched))
+    _, _, teacher_features, student_features = hook_features(teacher, student, matched)
     kept = {}
     for key, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
@@ -199,11 +199,11 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
                   torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
 
     def ours_step():
-        with torch.no_grad(), taught as t:
-            wanted = teacher(*x)
-        with learned as s:
+        with torch.no_grad(), teacher_features as t:
+            teacher_prediction = teacher(*x)
+        with student_features as s:
             prediction = student(*x)
-        sum(losses(prediction, noise, wanted, [s[p] for p in matched],
+        sum(losses(prediction, noise, teacher_prediction, [s[p] for p in matched],
                    [t[p] for p in matched.values()])).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()

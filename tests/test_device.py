@@ -55,11 +55,10 @@ def test_a_distillation_step_stays_on_its_device(pipeline, monkeypatch):
     with torch.device("meta"):
         student = model.UNet(model.student_config(teacher.config, "700m"))
     matched = distill.match_features(student, teacher, args.features)
-    captured = [model.Features(teacher, list(matched.values())), model.Features(student, list(matched))]
     data = Samples(Shapes(), 64, (4, 32, 32), 0, 0.5, False)
     samples = [data[p] for p in range(2)]
     assert {tensor.device.type for tensor in distill.encode_batch(samples, pipeline)} == {"meta"}
-    loss, terms = distill.sample_loss(args, samples, pipeline, teacher, captured[0], student, captured[1])
+    loss, terms = distill.sample_loss(args, samples, pipeline, distill.hook_features(teacher, student, matched))
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
     torch.optim.AdamW(student.parameters(), fused=False).step()

@@ -22,7 +22,7 @@ from torch import Tensor
 import distill
 import model
 import sample
-from distill import encode_batch, losses, match_features, objective, parse_args, parse_features
+from distill import encode_batch, hook_features, losses, match_features, objective, parse_args, parse_features
 from model import Features, UNet, UNetConfig, load_unet, read_json, save_unet
 from sample import NoiseSchedule, Pipeline
 from support import costs
@@ -65,7 +65,7 @@ def deep():
     networks = {"teacher": filled(TEACHER)} | {name: weaken(filled(config)) for name, config in STUDENTS.items()}
     for name in STUDENTS:
         assert networks[name].config == model.student_config(networks["teacher"].config, name)
-    pipeline = SimpleNamespace(device="cpu", text=None, schedule=NoiseSchedule(SCHEDULER),
+    pipeline = SimpleNamespace(device="cpu", text=None, zero_negative=True, schedule=NoiseSchedule(SCHEDULER),
                                vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5)))
     samples = [{"mean": LATENTS[i] / 0.5, "std": torch.zeros_like(NOISE[i]), "latent_noise": NOISE[i],
                 "noise": NOISE[i], "dropped": False, "timestep": int(CONDITIONS["timestep"][i]),
@@ -81,8 +81,7 @@ def test_each_term_equals_that_of_diffusers_networks_and_hooks(deep, case):
     matched = match_features(student, teacher, features, blocks)
     args = parse_args(["--task", "2", "--out-kd", "3", "--feat-kd", "5"])
     with torch.no_grad():
-        loss, terms = objective(args, batch, teacher, Features(teacher, list(matched.values())),
-                                student, Features(student, list(matched)), torch.float32)
+        loss, terms = objective(args, batch, hook_features(teacher, student, matched), torch.float32)
     expected = load_file(ANSWERS)[" ".join(case)]
     torch.testing.assert_close(terms.double(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), expected @ torch.tensor([2.0, 3, 5]).double(), rtol=1e-5, atol=0)
@@ -92,12 +91,12 @@ def test_features_are_normalized_if_asked_for(deep):
     networks, batch = deep
     student, teacher = networks["700m"], networks["teacher"]
     matched = match_features(student, teacher, "SA,LF@UP-3")
-    learned, taught = Features(student, list(matched)), Features(teacher, list(matched.values()))
+    networks = hook_features(teacher, student, matched)
     args = parse_args(["--normalize-features"])
     with torch.no_grad():
-        _, terms = objective(args, batch, teacher, taught, student, learned, torch.float32)
-        _, ours = distill.student_forward(student, learned, batch, torch.float32)
-        _, theirs = distill.teacher_forward(teacher, taught, batch, torch.float32)
+        _, terms = objective(args, batch, networks, torch.float32)
+        _, ours = distill.student_forward(networks, batch, torch.float32)
+        _, theirs = distill.teacher_forward(networks, batch, torch.float32)
     expected = sum(((a - b)**2).mean() / (b**2).mean() for a, b in zip(ours, theirs))
     torch.testing.assert_close(terms[2], expected, rtol=1e-5, atol=0)
 
@@ -187,20 +186,22 @@ class Parts(NamedTuple):
 
     args: object
     pipeline: Pipeline
-    teacher: UNet | None
-    student: UNet
-    matched: dict[str, str]
+    networks: distill.Networks
     samples: Samples
     identity: dict
     stop: object
     least_seconds: float
 
+    @property
+    def teacher(self) -> UNet | None:
+        return self.networks.teacher
+
+    @property
+    def student(self) -> UNet:
+        return self.networks.student
+
     def objective(self, batch: distill.Batch) -> tuple[Tensor, Tensor]:
-        features = None
-        if self.teacher:
-            features = Features(self.teacher, list(self.matched.values()), stop=not self.args.out_kd)
-        return objective(self.args, batch, self.teacher, features, self.student,
-                         Features(self.student, list(self.matched)), self.pipeline.dtype)
+        return objective(self.args, batch, self.networks, self.pipeline.dtype)
 
     def batch(self, *positions: int) -> distill.Batch:
         return encode_batch([self.samples[p] for p in positions], self.pipeline)
@@ -210,11 +211,11 @@ class Parts(NamedTuple):
         self.objective(batch)[0].backward()
         return {name: parameter.grad for name, parameter in self.student.named_parameters()}
 
-
     def but(self, *flags) -> "Parts":
         """The same networks, and other weights of the terms or other features."""
         args = parse_args([*flags])
-        return self._replace(args=args, matched=match_features(self.student, self.teacher, args.features))
+        matched = match_features(self.student, self.teacher, args.features)
+        return self._replace(args=args, networks=hook_features(self.teacher, self.student, matched, args.out_kd))
 
 
 @pytest.fixture(scope="module")

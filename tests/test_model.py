@@ -228,15 +228,6 @@ def test_every_tensor_is_the_teachers_at_the_same_place(name):
     assert all(used[start] for start in moved)
 
 
-@torch.no_grad()
-def test_a_student_of_all_its_teachers_parts_is_its_teacher():
-    teacher = unet("sdxl")
-    student = UNet(teacher.config)
-    inherit(student, teacher)
-    given = inputs(UNETS["sdxl"], "square")
-    assert torch.equal(student(**given), teacher(**given))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Features
 
@@ -372,12 +363,6 @@ def test_every_feature_of_a_student_has_a_gradient(mode, name):
         own = student.get_submodule(path).parameters()
         assert all(parameter.grad.any() for parameter in own) and student.conv_in.weight.grad.any()
         assert student.conv_out.weight.grad is None
-
-
-def test_an_unknown_checkpointing_mode_is_refused():
-    network = unet("700m")
-    with pytest.raises(ValueError, match="selective"):
-        network.set_checkpointing("sometimes")
 
 
 def test_nothing_is_captured_outside_of_with():

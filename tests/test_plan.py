@@ -53,8 +53,7 @@ def kept_by(student: UNet, teacher: UNet, images: int, on_gpu: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        distill.objective(args, batch, teacher, Features(teacher, [*matched.values()]), student,
-                          Features(student, [*matched]), torch.bfloat16)
+        distill.objective(args, batch, distill.hook_features(teacher, student, matched), torch.bfloat16)
     return sum(storage.nbytes() for storage in kept.values())
 
 
