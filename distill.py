@@ -2,8 +2,8 @@
 Teacher to student: KOALA's knowledge distillation with self-attention features (sections 4.2, 5.1 and A.1).
 
     python distill.py --student 700m                                   # the embedded toy: minutes on a laptop
-    python distill.py --student 700m --teacher sdxl --data laion/      # the paper's recipe, on one GPU
-    torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/
+    python distill.py --student 700m --teacher sdxl --data laion/ --vae madebyollin/sdxl-vae-fp16-fix
+    torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/    # on four GPUs
 
 A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
 diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about a
@@ -368,6 +368,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
              "scaler": scaler.state_dict()}
     state |= resume(args.out, identity, student, optimizer, partial(load_unets, unets))
     scaler.load_state_dict(state["scaler"])
+    if state["step"] and rank == 0:
+        print(f"resumed at step {state['step']}")
     check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
     if state["step"] > args.steps:
         raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
@@ -491,7 +493,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
     add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
-    add("--decay", "last share of the steps, in which the learning rate falls to 0", type=number(float, 0, 1))
+    add("--decay", "share of the steps, the last, over which the learning rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
     add("--dropout", "share of captions replaced by none", type=number(float, 0, 1), default=0.1)
     add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
@@ -506,13 +508,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--precision", "[bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS))
     add("--checkpointing", "what the backward pass recomputes [as much as a GPU's memory asks for, and a smaller "
         "--micro-batch if need be; none elsewhere]", choices=list(model.CHECKPOINTING))
-    add("--ema", "decay of an average of the student's weights, unet_ema/, such as 0.9999 [no average]",
+    add("--ema", "keep an average of the student's weights, of this decay, in unet_ema/ [none; 0.9999 is usual]",
         type=number(float, 0, 1))
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
     add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
     parser.add_argument("--dry-run", action="store_true",
-                        help="print settings, matched features and costs, and stop")
+                        help="print settings, matched features and costs; reads no data and no weights")
     args = parser.parse_args(argv)
     fill_in(args)
     check_args(args, parser)
@@ -551,6 +553,8 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
+    if args.data != "shapes" and not args.dry_run and not Path(args.data).is_dir():
+        parser.error(f"--data {args.data} is not a folder")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -88,9 +89,11 @@ def preset(name: str | Path) -> Preset:
 
 def model_name(text: str, words: tuple[str, ...] = ()) -> str:
     """A type for argparse: a preset's name, a folder, what looks like a hub id, or one of `words`."""
-    if text not in (*words, *PRESETS) and "/" not in text and not os.path.exists(text):
-        names = ", ".join([*words, *PRESETS])
-        raise argparse.ArgumentTypeError(f"{text!r} is neither {names}, nor a folder, nor a hub id")
+    names = [*words, *PRESETS]
+    if text not in names and "/" not in text and not os.path.exists(text):
+        nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(text.lower(), names, 1))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither {', '.join(names)}, nor a folder, nor a hub id{nearest}")
     return text
 
 
@@ -103,7 +106,8 @@ def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     def parse(text: str):
         value = kind(text)
         if not (low <= value <= high and value < math.inf):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number between {low} and {high}")
+            bounds = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}")
         if kind is int and value % multiple:
             below = value - value % multiple
             near = f"{below} or {below + multiple}"

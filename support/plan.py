@@ -31,7 +31,7 @@ PEAKS = {  # TFLOP/s of dense 16-bit matrix products that sum in float32, by wha
 CARDS = {  # bytes that PyTorch finds on cards of 24, 40, 80, 80 and 141 GB
     "RTX 4090": 25.3e9, "A100-40GB": 42.2e9, "A100-80GB": 85e9, "H100-80GB": 85e9, "H200": 150e9}
 USABLE = 0.9  # of these bytes, assumed; the rest is for CUDA itself, workspaces and fragments
-SHARE = 0.3   # of the peak that a training reaches, assumed; published ones like it reach 0.13 to 0.28 on A100
+SHARE = 0.2   # of the peak that a training reaches, assumed; published ones like it reach 0.13 to 0.28 on A100
 
 
 def peak_flops(device_name: str) -> float:
@@ -84,8 +84,8 @@ class Rehearsal:
     """
     The networks of a run as tensors without numbers, and what a step on them costs.
 
-    `schedule` is the run's noise schedule; `hook_features` and `sample_loss` are distill.py's. `matched` has paths of the
-    student's modules and of the teacher's that they learn from.
+    `schedule` is the run's noise schedule; `hook_features` and `sample_loss` are distill.py's. `matched` has paths of
+    the student's modules and of the teacher's that they learn from.
     """
 
     def __init__(self, args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAEConfig,

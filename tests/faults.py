@@ -11,7 +11,6 @@ Injection: what to run then, and what has to come of it. `judge` alone decides. 
 The same --seed injects the same faults; only moments of signals differ. All on the CPU, without network.
 """
 
-import argparse
 import contextlib
 import json
 import multiprocessing
@@ -46,6 +45,7 @@ import sample  # noqa: E402
 from runs import checkpoint, equal, write_pairs, write_tar, write_teacher, write_vae  # noqa: E402
 from support import cli, data, files, table3  # noqa: E402
 from support.checkpoint import load_checkpoint  # noqa: E402
+from support.cli import ArgumentParser, number  # noqa: E402
 from toy import make  # noqa: E402
 
 LIMIT = 120  # seconds; far more than any program here takes
@@ -881,20 +881,19 @@ def make_world(world: Path):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600, help="then it comes to an end [%(default)s]")
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--seconds", type=number(int, 1), default=600, metavar="N", help="then it comes to an end")
     parser.add_argument("--kind", nargs="+", metavar="KIND", choices=[kind.__name__ for kind in KINDS],
-                        help="these alone, by the names of their functions")
-    parser.add_argument("--seed", type=int, default=0, help="[%(default)s]")
-    parser.add_argument("--jobs", type=int, default=2, help="faults at the same time [%(default)s]")
+                        help="these alone, by the names of their functions [all]")
+    parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of what is injected")
+    parser.add_argument("--jobs", type=number(int, 1), default=2, metavar="N", help="faults at the same time")
     parser.add_argument("--verbose", action="store_true", help="show the output of what went wrong")
     args = parser.parse_args()
     start, kinds = time.monotonic(), [kind for kind in KINDS if not args.kind or kind.__name__ in args.kind]
     # In rounds, so that a run that is short of time has some of each kind.
     rounds = []
     for i, kind in enumerate(kinds):
-        rounds += [(number / KINDS[kind], i, number) for number in range(KINDS[kind])]
+        rounds += [(index / KINDS[kind], i, index) for index in range(KINDS[kind])]
     rounds.sort()
     table = {kind: Counter() for kind in kinds}
     context = multiprocessing.get_context("fork")
@@ -905,17 +904,17 @@ def main():
         running = {}
         while rounds or running:
             while rounds and len(running) < args.jobs and time.monotonic() < start + args.seconds:
-                _, i, number = rounds.pop(0)
-                running[pool.submit(inject, kinds[i], number, args.seed, world)] = kinds[i], number
+                _, i, index = rounds.pop(0)
+                running[pool.submit(inject, kinds[i], index, args.seed, world)] = kinds[i], index
             if not running:
                 break
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                kind, number = running.pop(future)
+                kind, index = running.pop(future)
                 wrong, output = future.result()
                 table[kind].update(["injections", wrong])
                 if wrong:
                     shown = output if args.verbose else ""
-                    print(f"{kind.__name__} {number}: {wrong}", shown, file=sys.stderr)
+                    print(f"{kind.__name__} {index}: {wrong}", shown, file=sys.stderr)
     shutil.rmtree(world)
     columns = ("injections", "tracebacks", "hangs", "accepted", "losses")
     print(f"| fault | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")

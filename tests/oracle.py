@@ -7,6 +7,7 @@ Outputs of its networks on small configurations, and as metadata a digest of the
 tensors of the official networks. None of it uses our networks.
 """
 
+import argparse
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
@@ -59,4 +60,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -6,6 +6,7 @@ Makes answers/analysis.safetensors: self-attention maps of diffusers, for the te
 Of each stage's first self-attention, the mean over heads of what diffusers' own softmax gives.
 """
 
+import argparse
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
@@ -44,5 +45,6 @@ FIRST = [f"{stage}.attentions.0.transformer_blocks.0.attn1"
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     save_file({path: found.contiguous() for path, found in attention_maps(FIRST).items()},
               ANSWERS.with_name("analysis.safetensors"))

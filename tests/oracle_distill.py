@@ -6,6 +6,7 @@ Makes answers/distill.safetensors: the losses that diffusers' networks, with hoo
 Which module of the teacher each module of the student learns from is written out once more, from the paper.
 """
 
+import argparse
 from pathlib import Path
 
 import torch
@@ -118,4 +119,5 @@ def answers() -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     save_file(answers(), ANSWERS)

@@ -4,6 +4,7 @@ Makes answers/sample.safetensors: bundles.py's cases as the pipelines of diffuse
     python tests/oracle_sample.py        run by hand; the file was made with diffusers 0.42 and torch 2.13
 """
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -45,4 +46,5 @@ def main():
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

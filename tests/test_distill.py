@@ -26,7 +26,7 @@ from distill import encode_batch, hook_features, losses, match_features, objecti
 from model import Features, UNet, UNetConfig, load_unet, read_json, save_unet
 from sample import NoiseSchedule, Pipeline
 from support import costs
-from support.data import Samples
+from support.data import Samples, Shapes
 from support.vae import VAE, load_vae
 from toy import judging
 
@@ -403,8 +403,12 @@ def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
     assert run(*flags) == 128 + signal.SIGTERM and run(*flags) == 0
     assert run(*flags, out="whole") == 0
     assert log_rows(tmp_path / "run") == log_rows(tmp_path / "whole")
-    image, = sample.load_pipeline(tmp_path / "run")(["a red box"], steps=1)
+    pipeline = sample.load_pipeline(tmp_path / "run")
+    image, = pipeline(["a red box"], steps=1)
     assert image.size == (64, 64)
+    one = Samples(Shapes(), 64, (4, 16, 16), 0, 1.0, False)[0] | {"caption": "a red box"}
+    with torch.no_grad():                                        # a dropped caption is what guidance compares with
+        assert torch.equal(encode_batch([one], pipeline).context, pipeline.text([""])[0])
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run")
     assert {p.dtype for p in theirs.text_encoder.parameters()} == {torch.float32}
@@ -653,3 +657,6 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
     assert torch.get_default_dtype() == torch.float32
     code, out, _ = program("--teacher", folder, "--data", "laion/", "--vae", "toy", "--dry-run")
     assert code == 0 and "VAE 167,959" in out
+    save_unet(student, tmp_path / "student")                     # a U-Net alone, as in toy/students
+    code, out, _ = program("--teacher", folder, "--data", "laion/", "--init", tmp_path / "student", "--dry-run")
+    assert code == 0 and f"student {ours:,}" in out
