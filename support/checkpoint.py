@@ -288,7 +288,7 @@ def check_agreement(status: str):
 
 class StopSignal:
     """
-    Within `with`, a first SIGINT or SIGTERM sets `received`; one PATIENCE seconds later ends the process.
+    Within `with`, a first SIGINT or SIGTERM sets `received`; one after PATIENCE seconds ends the process.
 
     An earlier one is the same stop: torchrun passes on a signal that its processes have received themselves.
     """

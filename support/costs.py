@@ -148,7 +148,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
 
 
 def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> Image.Image:
-    """For each stage a bar of each model, in three parts; `which` of the counts of `count_unet`, in units."""
+    """For each stage a bar of each model, in three parts: parameters if `which` is 0, multiply-adds if 1."""
     kinds, groups = ("residual", "transformer", "rest"), defaultdict(list)
     for stage, counts in product((*STAGES, "rest"), unets.values()):
         groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])

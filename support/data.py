@@ -122,7 +122,7 @@ class CaptionedImages:
         return len(self.spans)
 
     def count_rest(self, kind: str, used: set[str]):
-        """Counts the images and shards beside those `used`, and warns that they are left out."""
+        """Counts the images and shards other than those `used`, and warns that they are left out."""
         endings = (*IMAGES, ".tar")
         rest = sum(name.lower().endswith(endings) and name not in used for name, _ in self.loose_files())
         self.skipped[f"not_in_{kind}"] = rest
@@ -134,7 +134,7 @@ class CaptionedImages:
         return path.relative_to(self.root).as_posix()
 
     def make_index(self, items: Iterable[dict[str, Span]]):
-        """Spans as one array (N, kinds, 3): millions of objects would take gigabytes in each process."""
+        """Sets `spans`, one array (N, kinds, 3): millions of objects would take gigabytes in each process."""
         paths, numbers = {"": 0}, array("q")
         for item in items:
             for kind in self.KINDS:

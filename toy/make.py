@@ -256,7 +256,7 @@ def write_bundle(folder: Path, toy: Toy):
 
 
 def judge(args: argparse.Namespace) -> dict[str, float]:
-    """The judge's scores of the bundle on captions it was not trained on; writes some pictures to grid.png."""
+    """The judge's scores of the bundle on captions not trained on; writes some pictures to grid.png."""
     seeds = list(range(args.captions))
     captions = shapes.judge_captions(args.captions)
     pipeline = load_pipeline(args.out / "bundle")
@@ -364,7 +364,7 @@ def main(argv: list[str] | None = None):
     add("--guidance", number(float, 1), PRESETS["toy"].guidance, "guidance scale of what is judged")
     add("--out", path, Path("runs/toy"), "of the run", "FOLDER")
     args = parser.parse_args(argv)
-    if args.batch % process_ranks()[1]:
+    if args.batch % process_ranks().world:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
     of_student = args.command == "publish" and (args.out / "unet").is_dir()
     if args.command != "train" and not of_student and not Path(args.out, "bundle", "model_index.json").is_file():
