@@ -1,4 +1,4 @@
-"""Table 4: scores are transformers' own, pictures are drawn once, errors are by the closed form."""
+"""Table 4: scores are transformers' own, pictures are drawn once, errors match the closed form."""
 
 import json
 import re
@@ -311,7 +311,7 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
     pipelines.clear()                                            # again: nothing is drawn
     run(*command)
     assert not pipelines and read_csv(tmp_path / "t.csv") == rows
-    before = [path.stat().st_mtime_ns for path in kept]          # as after a kill, and a damage
+    before = [path.stat().st_mtime_ns for path in kept]          # one will be missing, one damaged
     kept[1].unlink()
     damaged = bytearray(kept[6].read_bytes())
     damaged[-40] ^= 1
@@ -325,15 +325,15 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
 
 def test_a_kill_loses_at_most_the_pictures_at_hand(models, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a red box\n" * 33)
-    keep, kept = table4.save_picture, []
+    save, saved = table4.save_picture, []
 
-    def keep_some(*args):
-        if len(kept) == 32:
+    def save_some(*args):
+        if len(saved) == 32:
             raise KeyboardInterrupt
-        kept.append(args[0])
-        keep(*args)
+        saved.append(args[0])
+        save(*args)
 
-    monkeypatch.setattr(table4, "save_picture", keep_some)
+    monkeypatch.setattr(table4, "save_picture", save_some)
     args = ("--model", models[1], "--scorer", "judge", "--steps", 1, "--pictures", tmp_path / "kept", "--out",
             tmp_path / "t.png")
     monkeypatch.setattr(scorers.Judge, "__init__", lambda self, prompts: None)
