@@ -19,9 +19,9 @@ class Cache:
     One file of fixed-size records, shared by processes, and by runs that read the same data.
 
     A record is tensors of known shapes and dtypes, and a checksum of its number and contents. If it was never
-    written, or is half-written, damaged or in the wrong place, the checksum is wrong: it counts as absent and
-    is made again, so no lock is needed. `identity` is what the contents depend on; raises ValueError if the
-    folder has a cache of another identity.
+    written, or is half-written, damaged or in the wrong place, the checksum is wrong: the record counts as
+    absent and is made again, so no lock is needed. `identity` is what the contents depend on. Raises
+    ValueError if the folder has a cache of another identity.
     """
 
     def __init__(self, folder: Path, identity: dict, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
@@ -50,7 +50,7 @@ class Cache:
         return tensors
 
     def write(self, index: int, tensors: dict[str, Tensor]):
-        """Writes a record, unless its numbers are not finite. Others of `tensors` are not written."""
+        """Writes the tensors of the layout as a record, unless one is not finite; `tensors` may have more."""
         record = b""
         for name, (shape, dtype) in self.layout.items():
             tensor = tensors[name].to("cpu", dtype).reshape(shape).contiguous()

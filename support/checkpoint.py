@@ -16,7 +16,7 @@ import weakref
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -43,8 +43,8 @@ def lock_run_dir(folder: Path, other: str = "bundle"):
     """
     Makes the folder of a run and locks it until the process ends, however it ends.
 
-    Raises OSError if another process has the lock, or if the folder has a model and no run, or a run of the
-    other program, which leaves a file or folder `other`.
+    Raises OSError if another process has the lock, if the folder has a model and no run, or if it has
+    `other`, the file or folder that a run of the other program leaves.
     """
     has_model = any(Path(folder, name).exists() for name in ("model_index.json", "config.json", "unet"))
     has_run = Path(folder, "log.csv").exists() or any(folder.glob(CHECKPOINTS))
@@ -56,8 +56,8 @@ def lock_run_dir(folder: Path, other: str = "bundle"):
         raise FileExistsError(f"{path} is not a plain file; remove it")
     lock = open(path, "a")
     if os.name != "nt":  # readers of data, which may outlive this process, do not keep the lock
-        held = weakref.ref(lock)
-        os.register_at_fork(after_in_child=lambda: held() and held().close())
+        lock_ref = weakref.ref(lock)
+        os.register_at_fork(after_in_child=lambda: lock_ref() and lock_ref().close())
     try:
         if os.name == "nt":
             msvcrt.locking(lock.fileno(), msvcrt.LK_NBLCK, 1)
@@ -65,7 +65,7 @@ def lock_run_dir(folder: Path, other: str = "bundle"):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
-    for leftover in list(folder.rglob(f"{WRITING}*")):  # of a process that was killed
+    for leftover in list(folder.rglob(f"{WRITING}*")):  # by a process that was killed
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -82,7 +82,7 @@ def check_settings(where: str, before: dict, now: dict, flag: str):
 
 
 def fingerprint(*networks: nn.Module) -> str:
-    """A checksum that tells one model from another: of names and up to 1,024 numbers of each parameter."""
+    """A checksum that tells models apart: of each parameter's name and about 1,024 of its numbers."""
     checksum = 0
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -96,14 +96,35 @@ def fingerprint(*networks: nn.Module) -> str:
 # Checkpoints
 
 
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def show_unet(run: Path, checkpoint: Path):
+    """Shows unet/ and unet_ema/ of a checkpoint in the run's folder, as hard links where possible."""
+    for path in checkpoint.glob("unet*/*"):
+        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
+
+
+def link_or_copy(source: Path, target: Path):
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
                     optimizer: torch.optim.Optimizer, save_weights: Callable[[Path], object]):
     """
     Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
 
-    `save_weights(folder)` writes the network's weights; folders unet/ and unet_ema/ that it makes appear in the
-    run's folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save
-    numbers that are not finite.
+    `save_weights(folder)` writes the network's weights; folders unet/ and unet_ema/ that it makes appear in
+    the run's folder too. `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather
+    than save numbers that are not finite.
     """
     moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
                for name, parameter in network.named_parameters() if parameter in optimizer.state
@@ -135,7 +156,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
 
 def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
     """
-    Folder and content of the newest checkpoint that is undamaged; None if there is no checkpoint.
+    Folder and content of the newest undamaged checkpoint; None if there is no checkpoint.
 
     The content has `identity`, `state` and the checksums of `files`. Raises ValueError if all are damaged.
     """
@@ -165,11 +186,11 @@ def resume(run: Path, identity: dict, network: nn.Module, optimizer: torch.optim
 
     Raises ValueError if the run was started with another `identity`.
     """
-    found = load_checkpoint(run)
-    if found is None:
+    newest = load_checkpoint(run)
+    if newest is None:
         return {}
-    folder, content = found
-    check_settings(f"{run}", content["identity"], identity, "--out")
+    folder, content = newest
+    check_settings(str(run), content["identity"], identity, "--out")
     state = content["state"]
     load_weights(folder)
     moments = read_tensors(folder / "optimizer.safetensors")
@@ -183,29 +204,8 @@ def resume(run: Path, identity: dict, network: nn.Module, optimizer: torch.optim
     return state
 
 
-def file_checksum(path: Path) -> int:
-    checksum = 0
-    with open(path, "rb") as file:
-        while chunk := file.read(2**24):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
-def show_unet(run: Path, checkpoint: Path):
-    """Shows unet/ and unet_ema/ of a checkpoint in the run's folder, without a copy where there are links."""
-    for path in checkpoint.glob("unet*/*"):
-        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
-
-
-def link_or_copy(source: Path, target: Path):
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-
-
 def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
-    """Completes a run's folder to a model: the teacher's other networks, the VAE, and how it is sampled."""
+    """Makes a run's folder a whole model: the teacher's other networks, the VAE, and how it is sampled."""
     names = [path.relative_to(teacher).as_posix() for path in teacher.rglob("*") if path.is_file()]
     others = tuple(part for part in PARTS if part not in ("unet", "vae"))
     copies = [(teacher / name, run / name) for name in bundle_files(names, others)]
@@ -214,7 +214,7 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     for source, target in copies:
         atomic_write(target, partial(shutil.copyfile, source))
         if target.name == "config.json" and target.parent.name in ENCODERS:
-            # transformers computes in this dtype; the student's U-Net is in float32, and diffusers mixes none.
+            # transformers computes in this dtype: float32, as the U-Net's, for diffusers cannot mix them.
             config = {key: value for key, value in read_json(target).items() if key != "torch_dtype"}
             write_json(target, config | {"dtype": "float32"})
     sampling = preset._asdict()
@@ -226,8 +226,8 @@ class Log:
     """
     log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped.
 
-    mfu is the share of the GPUs' peak that the counted FLOPs take, empty where the peak is not known;
-    fixed_outKD is of a batch that is always the same, every --preview-every steps.
+    mfu is the share of the GPUs' peak FLOP/s that is used, empty where the peak is not known; fixed_outKD is
+    outKD of a batch that is always the same, every --preview-every steps.
     """
 
     COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
@@ -251,7 +251,13 @@ class Log:
 # Several processes, and how they stop
 
 
-def process_ranks() -> tuple[int, int, int]:
+class Ranks(NamedTuple):
+    rank: int
+    world: int
+    local: int
+
+
+def process_ranks() -> Ranks:
     """Rank, world size and local rank, as torchrun sets them. Raises ValueError."""
     defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
     try:
@@ -260,12 +266,21 @@ def process_ranks() -> tuple[int, int, int]:
         rank = world = local = -1
     if not 0 <= rank < world or local < 0:
         raise ValueError(f"{', '.join(defaults)} are numbers that torchrun sets: unset them")
-    return rank, world, local
+    return Ranks(rank, world, local)
+
+
+def gather_dicts(mine: dict) -> dict:
+    """The entries of all processes' dictionaries."""
+    if not dist.is_initialized():
+        return mine
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def check_agreement(status: str):
     """Raises ValueError if the processes' statuses differ, as when folders differ between machines."""
-    by_rank = gather_dicts({process_ranks()[0]: status})
+    by_rank = gather_dicts({process_ranks().rank: status})
     if len(set(by_rank.values())) > 1:
         raise ValueError(f"processes disagree, by rank: {by_rank}; --out and --data must be the same folders "
                          f"on all machines")
@@ -273,22 +288,22 @@ def check_agreement(status: str):
 
 class StopSignal:
     """
-    Within `with`, a first SIGINT or SIGTERM sets `received`; one after PATIENCE seconds ends the process at once.
+    Within `with`, a first SIGINT or SIGTERM sets `received`; one after PATIENCE seconds ends the process.
 
-    Those before are the same stop, told twice: torchrun passes on what its processes have heard themselves.
+    An earlier one is the same stop: torchrun passes on a signal that its processes have received themselves.
     """
 
     PATIENCE = 3
 
     def __enter__(self) -> "StopSignal":
-        self.received, self.before = 0, {}
+        self.received, self.handlers = 0, {}
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) is not signal.SIG_IGN:
-                self.before[number] = signal.signal(number, self.receive)
+                self.handlers[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *error):
-        for number, handler in self.before.items():
+        for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
     def receive(self, number: int, frame):
@@ -302,12 +317,3 @@ def ignore_signals(worker: int):
     """For the processes that read data: they end with the main process, which handles the signals."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def gather_dicts(mine: dict) -> dict:
-    """The entries of a dictionary of every process."""
-    if not dist.is_initialized():
-        return mine
-    parts = [None] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}

@@ -39,8 +39,8 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
     if name in model.CONFIGS:
         return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
-    texts = [model.read_config(folder / encoder, CLIPConfig.from_dict) for encoder in encoder_names(folder)]
-    return (tuple(texts),
+    clip_configs = [model.read_config(folder / name, CLIPConfig.from_dict) for name in encoder_names(folder)]
+    return (tuple(clip_configs),
             model.read_config(folder / "vae", VAEConfig.from_diffusers),
             model.read_config(Path(preset(name).student or folder / "unet"), model.UNetConfig.from_diffusers))
 
@@ -50,7 +50,7 @@ def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UN
 
 
 def count_flops() -> FlopCounterMode:
-    """Counts the FLOPs within `with`: matrix products, convolutions and attention, two for a multiply-add."""
+    """Counts FLOPs within `with`, two for a multiply-add: matrix products, convolutions and attention."""
     return FlopCounterMode(display=False, custom_mapping={  # the CPU's attention, which PyTorch leaves out
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
             lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
@@ -68,18 +68,18 @@ def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1
     return [torch.zeros(batch, *shape) for shape in shapes]
 
 
-def build_networks(texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig, size: int,
-                   batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+def build_networks(clip_configs: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig,
+                   size: int, batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """
     A model's networks, each with what its `forward` takes for one image of `size` x `size`, all on the meta
     device: shapes without numbers. `batch` is the U-Net's, 2 for guidance.
     """
-    side, tokens = size // vae_config.downscale, texts[0].max_position_embeddings
+    side, tokens = size // vae_config.downscale, clip_configs[0].max_position_embeddings
     with torch.device("meta"):
-        encoders = [CLIP(text, projection=i == 1) for i, text in enumerate(texts)]
+        encoders = [CLIP(clip, projection=i == 1) for i, clip in enumerate(clip_configs)]
         vae = VAE(vae_config)
         return {  # the text encoders take token ids in the place of prompts
-            "text encoders": (TextEncoders(encoders, [nn.Identity()] * len(texts)),
+            "text encoders": (TextEncoders(encoders, [nn.Identity()] * len(encoders)),
                               [torch.zeros(1, tokens, dtype=torch.long)]),
             "VAE decoder": (nn.Sequential(vae.post_quant_conv, vae.decoder),
                             [torch.zeros(1, vae_config.latent_channels, side, side)]),
@@ -88,7 +88,7 @@ def build_networks(texts: tuple[CLIPConfig, ...], vae_config: VAEConfig, config:
 
 
 def count_network(network: nn.Module, inputs: list[Tensor]) -> tuple[int, int]:
-    """Parameters, and multiply-adds of a forward pass."""
+    """Parameters and, of a forward pass, multiply-adds."""
     with count_flops() as counter:
         network(*inputs)
     return count_parameters(network), counter.get_total_flops() // 2
@@ -121,8 +121,8 @@ def budget(args: argparse.Namespace) -> Image.Image:
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
     rows, table, unets = [], {}, {}
     for name in args.model:
-        texts, vae, unet = read_configs(name)
-        networks = build_networks(texts, vae, unet, unet.sample_size * vae.downscale)
+        clips, vae, unet = read_configs(name)
+        networks = build_networks(clips, vae, unet, unet.sample_size * vae.downscale)
         unets[name] = count_unet(*networks.pop("U-Net"))
         others = {network: count_network(*built) for network, built in networks.items()}
         rows += [[name, "U-Net", *part, *counts] for part, counts in unets[name].items()]
@@ -131,7 +131,8 @@ def budget(args: argparse.Namespace) -> Image.Image:
         totals = {"U-Net": [sum(column) for column in zip(*unets[name].values())],
                   "text encoders": others["text encoders"], "VAE": (encoder + decoder, decoding)}
         for network, (parameters, macs) in totals.items():
-            key = network, name if network == "U-Net" else parameters  # the others once, if models share them
+            # Models whose encoders, or VAE, have as many parameters share them, and a row.
+            key = network, name if network == "U-Net" else parameters
             millions, gigabytes, _ = PAPER[network].get(name, [math.nan] * 3)
             table.setdefault(key, [f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
                                    4 * parameters / 1e9, gigabytes])
@@ -147,7 +148,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
 
 
 def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> Image.Image:
-    """For each stage a bar of each model, in three parts; `which` of the counts of `count_unet`, in units."""
+    """For each stage a bar of each model, in three parts: parameters if `which` is 0, multiply-adds if 1."""
     kinds, groups = ("residual", "transformer", "rest"), defaultdict(list)
     for stage, counts in product((*STAGES, "rest"), unets.values()):
         groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])
@@ -163,7 +164,7 @@ def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: s
     """
     Fills a network of the meta device with noise: as fast as trained weights, and nothing to download.
 
-    Returns its inputs, as noise; token ids are 0.
+    Returns its inputs, as noise too; token ids are 0.
     """
     network.requires_grad_(False).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
@@ -172,7 +173,7 @@ def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: s
 
 
 def time_network(network: Callable, inputs: list[Tensor], passes: int, repeat: int) -> tuple[int, float]:
-    """FLOPs of some forward passes, to warm up, and the median seconds of as many, repeated."""
+    """FLOPs of `passes` forward passes, which warm up, and the median seconds of `repeat` such runs."""
     def run() -> float:
         start = time.perf_counter()
         for _ in range(passes):
@@ -186,7 +187,7 @@ def time_network(network: Callable, inputs: list[Tensor], passes: int, repeat: i
 
 
 def describe_device(device: str, dtype: torch.dtype) -> str:
-    """What a time was measured on."""
+    """The device and precision that a time was measured with."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (
         f"a CPU, {torch.get_num_threads()} threads")
     return f"{name}, {str(dtype).removeprefix('torch.')}"
@@ -201,10 +202,10 @@ def latency(args: argparse.Namespace) -> Image.Image:
               f"at {PAPER_RATE / 1e12:g} TFLOP/s"]
     rows, bars, rate = [], {}, None
     for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
-        texts, vae, unet = read_configs(name)
+        clips, vae, unet = read_configs(name)
         size = args.size or unet.sample_size * vae.downscale
         reset_peak_memory(device)
-        built, inputs = build_networks(texts, vae, unet, size, batch=2)[network]
+        built, inputs = build_networks(clips, vae, unet, size, batch=2)[network]
         inputs = fill(built, inputs, dtype, device)
         flops, seconds = time_network(built, inputs, args.steps if network == "U-Net" else 1, args.repeat)
         del built, inputs                                        # before the next is built and measured
@@ -218,7 +219,7 @@ def latency(args: argparse.Namespace) -> Image.Image:
             bars[name] = [[0] * i + [number] for i, number in enumerate(numbers) if number > 0]
         rows.append([name, network, flops / 1e12, seconds, flops / seconds / 1e12, by_counting,
                      peak_memory(device), paper, implied])
-    if all(math.isnan(row[7]) for row in rows):                  # of these models the paper says nothing
+    if all(math.isnan(row[7]) for row in rows):                  # the paper says nothing of these models
         header, rows = header[:7], [row[:7] for row in rows]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)

@@ -52,7 +52,7 @@ class Span(NamedTuple):
 
 
 IMAGES, FORMATS = (".jpg", ".jpeg", ".png", ".webp"), ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")
-LARGEST_FILE = 64 * 2**20  # bytes; what is larger is no image of a training set
+LARGEST_FILE = 64 * 2**20  # bytes; a larger file is no image of a training set
 LARGEST_CAPTION = 2**16    # bytes; CLIP reads 77 tokens
 
 
@@ -70,7 +70,7 @@ class Shapes:
 
     def prompts(self, count: int) -> list[str]:
         """For previews: captions that are not trained on."""
-        return [shapes.caption(shapes.JUDGE_SEED, i) for i in range(count)]
+        return shapes.judge_captions(count)
 
 
 PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
@@ -87,8 +87,8 @@ class CaptionedImages:
 
     A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is hidden,
     files without a partner, and shards that are cut; what comes before a cut is used. With `caption` all
-    images have this one. The index of shards takes long to make: it is kept in the file `index`, and mapped
-    from there as long as the shards do not change. Raises FileNotFoundError or ValueError if the folder has
+    images have this one. As the index of shards takes long to make, it is kept in the file `index` and mapped
+    from there while the shards do not change. Raises FileNotFoundError or ValueError if the folder has
     no image with a caption.
     """
 
@@ -122,7 +122,7 @@ class CaptionedImages:
         return len(self.spans)
 
     def count_rest(self, kind: str, used: set[str]):
-        """Counts the images and shards beside those `used`, and warns that they are left out."""
+        """Counts the images and shards other than those `used`, and warns that they are left out."""
         endings = (*IMAGES, ".tar")
         rest = sum(name.lower().endswith(endings) and name not in used for name, _ in self.loose_files())
         self.skipped[f"not_in_{kind}"] = rest
@@ -134,7 +134,7 @@ class CaptionedImages:
         return path.relative_to(self.root).as_posix()
 
     def make_index(self, items: Iterable[dict[str, Span]]):
-        """Millions of spans become one array: as objects they would take gigabytes in each process."""
+        """Sets `spans`, one array (N, kinds, 3): millions of objects would take gigabytes in each process."""
         paths, numbers = {"": 0}, array("q")
         for item in items:
             for kind in self.KINDS:
@@ -206,7 +206,7 @@ class CaptionedImages:
                 start += len(line)
 
     def members(self, shard: Path) -> Iterator[tuple[str, Span]]:
-        """The files of a shard. A whole one ends in a block of zeros, which tarfile does not check."""
+        """The files of a shard. A whole shard ends in a block of zeros, which tarfile does not check."""
         end, path, size = 0, self.relative(shard), shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
@@ -222,7 +222,7 @@ class CaptionedImages:
                   file=sys.stderr)
 
     def read(self, span: Span) -> bytes:
-        """The bytes of a span. Raises Skip."""
+        """Reads the bytes of a span. Raises Skip."""
         if span.size > LARGEST_FILE:
             raise Skip("too_large")
         try:
@@ -235,7 +235,7 @@ class CaptionedImages:
             raise Skip("unreadable") from None
 
     def item(self, index: int) -> dict[str, Span]:
-        """What there is of a pair, by kind."""
+        """The spans of a pair, by kind."""
         spans = (Span(self.paths[path], start, size) for path, start, size in self.spans[index].tolist())
         return {kind: span for kind, span in zip(self.KINDS, spans) if span.path}
 
@@ -289,7 +289,7 @@ class CaptionedImages:
         if not any(character.isprintable() and not character.isspace() for character in text):
             raise Skip("blank_caption")
         words = text.split()
-        if len(text) > LARGEST_CAPTION - 4:  # the last word may be cut; the bytes of the last letter were
+        if len(text) > LARGEST_CAPTION - 4:  # drop a last word that may be cut
             words = words[:-1] or words
         return " ".join(words)
 
@@ -305,7 +305,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def format_counts(reasons: Counter) -> str:
-    """How often each reason occurred, in words."""
+    """The reasons with their counts, as text."""
     return ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if count) or "none"
 
 
@@ -340,7 +340,7 @@ class Samples(Dataset):
 
     def __getitem__(self, p: int) -> dict:
         skipped = {}
-        # A bad item is replaced by the next good one; twice the length of the source covers a whole epoch.
+        # A bad item is replaced by the next good one. At worst, this takes the rest of an epoch and the next.
         for place in range(p, p + 2 * len(self.source)):
             index = self.index_at(place)
             try:
@@ -358,8 +358,8 @@ class Samples(Dataset):
             "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
-        """An image that is resized by its short side, flipped, and then cropped."""
-        # With a cache the crop is the same in every epoch, and for every seed.
+        """Resizes an image by its short side, flips it at random, and crops it at random."""
+        # With a cache the flip and the crop are the same in every epoch and for every seed.
         rng = np.random.default_rng((0, 3, index) if self.cache else (self.seed, 3, p))
         image, caption, (height, width) = self.source.load(index)
         if min(image.size) < max(8, self.size // 8):

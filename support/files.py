@@ -14,7 +14,7 @@ from typing import Callable, Sequence
 
 from safetensors import SafetensorError
 
-WRITING = ".writing-"  # begins the names of half-written files and folders, which a kill leaves behind
+WRITING = ".writing-"  # prefix of half-written files and folders, which a kill leaves behind
 
 # The folders of a model in the official layout, and the files that are read in them.
 PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
@@ -24,10 +24,10 @@ WEIGHTS = re.compile(r"(diffusion_pytorch_|/|^)model(-\d+-of-\d+)?(\.fp16)?(-\d+
 def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False,
                  weights: bool = True) -> Path:
     """
-    The folder of a model: `source` itself if it is one, or else a hub id's snapshot, downloaded if need be.
+    The folder of a model: `source` itself if it is a folder, else a hub id's snapshot, downloaded if need be.
 
-    Of a hub id only `parts` are downloaded. Of two variants of the weights it is one, float16 if `half`, and
-    none if not `weights`. Raises FileNotFoundError, one line that says what to do.
+    Only `parts` are downloaded, with one variant of the weights: float16 if `half`, none if not `weights`.
+    Raises FileNotFoundError, one line that says what to do.
     """
     if Path(source).is_dir():
         return Path(source)
@@ -62,7 +62,7 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
 def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = False,
                  weights: bool = True) -> list[str]:
     """
-    Of the files of a model those that are read: configurations, vocabularies, one variant of the weights.
+    Those files of a model that are read: configurations, vocabularies, one variant of the weights.
 
     The VAE's float32 variant is taken even if `half`, as SDXL's overflows in float16.
     """
@@ -80,7 +80,7 @@ def bundle_files(names: list[str], parts: tuple[str, ...] = PARTS, half: bool = 
 
 
 def error_summary(error: Exception) -> str:
-    """The first line of what an error says, with the file at fault first."""
+    """An error's first line, with the file at fault first."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename2 or error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error).strip().split("\n")[0]
@@ -92,7 +92,7 @@ def error_summary(error: Exception) -> str:
 
 def atomic_write(path: Path, write: Callable[[Path], object]):
     """
-    Has `write` make a temporary file, or a whole folder, and renames it to `path`.
+    Calls `write` with a temporary path, where it makes a file or a whole folder, and renames that to `path`.
 
     So `path` is always the old file or the new one; a folder has to be new. Raises OSError.
     """
@@ -108,7 +108,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]):
 
 @contextlib.contextmanager
 def name_in_errors(path: Path):
-    """Within `with`, an error of writing that names no file, as that of a full disk, is told of `path`."""
+    """Within `with`, adds `path` to write errors that name no file, such as that of a full disk."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -129,7 +129,7 @@ def sync(path: Path):
 
 
 def write_json(path: Path, value: dict):
-    """Writes a JSON file atomically, indented, keys in order."""
+    """Writes a JSON file atomically, indented and with sorted keys."""
     atomic_write(path, lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
 
 
@@ -142,9 +142,9 @@ def write_csv(path: Path, header: list[str], rows: list[list]):
 
 def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
     """
-    The rows of a CSV file, by the names in its header, without a last one that was cut while being written.
+    The rows of a CSV file, by the names in its header, without a last row that was cut while being written.
 
-    Raises ValueError for a file that is damaged, or has not all of the columns `numbers`, or text in them.
+    Raises ValueError for a damaged file, and for one that lacks a column of `numbers` or has text in it.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:
@@ -153,6 +153,6 @@ def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
         for row in [dict.fromkeys(header, 0), *rows]:
             for name in numbers:
                 float(row[name])
-    except (ValueError, KeyError, csv.Error):  # no UTF-8, an empty file, a row that is cut, a column missing
+    except (ValueError, KeyError, csv.Error):  # not UTF-8, an empty file, a cut row, a missing column
         raise ValueError(f"{path} is damaged, or not what its name says; remove it") from None
     return rows

@@ -15,7 +15,7 @@ from support.files import read_csv
 INK, PALE = "#222222", "#dddddd"
 COLOURS = [  # Okabe and Ito's
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
-LOSSES = ("step", "task", "outKD", "featKD")  # columns of log.csv
+LOSSES = ("task", "outKD", "featKD")  # columns of log.csv
 WIDTH = 960  # of a chart: sharp at a README's width
 
 
@@ -29,7 +29,7 @@ def text_width(text: str, size: int = 16) -> int:
 
 
 def format_number(value: object) -> str:
-    """A number with commas or four digits; nan is blank, and text is itself."""
+    """A number with commas or with four digits; nan is blank, and text stays as it is."""
     if isinstance(value, float):
         if math.isnan(value):
             return ""
@@ -37,8 +37,8 @@ def format_number(value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def format_score(mean: float, spread: float, digits: int = 3) -> str:
-    """A mean with its spread, if it is not nan; blank if there is no mean."""
+def format_score(mean: float, spread: float = math.nan, digits: int = 3) -> str:
+    """A mean, with its spread unless that is nan; blank if the mean is nan."""
     if math.isnan(mean):
         return ""
     return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
@@ -83,7 +83,7 @@ def stack(*images: Image.Image, gap: int = 12) -> Image.Image:
 
 
 def add_title(title: str, *images: Image.Image) -> Image.Image:
-    """Images below a title and each other."""
+    """Images below each other, under a title."""
     head = Image.new("RGB", (max(WIDTH, text_width(title, 18) + 32), 40), "white")
     ImageDraw.Draw(head).text((16, 22), title, INK, font(18), "lm")
     return stack(head, *images, gap=0)
@@ -112,7 +112,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 def axes(x_name: str, y_name: str, points: list[tuple[float, float]], log: bool = False,
          height: int = 420) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """Axes for these points, and where in the picture (x, y) lies; `log`: y is a decimal logarithm."""
+    """Axes for these points, and a function from (x, y) to pixels; `log`: y is a decimal logarithm."""
     xs, ys = zip(*points)
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
     left, right, top, bottom = 72, WIDTH - 24, 44, height
@@ -154,9 +154,9 @@ def line_chart(title: str, x_name: str, y_name: str,
 def dot_chart(title: str, names: list[str],
               groups: dict[str, dict[str, list[tuple[float, float]]]]) -> Image.Image:
     """
-    Groups of rows, by their headings and labels: in each row a dot for each of `names` at its (value, spread).
+    Dots with error bars: `groups[heading][label]` has a (value, spread) for each of `names`.
 
-    A spread is a bar to either side, and none if it is nan.
+    A bar reaches one spread to either side; there is none if the spread is nan.
     """
     values = [point for rows in groups.values() for points in rows.values() for point in points]
     reach = [(mean, 0.0 if math.isnan(spread) else spread) for mean, spread in values]
@@ -180,11 +180,11 @@ def dot_chart(title: str, names: list[str],
         for i, (label, points) in enumerate(rows.items()):
             middle = top + row * i + row // 2
             draw.text((left - 16, middle), label, INK, font(size), "rm")
-            for k, ((mean, spread), colour) in enumerate(zip(points, COLOURS)):
-                at = middle + 6 * k - 3 * (len(points) - 1)      # those of one row do not hide each other
+            for series, ((mean, spread), colour) in enumerate(zip(points, COLOURS)):
+                y_dot = middle + 6 * series - 3 * (len(points) - 1)  # dots of one row do not hide each other
                 if not math.isnan(spread):
-                    draw.line((place(mean - spread), at, place(mean + spread), at), colour, 2)
-                draw.circle((place(mean), at), 4, colour)
+                    draw.line((place(mean - spread), y_dot, place(mean + spread), y_dot), colour, 2)
+                draw.circle((place(mean), y_dot), 4, colour)
         y = bottom + row
     return add_title(title, legend(names), picture)
 
@@ -204,9 +204,9 @@ def loss_curves(runs: list[Path]) -> Image.Image:
     Losses are on a logarithmic scale; those that are 0 throughout, or not finite, are left out. Raises
     FileNotFoundError or ValueError.
     """
-    logs, charts = [read_csv(run / "log.csv", LOSSES) for run in runs], []
-    for loss in LOSSES[1:]:
-        curves = []                                              # one of each run, in the order of the legend
+    logs, charts = [read_csv(run / "log.csv", ("step", *LOSSES)) for run in runs], []
+    for loss in LOSSES:
+        curves = []                                              # one of each run, in the legend's order
         for log in logs:
             points = [(float(row["step"]), float(row[loss])) for row in log]
             curves.append([(step, math.log10(value)) for step, value in points if 0 < value < math.inf])

@@ -1,7 +1,7 @@
 """
 Scores of a picture: HPSv2 and other CLIPs, T2I-CompBench's questions to BLIP, and the toy's judge (Table 4).
 
-A scorer is found and checked when it is made, without its weights; `load` brings those onto a device.
+A scorer finds and checks its files when created; `load` reads its weights onto a device.
 `columns(group)` names its scores of a group of prompts, and `scorer(image, prompt, group)` gives them, nan
 where one does not apply. The networks are those of transformers, imported when one is loaded.
 """
@@ -32,13 +32,13 @@ def find_network(source: str, kind: str) -> tuple[Path, Path]:
     """
     The folders of a network of transformers, `kind` "clip" or "blip", and of its processor.
 
-    A CLIP without a processor of its own, as conversions are, has OpenAI's, which is the same for all.
-    Raises FileNotFoundError or ValueError, one line that says what to do, for others and for mere pickles.
+    A CLIP without a processor, as conversions are, gets OpenAI's, which is the same for all. Raises
+    FileNotFoundError or ValueError, one line that says what to do, for other networks and for mere pickles.
     """
     folder = local_folder(source, ("scorer",))
-    found = read_config(folder, lambda config: config["model_type"])
-    if found != kind:
-        raise ValueError(f"{source} is of the type {found}, not {kind}; give a {KINDS[kind]} as --scorer")
+    model_type = read_config(folder, lambda config: config["model_type"])
+    if model_type != kind:
+        raise ValueError(f"{source} is a {model_type}, not a {kind}; give a {KINDS[kind]} as --scorer")
     if not any(folder.glob("model*.safetensors*")):
         raise FileNotFoundError(
             f"{source} has no model.safetensors, and a pickle (.bin) is not opened; convert it, or look on "
@@ -53,7 +53,7 @@ def load_network(folder: Path, processor_folder: Path, kind: str,
                  device: str) -> tuple[torch.nn.Module, object]:
     """A network in float32 and its processor; raises as `find_network`, also if weights are missing."""
     import transformers  # slow to import, and seldom needed
-    transformers.logging.set_verbosity_error()                   # of what else might be installed
+    transformers.logging.set_verbosity_error()                   # no warnings about other packages
     transformers.logging.disable_progress_bar()
 
     weights = read_weights(folder, "model", torch.float32)
@@ -137,7 +137,7 @@ class CompBench:
 
     @torch.inference_mode()
     def answer(self, image: Image.Image, questions: list[str]) -> list[float]:
-        """BLIP's probability of "yes" rather than "no" to each question; one by one, for padding counts."""
+        """BLIP's probability of "yes" rather than "no" to each question; one by one, as padding counts."""
         network, tokenizer, answers = self.network, self.processor.tokenizer, []
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"].to(network.device)
         seen = network.vision_model(pixels).last_hidden_state    # (1, T, D)
@@ -151,7 +151,7 @@ class CompBench:
 
 
 class Judge:
-    """The toy's judge: colour, shape and spatial, each 0 or 1. Raises ValueError for prompts of others."""
+    """The toy's judge: colour, shape and spatial, each 0 or 1. Raises ValueError for other prompts."""
 
     digits = 3
 
@@ -160,7 +160,7 @@ class Judge:
             shapes.parse(caption)
 
     def columns(self, group: str) -> tuple[str, ...]:
-        return ("colour", "shape", "spatial")
+        return shapes.SCORES
 
     def load(self, device: str):
         """It reads pixels, and has no network."""
@@ -170,7 +170,7 @@ class Judge:
 
 
 def find_scorer(name: str, groups: dict[str, list[str]]) -> CLIPScorer | CompBench | Judge:
-    """The scorer with this name, hub id or folder of a CLIPModel, for these prompts; raises as they do."""
+    """The scorer of this name, or of a CLIPModel's hub id or folder, for these prompts; raises as they do."""
     prompts = sum(groups.values(), [])
     if name == "judge":
         return Judge(prompts)
@@ -205,8 +205,8 @@ def noun_phrases(prompt: str) -> list[str]:
     A phrase begins at a determiner, or after one of BREAKS or a comma, and ends before the next, or at one of
     VERBS; what follows a verb up to there is no phrase. Two colours that "and" joins are one attribute. This
     knows no grammar: a verb that is not listed stays with the noun before it, unless a determiner follows; an
-    object without a determiner is lost after a verb; a comma between adjectives parts them; and any word that
-    is left over passes for a noun.
+    object without a determiner is lost after a verb; a comma between adjectives separates them; and any word
+    that is left over passes for a noun.
     """
     text = re.sub(rf"\b({COLOURS}) and (?=(?:{COLOURS})\b)", r"\1_and_", prompt, flags=re.I)
     phrases = []

@@ -93,7 +93,7 @@ def read_prompt_groups(path: Path, limit: int | None) -> dict[str, list[str]]:
 
 
 def all_toys(names: list[str]) -> bool:
-    """Whether all these models have a small vocabulary, as the toy has, and so read its captions alone."""
+    """Whether all these models have a small vocabulary, as the toy has, and so read only its captions."""
     for name in names:
         if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
             return False
@@ -101,11 +101,11 @@ def all_toys(names: list[str]) -> bool:
 
 
 def read_groups(args: argparse.Namespace, toys: bool) -> dict[str, list[str]]:
-    """The prompts by file; without one captions that the toy was not trained on, or PROMPTS."""
+    """The prompts by file; without --prompts, captions that the toy was not trained on, or PROMPTS."""
     if args.prompts:
         return read_prompt_groups(args.prompts, args.limit)
     if toys:
-        return {"captions": [shapes.caption(shapes.JUDGE_SEED, i) for i in range(args.limit or 256)]}
+        return {"captions": shapes.judge_captions(args.limit or 256)}
     return {"prompts": PROMPTS[:args.limit]}
 
 
@@ -113,14 +113,14 @@ def read_groups(args: argparse.Namespace, toys: bool) -> dict[str, list[str]]:
 # Pictures
 
 
-def keep_picture(path: Path, image: Image.Image, settings: dict, cost: dict):
+def save_picture(path: Path, image: Image.Image, settings: dict, cost: dict):
     """Writes a PNG that says how it was drawn, and at what cost."""
     text = PngImagePlugin.PngInfo()
     text.add_text("drawn", json.dumps(settings | cost | {"pixels": zlib.crc32(image.tobytes())}))
     atomic_write(path, lambda path: image.save(path, pnginfo=text, compress_level=1))
 
 
-def find_picture(path: Path, settings: dict) -> tuple[Image.Image, dict] | None:
+def load_picture(path: Path, settings: dict) -> tuple[Image.Image, dict] | None:
     """A picture, and its settings and cost; None if it is absent or damaged, or has other settings."""
     try:
         with Image.open(path) as image:
@@ -142,22 +142,22 @@ class Pictures:
         steps = args.steps or chosen.steps
         unet = local_folder(chosen.unet, ("unet",), self.dtype in model.HALF)
         unet = unet / "unet" if (unet / "unet").is_dir() else unet
-        weights = []                                             # told from others without reading them
+        weights = []                                             # identified without reading them
         for file in sorted(unet.glob("*.safetensors")):
             status = os.stat(file)
             weights.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
         folder = args.pictures / f"{quote(name, safe='')}-{steps}"
         shared = {"steps": steps, "guidance": chosen.guidance, "dtype": str(self.dtype), "unet": weights}
-        self.wanted = {}                                         # paths and settings of each group's pictures
+        self.targets = {}                                        # paths and settings of each group's pictures
         for group, prompts in groups.items():
-            self.wanted[group] = []
+            self.targets[group] = []
             for i, prompt in enumerate(prompts):
                 settings = {"prompt": prompt, "seed": args.seed + i} | shared
-                self.wanted[group].append((folder / f"{group}-{i:05}.png", settings))
+                self.targets[group].append((folder / f"{group}-{i:05}.png", settings))
 
     def complete(self):
-        """Draws what is absent, damaged or drawn otherwise, 32 at a time: no more is lost if it is killed."""
-        missing = [one for one in sum(self.wanted.values(), []) if find_picture(*one) is None]
+        """Draws what is missing, damaged or of other settings, 32 at a time: a kill loses at most 32."""
+        missing = [one for one in sum(self.targets.values(), []) if load_picture(*one) is None]
         if not missing:
             return
         pipeline = load_pipeline(self.name, None, self.dtype, self.device, self.low_memory)
@@ -169,17 +169,17 @@ class Pictures:
                               seed=[settings["seed"] for _, settings in part])
             cost = {"seconds": (time.perf_counter() - start) / len(part), "where": where}
             for image, (path, settings) in zip(images, part):
-                keep_picture(path, image, settings, cost)
+                save_picture(path, image, settings, cost)
             bar.update(len(part))
         bar.close()
 
     def score(self, scorer: Callable) -> tuple[list[np.ma.MaskedArray], list[dict]]:
-        """Scores (N, K) of each group, masked where one does not apply; and what is known of each picture."""
+        """Scores (N, K) of each group, masked where they do not apply; each picture's settings and cost."""
         scores, drawn = [], []
-        for group, wanted in self.wanted.items():
+        for group, targets in self.targets.items():
             rows = []
-            for path, settings in tqdm(wanted, f"scoring {self.name}, {group}"):
-                image, facts = find_picture(path, settings)
+            for path, settings in tqdm(targets, f"scoring {self.name}, {group}"):
+                image, facts = load_picture(path, settings)
                 rows.append(scorer(image, settings["prompt"], group))
                 drawn.append(facts)
             scores.append(np.ma.masked_invalid(np.array(rows)))
@@ -195,7 +195,7 @@ def bootstrap(groups: list[np.ma.MaskedArray], resamples: int = 1000) -> tuple[n
     Standard errors of the mean of each column, and of the average of these means.
 
     Each group is the scores (N, K) of its N prompts in its K columns, masked where one does not apply.
-    Prompts are drawn again, with replacement, within their group; the same ones for every model.
+    Resamples prompts within each group, with replacement; one seed gives all models the same prompts.
     """
     rng, means = np.random.default_rng(0), []
     for scores in groups:
@@ -207,14 +207,17 @@ def bootstrap(groups: list[np.ma.MaskedArray], resamples: int = 1000) -> tuple[n
 
 def shares_of_wins(models: list[list[np.ma.MaskedArray]]) -> list[float]:
     """
-    On what share of the prompts each model alone scores best, by the mean of a prompt's columns.
+    The share of the prompts on which each model alone scores best, by the mean of a prompt's columns.
 
-    Groups are as above; nan for a model without others.
+    Groups are as in `bootstrap`; nan for a model without others.
     """
     if len(models) < 2:
         return [math.nan]
-    prompts = np.ma.stack([np.ma.concatenate([group.mean(axis=1) for group in scores]) for scores in models])
-    best = (prompts == prompts.max(axis=0)).filled(False)        # (models, prompts)
+    means = []
+    for groups in models:
+        means.append(np.ma.concatenate([scores.mean(axis=1) for scores in groups]))
+    prompts = np.ma.stack(means)                                 # (models, prompts)
+    best = (prompts == prompts.max(axis=0)).filled(False)
     return (best & (best.sum(axis=0) == 1)).mean(axis=1).tolist()
 
 
@@ -233,7 +236,7 @@ def published_rows(scorer: str, columns: tuple[str, ...], others: list[str], dig
         numbers = [published.get(column, math.nan) for column in columns[:-1]]
         if published.keys() & {*columns}:
             numbers += [statistics.fmean(numbers), *(published.get(other, math.nan) for other in others)]
-            cells = [format_score(number, math.nan, digits) for number in numbers]
+            cells = [format_score(number, digits=digits) for number in numbers]
             rows.append([f"{name}, published", parameters, math.nan, math.nan, *cells])
     return rows
 

@@ -104,7 +104,7 @@ class CLIP(nn.Module):
     def __init__(self, config: CLIPConfig, projection: bool, last: bool = False):
         super().__init__()
         self.config, self.last, dim = config, last, config.hidden_size
-        # Left empty, to be loaded or drawn: nn.Embedding's own initialization is slow on the meta device.
+        # Left empty, for weights to come: nn.Embedding's own initialization is slow on the meta device.
         tokens, positions = (nn.Embedding.from_pretrained(torch.empty(rows, dim), freeze=False)
                              for rows in (config.vocab_size, config.max_position_embeddings))
         self.text_model = nn.ModuleDict({
@@ -123,7 +123,7 @@ class CLIP(nn.Module):
         if self.text_projection is None:
             x = self.text_model["final_layer_norm"](last_layer(x)) if self.last else x
             return x, x.new_empty(len(x), 0)
-        # The pooled text is that of the end token. Older files, SDXL's too, say 2 and mean the largest id.
+        # The pooled text is that of the end token. Older configs, SDXL's too, have 2 but mean the largest id.
         end = self.config.eos_token_id
         ends = ids.argmax(1) if end == 2 else (ids == end).int().argmax(1)
         final = self.text_model["final_layer_norm"](last_layer(x))  # (B, L, D)
@@ -164,9 +164,9 @@ def read_bpe(folder: Path, added: dict[int, AddedToken], special: list[AddedToke
         if not file.is_file() or not file.read_bytes().strip():
             raise FileNotFoundError(f"no {file.name}, or an empty one, in the folder {folder}")
     vocab, merges = BPE.read_file(str(vocab_file), str(merges_file))
-    made = {first + second for first, second in merges}
-    made |= {token.content for token in (*added.values(), *special)}
-    lacking = [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]
+    reachable = {first + second for first, second in merges}
+    reachable |= {token.content for token in (*added.values(), *special)}
+    lacking = [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in reachable]
     if lacking:
         raise ValueError(f"no merge makes {len(lacking)} of its tokens, such as {min(lacking)}")
     if len(set(vocab.values())) < len(vocab):
@@ -221,9 +221,9 @@ class CLIPTokenizer:
         if self.bpe.get_vocab_size() < self.SMALL:
             ends = sorted(token for token in self.bpe.get_vocab() if token.endswith("</w>"))
             self.words = []
-            for end in ends:
-                if sum(token.endswith(end) for token in ends) == 1:  # a word, and not a part of one
-                    self.words.append(end.removesuffix("</w>"))
+            for word in ends:
+                if sum(token.endswith(word) for token in ends) == 1:  # a whole word, and not a part of one
+                    self.words.append(word.removesuffix("</w>"))
 
     def __call__(self, texts: list[str]) -> Tensor:
         """
@@ -241,7 +241,7 @@ class CLIPTokenizer:
             rows.append(row + [self.pad] * (self.length - len(row)))
         return torch.tensor(rows)
 
-    def truncated(self, text: str) -> str:
+    def overflow(self, text: str) -> str:
         """The end of a text that does not fit into `length` tokens."""
         offsets = self.bpe.encode(text, add_special_tokens=False).offsets[self.length - 2:]
         return text[offsets[0][0]:] if offsets else ""
@@ -259,9 +259,9 @@ class TextEncoders(nn.Module):
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
 
     def warn_of_cuts(self, prompts: list[str]):
-        """Prints what of the prompts CLIP does not read."""
+        """Prints what CLIP does not read of the prompts."""
         for prompt in dict.fromkeys(prompts):
-            rest = self.tokenizers[0].truncated(prompt)
+            rest = self.tokenizers[0].overflow(prompt)
             if rest:
                 print(f"warning: a prompt is longer than the {self.tokenizers[0].length - 2} tokens that "
                       f"CLIP reads; cut: {rest!r}", file=sys.stderr)
@@ -278,7 +278,7 @@ class TextEncoders(nn.Module):
 
 
 def encoder_names(folder: str | Path) -> list[str]:
-    """Those of ENCODERS that a model has: both, or the first alone. Raises FileNotFoundError."""
+    """The ENCODERS that a model has: both, or the first alone. Raises FileNotFoundError."""
     names = [name for name in ENCODERS if Path(folder, name).is_dir()]
     if ENCODERS[0] not in names:
         raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is a part of a model, or a "

@@ -98,8 +98,8 @@ class VAEMid(nn.Module):
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
-def vae_stage(cin: int, cout: int, blocks: int, groups: int, **sampler: nn.Module) -> nn.Sequential:
-    """Residual blocks, and a down- or upsampler if there is one."""
+def vae_stage(cin: int, cout: int, blocks: int, groups: int, sampler: dict[str, nn.Module]) -> nn.Sequential:
+    """Residual blocks, and the down- or upsampler, by its official name, if there is one."""
     widths = [cin] + [cout] * (blocks - 1)
     resnets = nn.Sequential(*(ResBlock(width, cout, groups, 1e-6) for width in widths))
     samplers = {name: nn.Sequential(module) for name, module in sampler.items()}
@@ -113,7 +113,7 @@ def encoder(config: VAEConfig) -> nn.Sequential:
     for i, cout in enumerate(config.channels):
         down = OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(cout, cout, 3, stride=2))
         sampler = {} if i == last else {"downsamplers": nn.Sequential(down)}
-        stages.append(vae_stage(width, cout, config.layers, config.groups, **sampler))
+        stages.append(vae_stage(width, cout, config.layers, config.groups, sampler))
         width = cout
     return nn.Sequential(OrderedDict(
         conv_in=conv_in, down_blocks=stages, mid_block=VAEMid(width, config.groups),
@@ -128,7 +128,7 @@ def decoder(config: VAEConfig) -> nn.Sequential:
     mid_block = VAEMid(width, config.groups)
     for i, cout in reversed(list(enumerate(config.channels))):
         sampler = {} if i == 0 else {"upsamplers": Upsample(cout)}
-        stages.append(vae_stage(width, cout, config.layers + 1, config.groups, **sampler))
+        stages.append(vae_stage(width, cout, config.layers + 1, config.groups, sampler))
         width = cout
     return nn.Sequential(OrderedDict(
         conv_in=conv_in, mid_block=mid_block, up_blocks=stages,
@@ -156,7 +156,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
     def decode_tiled(self, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-        """As `decode` for one latent (1, 4, H, W), in overlapping tiles that fade: memory for one tile."""
+        """As `decode` for one latent (1, 4, H, W), in overlapping, blended tiles, to save memory."""
         scale, (H, W) = self.config.downscale, latent.shape[2:]
         if max(H, W) <= tile:
             return self.decode(latent)
@@ -179,11 +179,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> VAE:
-    """
-    Loads the VAE of a folder, or of its vae/, in `dtype` or else as stored.
-
-    Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
-    """
+    """Loads the VAE of a folder, or of its vae/, in `dtype` or else as stored; raises as `load_unet`."""
     folder = Path(folder, "vae") if Path(folder, "vae").is_dir() else Path(folder)
     config = read_config(folder, VAEConfig.from_diffusers)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")

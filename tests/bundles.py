@@ -12,6 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from model import UNet, UNetConfig, save_unet
 from support.vae import VAE, VAEConfig, save_vae
+from toy.make import INDEX
 
 # No pair of letters occurs in two of them, and none ends another.
 WORDS = ("a", "blue", "box", "my", "on", "red", "sky")
@@ -21,14 +22,6 @@ SCHEDULER = {
     "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
     "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True, "clip_sample": False,
     "set_alpha_to_one": False}
-INDEX = {
-    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
-    "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"], "unet": ["diffusers", "UNet2DConditionModel"],
-    "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "vae": ["diffusers", "AutoencoderKL"]}
 SD_INDEX = {
     "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1",
     "requires_safety_checker": False, "safety_checker": [None, None], "feature_extractor": [None, None],

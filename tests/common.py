@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
-WEIGHTS = "diffusion_pytorch_model"  # the name of the weight files of a U-Net or VAE, without their suffix
-FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"
+STEM = "diffusion_pytorch_model"  # of the names of the weight files of a U-Net or VAE
+FILE, HALF_FILE = f"{STEM}.safetensors", f"{STEM}.fp16.safetensors"
 
 # Configurations as the official files write them. All widths differ, so that a swap of two is an error.
 SMALL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}
@@ -110,11 +110,11 @@ def same(network: nn.Module, weights: dict[str, Tensor]) -> bool:
 def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
     """Writes weights as three files and their index, as diffusers does; `half` gives the names of fp16."""
     variant, names = ".fp16" * half, list(weights)
-    files = [f"{WEIGHTS}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
+    files = [f"{STEM}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
     for i, file in enumerate(files):
         save_file({name: weights[name] for name in names[i::3]}, folder / file)
     index = {"weight_map": {name: files[i % 3] for i, name in enumerate(names)}}
-    (folder / f"{WEIGHTS}.safetensors.index{variant}.json").write_text(json.dumps(index))
+    (folder / f"{STEM}.safetensors.index{variant}.json").write_text(json.dumps(index))
     return [folder / file for file in files]
 
 

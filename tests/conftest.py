@@ -18,7 +18,7 @@ from support import files  # noqa: E402
 
 @pytest.fixture(autouse=True, scope="session")
 def handle_interrupts():
-    """A job in the background ignores interrupts, and would pass that on to what is tested."""
+    """A job in the background ignores interrupts, and what is tested would inherit that."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -35,9 +35,9 @@ def pairs(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def begun(teacher, tmp_path_factory):
-    """The folder of a run that is finished after two steps, each with a checkpoint."""
-    folder = tmp_path_factory.mktemp("begun") / "run"
+def short_run(teacher, tmp_path_factory):
+    """The folder of a finished run of two steps, each with a checkpoint."""
+    folder = tmp_path_factory.mktemp("short") / "run"
     flags = ["--teacher", teacher, "--out", folder, *RUN, "--steps", "2", "--save-every", "1"]
     assert distill.main([*map(str, flags)]) == 0
     return folder
@@ -73,7 +73,7 @@ def during(monkeypatch):
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """Runs distill.py as a process would; returns its exit status, its output and what it says of an error."""
+    """Runs distill.py as a process would; returns its exit status, its output and its error message."""
     def program(*flags):
         monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
         capsys.readouterr()

@@ -7,15 +7,15 @@ Which module of the teacher each module of the student learns from is written ou
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import common
 from common import SDXL, draw, fill, inputs
 
-ANSWERS = Path(__file__).with_name("answers") / "distill.safetensors"
+ANSWERS = common.ANSWERS.with_name("distill.safetensors")
 TEACHER = SDXL | {"block_out_channels": [16, 32, 48], "attention_head_dim": [1, 2, 3],
                   "transformer_layers_per_block": [1, 2, 10]}
 STUDENTS = {

@@ -18,10 +18,11 @@ from diffusers import (
 from safetensors.torch import save_file
 from torch import Tensor
 
+import common
 from bundles import CASES, Case
 
 SCHEDULERS = {"euler": EulerDiscreteScheduler, "ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}
-ANSWERS = Path(__file__).with_name("answers") / "sample.safetensors"
+ANSWERS = common.ANSWERS.with_name("sample.safetensors")
 
 
 def draw_pictures(case: Case, folder: Path) -> Tensor:

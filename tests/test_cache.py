@@ -111,7 +111,7 @@ def test_other_settings_are_refused_and_change_nothing(cache):
 
 
 def test_processes_share_a_cache(tmp_path):
-    """Several begin it, write the same records at the same time, and read them."""
+    """Several create it at once, write the same records at the same time, and read them."""
     def job():
         cache = Cache(tmp_path / "cache", IDENTITY, LAYOUT)
         for _ in range(40):

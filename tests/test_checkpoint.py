@@ -55,12 +55,12 @@ class Small(nn.Linear):
     def resume(self, run: Path, identity: dict = IDENTITY) -> dict:
         return resume(run, identity, self, self.optimizer, self.read)
 
-    def __eq__(self, other) -> bool:
-        ours, theirs = (network.optimizer.state_dict()["state"] for network in (self, other))
-        return (equal(self.state_dict(), other.state_dict()) and ours.keys() == theirs.keys()
-                and all(equal(ours[i], theirs[i]) for i in ours))
 
-    __hash__ = nn.Module.__hash__
+def same_state(one: Small, other: Small) -> bool:
+    """Whether two networks have the same weights and moments."""
+    ours, theirs = (network.optimizer.state_dict()["state"] for network in (one, other))
+    return (equal(one.state_dict(), other.state_dict()) and ours.keys() == theirs.keys()
+            and all(equal(ours[i], theirs[i]) for i in ours))
 
 
 NETWORKS = [Small(seed) for seed in range(5)]
@@ -76,7 +76,7 @@ def resumed(run: Path) -> int:
     """The step that a run resumes from; its weights, moments and unet/ have to be those of this step."""
     network = Small(99)
     step = network.resume(run)["step"]
-    assert network == NETWORKS[step]
+    assert same_state(network, NETWORKS[step])
     assert equal(read_tensors(run / "unet" / "weights.safetensors"), network.state_dict())
     assert (run / "unet" / "config.json").read_text() == "{}"
     return step
@@ -161,7 +161,7 @@ def test_numbers_that_are_not_finite_are_not_saved(tmp_path, number):
 
 
 def test_a_save_that_is_killed_at_any_line_leaves_a_good_checkpoint(tmp_path, monkeypatch):
-    """Before each line of it that runs, what a kill would leave on the disk is copied, if it is something new."""
+    """Before each line of a save, copies what a kill would leave on the disk, unless it is as before."""
     run, copies = tmp_path / "run", []
     write_two(run)
 
@@ -196,9 +196,9 @@ def test_a_save_that_is_killed_at_any_line_leaves_a_good_checkpoint(tmp_path, mo
 
 
 @pytest.mark.parametrize("limit", [4096, 900_000])
-def test_a_full_disk(program, teacher, tmp_path, begun, limit):
+def test_a_full_disk(program, teacher, tmp_path, short_run, limit):
     """The limit ends the writing of the weights, or only of the larger moments."""
-    shutil.copytree(begun, tmp_path / "run")
+    shutil.copytree(short_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     sizes = sorted(len(content) for content in before.values())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -279,13 +279,13 @@ def test_a_log_of_something_else_is_refused(tmp_path, content):
     assert (tmp_path / "log.csv").read_bytes() == content
 
 
-def test_a_row_of_the_log_that_was_cut_or_is_of_no_checkpoint_is_dropped(run, tmp_path, begun):
-    shutil.copytree(begun, tmp_path / "run")
+def test_a_row_of_the_log_that_was_cut_or_is_of_no_checkpoint_is_dropped(run, tmp_path, short_run):
+    shutil.copytree(short_run, tmp_path / "run")
     with open(tmp_path / "run" / "log.csv", "a") as file:
         file.write("3" + ",0.5" * (len(Log.COLUMNS) - 1) + "\n4,0.5,0.2")
     assert run("--steps", "3") == 0
     rows = log_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(begun)
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(short_run)
     assert rows[2]["task"] != "0.5" and None not in rows[2].values()
 
 
@@ -297,8 +297,8 @@ def test_a_log_with_fewer_columns_goes_on(tmp_path):
     assert list(rows[0]) == [name for name in Log.COLUMNS if name not in ("seconds", "images_per_s", "mfu")]
 
 
-def test_a_finished_run_gets_back_a_unet_that_was_deleted(run, tmp_path, begun):
-    shutil.copytree(begun, tmp_path / "run")
+def test_a_finished_run_gets_back_a_unet_that_was_deleted(run, tmp_path, short_run):
+    shutil.copytree(short_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "unet")
     assert run("--steps", "2", "--save-every", "1") == 0
@@ -436,8 +436,8 @@ def test_a_second_signal_ends_at_once_unless_it_is_the_first_told_twice(run, dur
 # What a resumed run must have in common with its checkpoint
 
 
-def test_a_run_with_other_settings_is_refused(run, teacher, tmp_path, begun):
-    shutil.copytree(begun, tmp_path / "run")
+def test_a_run_with_other_settings_is_refused(run, teacher, tmp_path, short_run):
+    shutil.copytree(short_run, tmp_path / "run")
     before = contents(tmp_path / "run")
     changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2.0,
                "normalize_features": None, "flip": None,
@@ -456,11 +456,11 @@ def test_a_run_with_other_settings_is_refused(run, teacher, tmp_path, begun):
     assert "lr was 1e-05 and is 0.0001" in message
 
 
-def test_a_run_may_be_made_longer_and_its_means_changed(run, tmp_path, begun):
-    shutil.copytree(begun, tmp_path / "run")
+def test_a_run_may_be_made_longer_and_its_means_changed(run, tmp_path, short_run):
+    shutil.copytree(short_run, tmp_path / "run")
     assert run("--steps", "3", "--micro-batch", "1", "--workers", "1", "--checkpointing", "full") == 0
     rows = log_rows(tmp_path / "run")
-    assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(begun)
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(short_run)
 
 
 def test_folders_may_move_and_what_is_in_them_may_not_change(run, teacher, tmp_path):
@@ -519,11 +519,11 @@ def as_ranks(*jobs: Callable[[], int]) -> list[Callable[[], int]]:
 @pytest.mark.parametrize("flags, shards", [
     ([], False), (["--task", "0", "--out-kd", "0", "--features", "SA@DW-2"], True)], ids=["all", "one feature"])
 def test_two_processes_are_one(run, during, tmp_path, pairs, flags, shards):
-    """Images or shards; where they are stopped by a signal to one of them, too."""
+    """With images or shards; a signal to one of them stops both."""
     if shards:
         write_tar(pairs)
     flags = ["--steps", "3", "--micro-batch", "1", "--device", "cpu", "--lr", "1e-3", "--data", pairs,
-             "--seed", "3", *flags]  # with which the second process skips a sample that the first does not
+             "--seed", "3", *flags]  # with this seed only the second process skips a sample
 
     def two() -> int:
         return run(*flags, out="two")

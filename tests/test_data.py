@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from support.data import LARGEST_CAPTION, LARGEST_FILE, CaptionedImages, Samples, Shapes, Skip, micro_batches
 
-T = Image.Transpose
 TEXT = b"a red box"
 
 
@@ -209,8 +208,8 @@ def test_what_a_shard_or_metadata_hides_is_counted(tmp_path, capsys):
     assert one_pass(CaptionedImages(tmp_path)) == (1, {"not_in_shards": 2})
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "one"}')
     assert one_pass(CaptionedImages(tmp_path)) == (1, {"not_in_metadata.jsonl": 2})
-    told = capsys.readouterr().err.splitlines()
-    assert len(told) == 2 and all(str(tmp_path) in line for line in told)
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2 and all(str(tmp_path) in line for line in warnings)
 
 
 def test_names_in_metadata_that_no_system_has_and_pipes(tmp_path):
@@ -240,8 +239,8 @@ def test_a_folder_without_pairs_is_an_error(tmp_path, files, message):
 def test_pairs_of_which_none_is_good_are_an_error(tmp_path):
     files = pair("a", b"") | pair("b", text=b"") | pair("c", b"")
     data = samples(CaptionedImages(write(tmp_path, files)))
-    told = data[1]["error"]  # for the main process to raise
-    assert re.search("no sample can be used.*bad_image 2.*blank_caption 1", told) and "\n" not in told
+    error = data[1]["error"]  # for the main process to raise
+    assert re.search("no sample can be used.*bad_image 2.*blank_caption 1", error) and "\n" not in error
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -287,7 +286,7 @@ def test_a_repeated_pair_is_one_skip(tmp_path):
 
 
 def test_a_shard_that_is_cut_anywhere(tmp_path, capsys):
-    """What is whole before the cut is used; the cut is told, unless it only takes zeros after the end."""
+    """What is whole before the cut is used; a cut gives a warning, unless it takes only zeros at the end."""
     files = {name: content for i in range(3) for name, content in pair(str(i)).items()}
     whole = tar(files)
     ends = [512 * sum(1 + -(-len(content) // 512) for content in list(files.values())[:2 * i])
@@ -297,15 +296,15 @@ def test_a_shard_that_is_cut_anywhere(tmp_path, capsys):
         for cut in {max(border - 1, 0), border, border + 1}:
             write(tmp_path, {"a.tar": whole[:cut]})
             source = CaptionedImages(tmp_path)
-            told = "a.tar is cut" in capsys.readouterr().err
+            warned = "a.tar is cut" in capsys.readouterr().err
             assert len(source) == 1 + sum(end <= cut for end in ends[1:]), cut
-            assert told == (source.skipped["bad_shard"] == 1) == (cut < ends[-1] + 512), cut
+            assert warned == (source.skipped["bad_shard"] == 1) == (cut < ends[-1] + 512), cut
 
 
 @pytest.mark.parametrize("content", [
     bytes(10240), b"<html>", tar(pair("0"), end=False), zlib.compress(tar(pair("0"))),
     tar(pair("0"))[:512] + bytes(512)])
-def test_a_bad_shard_is_told(tmp_path, capsys, content):
+def test_a_bad_shard_gives_a_warning(tmp_path, capsys, content):
     write(tmp_path, {"a.tar": content, "z.tar": tar(pair("other"))})
     source = CaptionedImages(tmp_path)
     assert source.skipped["bad_shard"] == 1 and str(tmp_path / "a.tar") in capsys.readouterr().err
@@ -464,8 +463,9 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path, name):
 
 
 def test_pictures_are_turned_upright_and_measured_after_it(tmp_path):
-    stored = {1: None, 2: T.FLIP_LEFT_RIGHT, 3: T.ROTATE_180, 4: T.FLIP_TOP_BOTTOM, 5: T.TRANSPOSE,
-              6: T.ROTATE_90, 7: T.TRANSVERSE, 8: T.ROTATE_270}
+    how = Image.Transpose
+    stored = {1: None, 2: how.FLIP_LEFT_RIGHT, 3: how.ROTATE_180, 4: how.FLIP_TOP_BOTTOM, 5: how.TRANSPOSE,
+              6: how.ROTATE_90, 7: how.TRANSVERSE, 8: how.ROTATE_270}
     upright = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
     for orientation, turn in stored.items():
         exif = Image.Exif()
@@ -508,7 +508,7 @@ def test_the_crop_is_where_its_conditions_say_and_flips_come_first(tmp_path, hei
 
 
 def test_a_crop_of_a_picture_that_is_resized(tmp_path):
-    """By its short side; the crop's place counts in pixels after it, the original size in those before."""
+    """The crop's place is in pixels after resizing by the short side, the original size in those before."""
     source = CaptionedImages(write(tmp_path, pair("x", coordinates(48, 120)) | {
         "x.json": b'{"original_height": 480, "original_width": 1200}'}))
     for p in range(8):
@@ -615,7 +615,7 @@ class Kept:
 
 
 def test_with_a_cache_an_image_has_one_crop(tmp_path):
-    """In every epoch and for every seed; noise, order and dropped captions are those without it."""
+    """It is the same in every epoch and for every seed; all else random is as without a cache."""
     source = many(tmp_path)
     cached, other, without = samples(source, cache=Kept()), samples(source, seed=1, cache=Kept()), samples(source)
     crops = {}

@@ -1,6 +1,6 @@
 """
-The path of a device without a device: on `meta`, a tensor on the wrong device or a wait for a number raises; and
-so does a float64 tensor, which MPS lacks.
+A device's path without one: runs on `meta`, where a tensor on another device, a wait for a number, or a
+float64 tensor (MPS has none) raises.
 """
 
 import contextlib

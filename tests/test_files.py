@@ -17,7 +17,7 @@ from bundles import bundle
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from common import FILE, HALF_FILE, WEIGHTS, refusal, save_shards
+from common import FILE, HALF_FILE, STEM, refusal, save_shards
 from sample import load_pipeline
 from support import files
 from support.files import atomic_write, bundle_files, local_folder, read_csv, write_csv, write_json
@@ -144,7 +144,7 @@ SMALL_FILES = """
 @pytest.mark.parametrize("half, variant", [(False, ""), (True, ".fp16")])
 def test_one_variant_of_the_weights_is_downloaded(half, variant):
     weights = [f"text_encoder/model{variant}.safetensors", f"text_encoder_2/model{variant}.safetensors",
-               f"unet/{WEIGHTS}{variant}.safetensors", f"vae/{FILE}"]
+               f"unet/{STEM}{variant}.safetensors", f"vae/{FILE}"]
     assert sorted(bundle_files(SDXL, half=half)) == sorted(SMALL_FILES + weights)
     unet = ["model_index.json", "unet/config.json", weights[2]]
     assert sorted(bundle_files(SDXL, ("unet",), half)) == unet
@@ -154,16 +154,16 @@ def test_one_variant_of_the_weights_is_downloaded(half, variant):
 @pytest.mark.parametrize("half", [False, True])
 def test_the_only_variant_is_downloaded(half):
     for variant in ("", ".fp16"):
-        names = ["vae/config.json", f"vae/{WEIGHTS}{variant}.safetensors", "unet/config.json",
-                 f"unet/{WEIGHTS}{variant}.safetensors"]
+        names = ["vae/config.json", f"vae/{STEM}{variant}.safetensors", "unet/config.json",
+                 f"unet/{STEM}{variant}.safetensors"]
         assert sorted(bundle_files(names, half=half)) == sorted(names)
 
 
 def test_shards_are_downloaded_with_their_index():
-    plain = [f"unet/{WEIGHTS}-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    half = [f"unet/{WEIGHTS}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    newer = [f"unet/{WEIGHTS}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
-    index, half_index = (f"unet/{WEIGHTS}.safetensors.index{variant}.json" for variant in ("", ".fp16"))
+    plain = [f"unet/{STEM}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    half = [f"unet/{STEM}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    newer = [f"unet/{STEM}-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
+    index, half_index = (f"unet/{STEM}.safetensors.index{variant}.json" for variant in ("", ".fp16"))
     for shards in (half, newer):
         names = [*plain, *shards, index, half_index]
         assert {*plain, index} <= {*bundle_files(names)} <= {*plain, index, half_index}
@@ -171,7 +171,7 @@ def test_shards_are_downloaded_with_their_index():
 
 
 def test_a_repository_of_a_unet_alone():
-    names = ["README.md", "config.json", FILE, HALF_FILE, f"{WEIGHTS}.bin", "lcm.png", "old/config.json"]
+    names = ["README.md", "config.json", FILE, HALF_FILE, f"{STEM}.bin", "lcm.png", "old/config.json"]
     assert sorted(bundle_files(names, ("unet",))) == ["config.json", FILE]
     assert sorted(bundle_files(names, ("unet",), half=True)) == ["config.json", HALF_FILE]
 
@@ -275,7 +275,7 @@ def test_nothing_in_the_cache_and_no_network(hub, monkeypatch):
 
 
 def test_what_the_cache_has_is_used_without_network(hub, tmp_path):
-    """Even if it is not the whole repository, of which only a part is ever downloaded."""
+    """Even if it is not the whole repository, as only parts are ever downloaded."""
     commit, place = "0" * 40, tmp_path / "cache" / "models--a--model"
     model = bundle(place / "snapshots" / commit)
     (place / "refs").mkdir()
@@ -317,7 +317,7 @@ def test_a_local_folder_comes_before_the_hub(tmp_path, monkeypatch):
     assert local_folder("a/model") == Path("a/model") and local_folder(Path("a")) == Path("a")
     Path("models").mkdir()
     Path("models/sdxl.safetensors").touch()
-    assert "models/sdxl.safetensors" in (message := refusal(local_folder, "models/sdxl.safetensors"))
-    assert "folder" in message  # a file, and not looked up on the hub
+    message = refusal(local_folder, "models/sdxl.safetensors")
+    assert "models/sdxl.safetensors" in message and "folder" in message  # not looked up on the hub
     for absent in ("nowhere", f"{tmp_path}/nowhere", "../nowhere", "a/b/c"):
         assert absent in refusal(local_folder, absent)

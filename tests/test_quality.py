@@ -1,4 +1,4 @@
-"""Table 4: scores are transformers' own, pictures are drawn once, errors are by the closed form."""
+"""Table 4: scores are transformers' own, pictures are drawn once, errors match the closed form."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from support.cli import PRESETS
 from support.files import bundle_files, read_csv
 from support.scorers import CLIPScorer, CompBench, find_scorer, noun_phrases
 from support.table4 import (
-    COLUMNS, PAPER, bootstrap, find_picture, paper_scores, read_prompt_groups, shares_of_wins)
+    COLUMNS, PAPER, bootstrap, load_picture, paper_scores, read_prompt_groups, shares_of_wins)
 
 NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
 SIGHT = NARROW | {"image_size": 32, "patch_size": 16}
@@ -311,7 +311,7 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
     pipelines.clear()                                            # again: nothing is drawn
     run(*command)
     assert not pipelines and read_csv(tmp_path / "t.csv") == rows
-    before = [path.stat().st_mtime_ns for path in kept]          # as after a kill, and a damage
+    before = [path.stat().st_mtime_ns for path in kept]          # one will be missing, one damaged
     kept[1].unlink()
     damaged = bytearray(kept[6].read_bytes())
     damaged[-40] ^= 1
@@ -325,15 +325,15 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
 
 def test_a_kill_loses_at_most_the_pictures_at_hand(models, tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("a red box\n" * 33)
-    keep, kept = table4.keep_picture, []
+    save, saved = table4.save_picture, []
 
-    def keep_some(*args):
-        if len(kept) == 32:
+    def save_some(*args):
+        if len(saved) == 32:
             raise KeyboardInterrupt
-        kept.append(args[0])
-        keep(*args)
+        saved.append(args[0])
+        save(*args)
 
-    monkeypatch.setattr(table4, "keep_picture", keep_some)
+    monkeypatch.setattr(table4, "save_picture", save_some)
     args = ("--model", models[1], "--scorer", "judge", "--steps", 1, "--pictures", tmp_path / "kept", "--out",
             tmp_path / "t.png")
     monkeypatch.setattr(scorers.Judge, "__init__", lambda self, prompts: None)
@@ -344,27 +344,27 @@ def test_a_kill_loses_at_most_the_pictures_at_hand(models, tmp_path, monkeypatch
 
 def test_other_settings_are_another_picture(tmp_path):
     settings = {"prompt": "a", "seed": 1, "unet": ["x 1 2"]}
-    table4.keep_picture(tmp_path / "a.png", noise(), settings, {"seconds": 2.0, "where": "here"})
-    image, drawn = find_picture(tmp_path / "a.png", settings)
+    table4.save_picture(tmp_path / "a.png", noise(), settings, {"seconds": 2.0, "where": "here"})
+    image, drawn = load_picture(tmp_path / "a.png", settings)
     assert image.tobytes() == noise().tobytes() and drawn["seconds"] == 2
     for other in ({"prompt": "b"}, {"seed": 2}, {"unet": ["x 1 3"]}, {"new": 1}):
-        assert find_picture(tmp_path / "a.png", settings | other) is None
+        assert load_picture(tmp_path / "a.png", settings | other) is None
     whole = (tmp_path / "a.png").read_bytes()
     for damaged in (b"", b"x" * 99, whole[:-200], whole[:50]):
         (tmp_path / "a.png").write_bytes(damaged)
-        assert find_picture(tmp_path / "a.png", settings) is None
+        assert load_picture(tmp_path / "a.png", settings) is None
     noise().save(tmp_path / "a.png")                             # by another program
-    assert find_picture(tmp_path / "a.png", settings) is None
+    assert load_picture(tmp_path / "a.png", settings) is None
 
 
 def test_flipped_bits_of_a_picture_are_noticed(tmp_path):
-    table4.keep_picture(tmp_path / "a.png", noise(), {"seed": 1}, {"seconds": 2.0, "where": "here"})
+    table4.save_picture(tmp_path / "a.png", noise(), {"seed": 1}, {"seconds": 2.0, "where": "here"})
     whole, rng = (tmp_path / "a.png").read_bytes(), np.random.default_rng(0)
     for _ in range(100):
         damaged = bytearray(whole)
         damaged[rng.integers(len(whole))] ^= 1 << int(rng.integers(8))
         (tmp_path / "a.png").write_bytes(damaged)
-        found = find_picture(tmp_path / "a.png", {"seed": 1})
+        found = load_picture(tmp_path / "a.png", {"seed": 1})
         assert found is None or found[0].tobytes() == noise().tobytes()
 
 

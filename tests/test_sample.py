@@ -1,6 +1,5 @@
 """sample.py: numbers worked out by hand, the pictures of diffusers, and what the command line promises."""
 
-import argparse
 import json
 import runpy
 import shutil
@@ -22,12 +21,11 @@ import model
 import sample
 from common import FILE, draw, refusal, relative_error
 from sample import NoiseSchedule, load_pipeline
-from support.cli import PRESETS, SAMPLERS, Preset, number, preset
+from support.cli import PRESETS, SAMPLERS, SPACINGS, Preset, preset
 from support.costs import read_configs
 from support.plots import image_grid
 
 ROOT = Path(__file__).parents[1]
-SPACINGS = ("leading", "trailing", "linspace")
 SMALL = {"steps": 3, "height": 32, "width": 48}
 FLAGS = ["--steps", "3", "--height", "32", "--width", "48"]
 
@@ -544,10 +542,6 @@ def test_bad_values_are_reported(folder, tmp_path, path, key, value):
     assert Path(path).name.replace("special_tokens_map", "tokenizer_config") in refusal(load_pipeline, broken)
 
 
-def test_a_unet_of_another_model(program, folder):
-    error_of(program(*PROMPT, "--model", folder, "--unet", "toy", *FLAGS))
-
-
 def test_a_model_that_is_nowhere(program, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -621,15 +615,6 @@ def test_a_start_imports_neither_transformers_nor_the_compiler(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0 and (tmp_path / "x.png").exists(), done.stderr
     assert done.stdout.splitlines()[-1] == "set()"  # they would take most of the time of a start
-
-
-def test_numbers_of_the_command_line():
-    whole, real = number(int, 8, 64, multiple=8), number(float, 1)
-    assert whole("16") == 16 and real("7.5") == 7.5
-    for kind, text, named in ((whole, "20", "16 or 24"), (whole, "72", "64"), (real, "inf", "inf"),
-                              (real, "nan", "nan"), (real, "0.5", "0.5")):
-        with pytest.raises(argparse.ArgumentTypeError, match=named):
-            kind(text)
 
 
 def test_help_fits_a_screen(program, monkeypatch):

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from toy.shapes import (COLOURS, GAP, MARGIN, RELATIONS, SHAPES, SIZE, WORDS, Object, Scene, caption,
-                        coverage, describe, judge, parse, read, render, sample, scene, scores)
+from toy.shapes import (
+    COLOURS, GAP, MARGIN, RELATIONS, SCORES, SHAPES, SIZE, WORDS, Object, Scene, caption, coverage, describe,
+    judge, parse, read, render, sample, scene, scores)
 
 RED = Object("red", "circle", 18, 30, 10)
 BLUE = Object("blue", "square", 46, 34, 9)
@@ -99,7 +100,7 @@ def test_the_judge_reads_imperfect_pictures(samples, harm):
 
 
 @pytest.mark.parametrize("objects, expected", [
-    pytest.param([RED, BLUE], (1, 1, 1), id="as told"),
+    pytest.param([RED, BLUE], (1, 1, 1), id="as asked"),
     pytest.param([RED], (0, 0, 0), id="one missing"),
     pytest.param([], (0, 0, 0), id="nothing"),
     pytest.param([RED, BLUE, Object("green", "cross", 32, 53, 9)], (0, 0, 1), id="one more"),
@@ -112,7 +113,7 @@ def test_the_judge_reads_imperfect_pictures(samples, harm):
 ])
 def test_each_fault_costs_its_score(objects, expected):
     verdict = judge(render(Scene(objects, None)), CAPTION)
-    assert verdict == dict(zip(("colour", "shape", "spatial"), expected))
+    assert verdict == dict(zip(SCORES, expected))
     assert judge(render(Scene(objects, None)), CAPTION.replace("left of", "and"))["spatial"] is None
 
 

@@ -97,11 +97,11 @@ def test_where_files_name_different_padding_the_map_counts(vocabulary, tmp_path)
     assert ours.pad == theirs.pad_token_id == 0
 
 
-def test_what_is_truncated_is_what_follows_the_last_token(vocabulary):
+def test_the_overflow_is_what_follows_the_last_token(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 7}')
     tokenizer = CLIPTokenizer(vocabulary)
-    assert tokenizer.truncated("the koala the koala the") == ""
-    assert tokenizer.truncated("the  koala The koala the  KOALA painting") == "KOALA painting"
+    assert tokenizer.overflow("the koala the koala the") == ""
+    assert tokenizer.overflow("the  koala The koala the  KOALA painting") == "KOALA painting"
 
 
 @pytest.fixture(scope="module")

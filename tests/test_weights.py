@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from common import FILE, HALF_FILE, UNETS, VAES, WEIGHTS, fill, refusal, same, save_shards
+from common import FILE, HALF_FILE, STEM, UNETS, VAES, fill, refusal, same, save_shards
 from model import UNet, UNetConfig, load_unet, save_unet
 
 CONFIG = UNetConfig((8, 16), (0, 1), 1, 1, (1, 2), context_dim=8, pooled_dim=4, size_dim=4, groups=4)
@@ -136,7 +136,11 @@ def test_saving_that_fails_leaves_the_old_files(folder, weights, monkeypatch):
         save_unet(network, folder)
     assert sorted(os.listdir(folder)) == ["config.json", FILE] and same(load_unet(folder), weights)
     monkeypatch.setattr(os, "replace", replace)
-    monkeypatch.setattr("model.save_file", lambda *args: (_ for _ in ()).throw(OSError(28, "No space left")))
+
+    def fail_at_once(*args):
+        raise OSError(28, "No space left")
+
+    monkeypatch.setattr("model.save_file", fail_at_once)
     with pytest.raises(OSError, match="No space left"):
         save_unet(network, folder)
     assert sorted(os.listdir(folder)) == ["config.json", FILE] and same(load_unet(folder), weights)
@@ -190,7 +194,7 @@ class Trap:
 
 
 @pytest.mark.parametrize("protocol", range(6))
-@pytest.mark.parametrize("name", [f"{WEIGHTS}.bin", f"{WEIGHTS}.fp16.bin", FILE])
+@pytest.mark.parametrize("name", [f"{STEM}.bin", f"{STEM}.fp16.bin", FILE])
 def test_a_pickle_is_not_opened(folder, tmp_path, name, protocol):
     marker = tmp_path / "marker"
     (folder / FILE).unlink()

@@ -84,7 +84,7 @@ def byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
 
 
 def write_tokenizers(folder: Path):
-    """tokenizer/ and tokenizer_2/, which pads with another token, as SDXL has them."""
+    """Writes tokenizer/ and tokenizer_2/, which pads with another token, as SDXL's does."""
     vocabulary, merges = byte_pairs(shapes.WORDS)
     for name, pad in zip(TOKENIZERS, ("<|endoftext|>", "!")):
         special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
@@ -111,7 +111,7 @@ class Toy(nn.Module):
         self.unet = model.UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
         for name, parameter in self.named_parameters():
             if name.endswith("position_embedding.weight"):
-                nn.init.normal_(parameter, std=0.3)  # of two objects, one is the first
+                nn.init.normal_(parameter, std=0.3)  # large, so that the order of two objects shows
             if name.endswith("token_embedding.weight"):
                 nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
             if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
@@ -146,7 +146,8 @@ def train_vae(steps: int) -> VAE:
     vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for indices in (bar := tqdm(micro_batches(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")):
+    bar = tqdm(micro_batches(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")
+    for indices in bar:
         images, _ = pictures(indices)
         mean, logvar = vae.encode(images)
         error = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)) - images
@@ -168,7 +169,8 @@ def set_scaling_factor(vae: VAE, count: int = 512):
 
 
 class MeanPictures:
-    """The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
+    """
+    The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
 
     There only the caption says what lies where, and one picture says little about the mean. From single
     pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means,
@@ -194,13 +196,16 @@ class MeanPictures:
 
     def __call__(self, captions: list[str]) -> Tensor:
         """Captions to latents (B, 4, H, W)."""
-        asked = [shapes.parse(caption) for caption in captions]
-        return torch.stack([self.empty + sum(self.added[(len(objects), relation, i), kind]
-                                             for i, kind in enumerate(objects))
-                            for objects, relation in asked])
+        latents = []
+        for caption in captions:
+            objects, relation = shapes.parse(caption)
+            added = [self.added[(len(objects), relation, i), kind] for i, kind in enumerate(objects)]
+            latents.append(self.empty + sum(added))
+        return torch.stack(latents)
 
 
-def examples(indices: list[int], vae: VAE, means: MeanPictures | None):
+def examples(indices: list[int], vae: VAE,
+             means: MeanPictures | None) -> tuple[Tensor, Tensor, list[str]]:
     """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
     if means:
         captions = [shapes.caption(shapes.TRAIN_SEED, index) for index in indices]
@@ -212,7 +217,7 @@ def examples(indices: list[int], vae: VAE, means: MeanPictures | None):
 
 
 def prepare(bundle: Path, init: Path | None, vae_steps: int):
-    """Puts tokenizers and VAE into a bundle; the VAE is that of `init`, if given, or else trained."""
+    """Writes tokenizers and VAE into a bundle; the VAE is that of `init` if given, else trained."""
     write_tokenizers(bundle)
     vae = load_vae(init, torch.float32) if init else train_vae(vae_steps)
     set_scaling_factor(vae)
@@ -228,6 +233,37 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     """In each cycle it rises within 100 steps and, at the end, falls to 0."""
     step = step % args.cycle
     return args.lr * min(1, (step + 1) / 100, (args.cycle - step) / (args.decay * args.cycle))
+
+
+def save(folder: Path, toy: Toy, average: Toy):
+    for name, network in (("weights", toy), ("average", average)):
+        tensors = {path: tensor.contiguous() for path, tensor in network.state_dict().items()}
+        save_file(tensors, folder / f"{name}.safetensors")
+
+
+def load(folder: Path, toy: Toy, average: Toy):
+    toy.load_state_dict(model.read_tensors(folder / "weights.safetensors"))
+    average.load_state_dict(model.read_tensors(folder / "average.safetensors"))
+
+
+def write_bundle(folder: Path, toy: Toy):
+    """Writes U-Net and text encoders beside the VAE and the tokenizers: a model in the official layout."""
+    model.save_unet(toy.unet, folder / "unet")
+    for name in TEXT_WIDTHS:
+        save_clip(getattr(toy, name), folder / name)
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
+    write_json(folder / "model_index.json", INDEX)
+
+
+def judge(args: argparse.Namespace) -> dict[str, float]:
+    """The judge's scores of the bundle on captions not trained on; writes some pictures to grid.png."""
+    seeds = list(range(args.captions))
+    captions = shapes.judge_captions(args.captions)
+    pipeline = load_pipeline(args.out / "bundle")
+    images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
+    rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
+    image_grid(rows or [images]).save(args.out / "grid.png")
+    return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
 
 
 def train(args: argparse.Namespace):
@@ -288,37 +324,6 @@ def train(args: argparse.Namespace):
             bar.write(f"step {done}: {judge(args)}")
 
 
-def save(folder: Path, toy: Toy, average: Toy):
-    for name, network in (("weights", toy), ("average", average)):
-        tensors = {path: tensor.contiguous() for path, tensor in network.state_dict().items()}
-        save_file(tensors, folder / f"{name}.safetensors")
-
-
-def load(folder: Path, toy: Toy, average: Toy):
-    toy.load_state_dict(model.read_tensors(folder / "weights.safetensors"))
-    average.load_state_dict(model.read_tensors(folder / "average.safetensors"))
-
-
-def write_bundle(folder: Path, toy: Toy):
-    """Puts U-Net and text encoders beside the VAE and the tokenizers: a model in the official layout."""
-    model.save_unet(toy.unet, folder / "unet")
-    for name in TEXT_WIDTHS:
-        save_clip(getattr(toy, name), folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", INDEX)
-
-
-def judge(args: argparse.Namespace) -> dict[str, float]:
-    """The judge's scores of the bundle on captions it was not trained on; writes some pictures to grid.png."""
-    seeds = list(range(args.captions))
-    captions = [shapes.caption(shapes.JUDGE_SEED, seed) for seed in seeds]
-    pipeline = load_pipeline(args.out / "bundle")
-    images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
-    rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
-    image_grid(rows or [images]).save(args.out / "grid.png")
-    return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
-
-
 def publish(bundle: Path, target: Path):
     """Copies the bundle to `target`, weights in float16. A damaged one raises before anything is written."""
     unet, vae = model.load_unet(bundle).half(), load_vae(bundle).half()
@@ -359,7 +364,7 @@ def main(argv: list[str] | None = None):
     add("--guidance", number(float, 1), PRESETS["toy"].guidance, "guidance scale of what is judged")
     add("--out", path, Path("runs/toy"), "of the run", "FOLDER")
     args = parser.parse_args(argv)
-    if args.batch % process_ranks()[1]:
+    if args.batch % process_ranks().world:
         parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
     of_student = args.command == "publish" and (args.out / "unet").is_dir()
     if args.command != "train" and not of_student and not Path(args.out, "bundle", "model_index.json").is_file():

@@ -1,4 +1,5 @@
-"""Captioned pictures of shapes, made on the fly, and the judge that reads them back.
+"""
+Captioned pictures of shapes, made on the fly, and the judge that reads them back.
 
 A picture is a pure function of (seed, index): one or two flat shapes on a plain background, with a caption
 such as "a red circle left of a blue square". Nothing is stored: the training set is endless.
@@ -38,12 +39,15 @@ SHAPES = {                          # is (u, v) inside? the box around the objec
     "cross":    lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 1 / 3),
 }
 TRAIN_SEED, JUDGE_SEED = 0, 1       # what is judged was not trained on
+SCORES = ("colour", "shape", "spatial")  # the judge's
 RELATIONS = ("left of", "right of", "above", "below")
 # All the words of all captions, each once, in a fixed order: the vocabulary of the toy's tokenizers.
 WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLOURS, *SHAPES)).split()))
 
 
+# ------------------------------------------------------------------------------------------------------------
 # Pictures
+
 
 class Object(NamedTuple):
     colour: str | None              # None: the judge found a colour that has no name here
@@ -55,11 +59,12 @@ class Object(NamedTuple):
 
 class Scene(NamedTuple):
     objects: list[Object]           # one, or two of different colours
-    relation: str | None            # of the first object to the second, if the caption tells it
+    relation: str | None            # of the first object to the second, if the caption says it
 
 
 def relate(a: Object, b: Object, dominance: float = 1.0) -> str | None:
-    """Where `a` lies, seen from `b`.
+    """
+    Where `a` lies, seen from `b`.
 
     None unless they are more than `dominance` times as far apart along one axis as along the other.
     """
@@ -72,7 +77,8 @@ def relate(a: Object, b: Object, dominance: float = 1.0) -> str | None:
 
 
 def scene(seed: int, index: int) -> Scene:
-    """The scene with this number: a quarter have one object, a quarter two, and half two and their relation.
+    """
+    The scene with this number: a quarter have one object, a quarter two, and half two and their relation.
 
     Both numbers are non-negative integers. Scenes of different numbers are independent of each other.
     """
@@ -88,7 +94,7 @@ def scene(seed: int, index: int) -> Scene:
         if kind == "one":
             return Scene(objects, None)
         a, b = objects
-        # The relation is read off the places, so all four are equally likely; a doubtful one is drawn again.
+        # The places give the relation, so all four are equally likely; a doubtful one is drawn again.
         relation = relate(a, b, dominance=1.5) if kind == "relation" else None
         apart = max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
         if apart and (relation or kind == "two"):
@@ -122,21 +128,30 @@ def caption(seed: int, index: int) -> str:
     return describe(scene(seed, index))
 
 
+def judge_captions(count: int) -> list[str]:
+    """Captions to judge on, which are not trained on."""
+    return [caption(JUDGE_SEED, i) for i in range(count)]
+
+
 def sample(seed: int, index: int) -> tuple[Image.Image, str]:
-    """A picture and its caption; the same for the same two non-negative integers, always."""
+    """A picture and its caption, always the same for the same two non-negative integers."""
     drawn = scene(seed, index)
     return render(drawn), describe(drawn)
 
 
+# ------------------------------------------------------------------------------------------------------------
 # The judge
 
+
 def parse(caption: str) -> tuple[list[tuple[str, str]], str | None]:
-    """What a caption asks for: [(colour, shape), ...] and the relation of the first to the second, or None.
+    """
+    What a caption asks for: [(colour, shape), ...] and the relation of the first to the second, or None.
 
     Raises ValueError, in one line, for words and for sentences that the toy does not know.
     """
     words = caption.lower().split()
-    if unknown := [word for word in dict.fromkeys(words) if word not in WORDS]:
+    unknown = [word for word in dict.fromkeys(words) if word not in WORDS]
+    if unknown:
         raise ValueError(f"the toy does not know: {', '.join(unknown)}. It knows: {', '.join(WORDS)}")
     noun = f"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     match = re.fullmatch(f"{noun}(?: (and|{'|'.join(RELATIONS)}) {noun})?", " ".join(words))
@@ -175,7 +190,8 @@ def components(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def read(image: Image.Image) -> list[Object]:
-    """The objects in a picture of SIZE x SIZE, noisy or blurred as it may be, in the order of COLOURS.
+    """
+    The objects in a picture of SIZE x SIZE, noisy or blurred as it may be, in the order of COLOURS.
 
     `read(render(scene))` gives the objects of the scene back, to about a pixel.
     Raises ValueError for a picture of another size.
@@ -184,8 +200,9 @@ def read(image: Image.Image) -> list[Object]:
         raise ValueError(f"the judge reads {SIZE} x {SIZE} pixels, not {image.width} x {image.height}")
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)
     labels = segment(picture)
+    parts = [part for i in range(len(COLOURS)) for part in components(labels == i)]
     found = []
-    for part in (part for i in range(len(COLOURS)) for part in components(labels == i)):
+    for part in parts:
         if part.sum() < 40:         # a speck: a quarter of the smallest object
             continue
         # The nearest colour need not be near: a pale, grey or brown object has none of the names. 60 is well
@@ -207,30 +224,31 @@ def read(image: Image.Image) -> list[Object]:
 
 
 def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
-    """Whether a picture shows what its caption says: 1.0 or 0.0 for each of
+    """
+    Whether a picture shows what its caption says: 1.0 or 0.0 for each of SCORES.
 
     colour   the objects have exactly the caption's colours: one each, none missing, none besides
     shape    and each colour has its own shape (the binding of attributes)
-    spatial  each of its two colours is there once, and they lie as told; None where no relation is told
+    spatial  each of its two colours is there once, in the caption's relation; None if the caption has none
 
-    Raises ValueError for a caption that `parse` and for a picture that `read` does not take.
+    Raises ValueError for a caption that `parse` refuses and for a picture that `read` refuses.
     """
     asked, relation = parse(caption)
     found = read(image)
-    colour = Counter(o.colour for o in found) == Counter(colour for colour, _ in asked)
+    colour = Counter(o.colour for o in found) == Counter(name for name, _ in asked)
     shape = Counter((o.colour, o.shape) for o in found) == Counter(asked)
     spatial = None
     if relation:
-        first, second = ([o for o in found if o.colour == colour] for colour, _ in asked)
+        first, second = ([o for o in found if o.colour == name] for name, _ in asked)
         spatial = float(len(first) == len(second) == 1 and relate(first[0], second[0]) == relation)
-    return {"colour": float(colour), "shape": float(shape), "spatial": spatial}
+    return dict(zip(SCORES, (float(colour), float(shape), spatial)))
 
 
 def scores(images: Iterable[Image.Image], captions: Iterable[str]) -> dict[str, float]:
     """The mean of each of the judge's scores over the captions it applies to; nan if there is none."""
     verdicts = [judge(image, caption) for image, caption in zip(images, captions, strict=True)]
     means = {}
-    for key in ("colour", "shape", "spatial"):
-        told = [verdict[key] for verdict in verdicts if verdict[key] is not None]
-        means[key] = sum(told) / len(told) if told else float("nan")
+    for key in SCORES:
+        values = [verdict[key] for verdict in verdicts if verdict[key] is not None]
+        means[key] = sum(values) / len(values) if values else float("nan")
     return means
