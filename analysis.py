@@ -45,8 +45,7 @@ def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
         return read_prompt_file(args.prompts)
     if not all_toys(args.model):
         return PROMPTS
-    captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(10 * count)]
-    return [caption for caption in captions if shapes.parse(caption)[1]][:count]
+    return [caption for caption in shapes.judge_captions(10 * count) if shapes.parse(caption)[1]][:count]
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ FINDINGS = {  # of section 4.2: the mean of some rows is better than that of eac
            ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
     "3d": ("F4, LF helps where there is no self-attention, and only there",
            ["SA + LF at DW-1 & UP-3"], [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
-SIGNS = {"colour": 1, "shape": 1, "spatial": 1, "distance": -1}  # the scores of a run; 1: more is better
+SIGNS = dict.fromkeys(shapes.SCORES, 1) | {"distance": -1}       # the scores of a run; 1: more is better
 
 
 def distill_flags(args: argparse.Namespace, features: str, blocks: str, normalize: bool,
@@ -169,7 +169,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     teacher, tables = parse_teacher(args), list(TABLE) if args.table == "all" else [args.table]
     prompts = tuple(PROMPTS[:args.judge])
     if teacher == "toy":                                         # captions that were not trained on
-        prompts = tuple(shapes.caption(shapes.JUDGE_SEED, i) for i in range(args.judge))
+        prompts = tuple(shapes.judge_captions(args.judge))
     signs = SIGNS
     if args.scorer:
         find_scorer(args.scorer, {"prompts": list(prompts)})     # fails now, and not after hours of runs
@@ -193,14 +193,14 @@ def ablation(args: argparse.Namespace) -> Image.Image:
             scores[name] = np.array([runs[(*row[1:], seed)] for seed in range(args.seeds)]).T
             means = scores[name].mean(axis=1)
             spreads = scores[name].std(axis=1, ddof=1) if args.seeds > 1 else means * math.nan
-            start = [table, name, format_score(row.hpsv2, math.nan, 2)]
+            start = [table, name, format_score(row.hpsv2, digits=2)]
             points[name] = list(zip(means, spreads))
             rows.append([*start, *np.stack([means, spreads], axis=1).flatten().tolist()])
             cells.append([*start, *map(format_score, means, spreads)])
         order = sorted(TABLE[table].items(), key=lambda item: -np.nan_to_num(item[1].hpsv2))
         dots = groups[f"Table {table}"] = {}
         for name, row in order:
-            dots[f"{name}  {format_score(row.hpsv2, math.nan, 2)}"] = [points[name][k] for k in kept]
+            dots[f"{name}  {format_score(row.hpsv2, digits=2)}"] = [points[name][k] for k in kept]
         claim, better, worse = FINDINGS[table]
         findings.append([claim, check_finding(better, worse, scores, signs)])
     header = ["table", "row", "paper's HPSv2", *signs]

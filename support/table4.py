@@ -140,8 +140,7 @@ class Pictures:
         self.name, self.device, self.low_memory = name, resolve_device(args.device), args.low_memory
         self.dtype, chosen = resolve_dtype(args.precision, self.device), preset(name)
         steps = args.steps or chosen.steps
-        unet = local_folder(chosen.unet, ("unet",), self.dtype in model.HALF)
-        unet = unet / "unet" if (unet / "unet").is_dir() else unet
+        unet = model.part_folder(local_folder(chosen.unet, ("unet",), self.dtype in model.HALF), "unet")
         weights = []                                             # identified without reading them
         for file in sorted(unet.glob("*.safetensors")):
             status = os.stat(file)

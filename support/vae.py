@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    Attention, ResBlock, Upsample, build, check_fixed, check_numbers, read_config, read_weights, save_network)
+    WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, check_numbers, part_folder, read_config,
+    read_weights, save_network)
 
 
 @dataclass(frozen=True)
@@ -180,14 +181,14 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> VAE:
     """Loads the VAE of a folder, or of its vae/, in `dtype` or else as stored; raises as `load_unet`."""
-    folder = Path(folder, "vae") if Path(folder, "vae").is_dir() else Path(folder)
+    folder = part_folder(folder, "vae")
     config = read_config(folder, VAEConfig.from_diffusers)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor
-               for name, tensor in read_weights(folder, "diffusion_pytorch_model", dtype).items()}
+               for name, tensor in read_weights(folder, WEIGHTS, dtype).items()}
     return build(partial(VAE, config), weights, folder, dtype, device)
 
 
 def save_vae(vae: VAE, folder: str | Path):
     """Writes config.json and weights, in their own dtype, in the official layout; diffusers reads them."""
-    save_network(vae, vae.config.to_diffusers(), Path(folder), "diffusion_pytorch_model")
+    save_network(vae, vae.config.to_diffusers(), Path(folder), WEIGHTS)

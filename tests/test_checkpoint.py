@@ -241,9 +241,12 @@ def test_a_lock_is_a_plain_file(tmp_path):
 def test_a_child_that_outlives_its_process_does_not_keep_the_lock(tmp_path):
     def job():
         _lock = lock_run_dir(tmp_path)
+        begun, begin = os.pipe()
         if os.fork() == 0:
+            os.write(begin, b"1")
             time.sleep(5)
             os._exit(0)
+        os.read(begun, 1)
         os._exit(0)
 
     assert in_processes(job) == [0]

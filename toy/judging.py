@@ -35,13 +35,13 @@ def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict
     """
     Prints the judge's scores of some U-Nets on `count` captions, and writes scores.csv and judged.png.
 
-    A run is judged once after its last step, so the scores are kept with the number of its steps.
+    The scores are kept with the run's number of steps, so that a run that goes on is judged again.
     """
     path = run / "scores.csv"
-    header = ["", "colour", "shape", "spatial", "steps", "captions"]
+    header = ["", *shapes.SCORES, "steps", "captions"]
     rows = read_csv(path, header[1:]) if path.exists() else []
     if [(row["steps"], row["captions"]) for row in rows[-1:]] != [(str(steps), str(count))]:
-        captions = [shapes.caption(shapes.JUDGE_SEED, i) for i in range(count)]
+        captions = shapes.judge_captions(count)
         images = {name: draw(pipeline, unet, captions, f"judging {name}") for name, unet in unets.items()}
         rows = []
         for row in images.values():
