@@ -193,7 +193,7 @@ class Networks(NamedTuple):
 
 def hook_features(teacher: model.UNet | None, student: model.UNet, matched: dict[str, str],
                   out_kd: float = 1.0) -> Networks:
-    """The networks of a step with hooks on their matched modules; without outKD the teacher stops after its last."""
+    """The networks of a step, matched modules hooked; without outKD the teacher stops after its last feature."""
     return Networks(teacher, student, model.Features(teacher, list(matched.values()), stop=not out_kd),
                     model.Features(student, list(matched)))
 
@@ -467,18 +467,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             meaning += f" [{', '.join(f'{recipe} {RECIPES[recipe][name]}' for recipe in RECIPES)}]"
         parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
 
-    add("--student", "KOALA's of SDXL, or BK-SDM's (base, small, tiny) of Stable Diffusion", default="700m",
-        choices=list(model.SURGERIES))
-    add("--teacher", "a name such as toy, sdxl or sd14, a hub id or a folder; none: the task loss alone",
+    add("--student", "KOALA's 1b, 700m of SDXL; BK-SDM's base, small, tiny of Stable Diffusion", default="700m",
+        choices=list(model.SURGERIES), metavar="NAME")
+    add("--teacher", "a name such as toy or sdxl, a hub id or a folder; none: the task loss alone",
         default="toy", type=partial(model_name, words=("none",)), metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
         metavar="MODEL")
     add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
         type=partial(model_name, words=("teacher", "random")), metavar="MODEL")
-    add("--features", "of SA, CA, Res, FFN, LF, each everywhere or @STAGE (LF alone is BK-SDM); or none",
+    add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE (LF alone is BK-SDM); or none",
         metavar="LIST")
-    add("--sa-blocks", "which of a deeper teacher's transformer blocks (Table 3c)",
-        choices=["bottom", "interleave", "up"], default="bottom")
+    add("--sa-blocks", "of a deeper teacher: bottom, interleave or up (Table 3c)",
+        choices=["bottom", "interleave", "up"], default="bottom", metavar="NAME")
     add("--data", "shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards", type=nonempty,
         default="shapes", metavar="FOLDER")
     add("--caption", "one caption for all images, as in DreamBooth", type=nonempty, metavar="TEXT")
@@ -493,7 +493,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
     add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
-    add("--decay", "share of the steps, the last, over which the learning rate falls to 0", type=number(float, 0, 1))
+    add("--decay", "last share of the steps, over which that rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
     add("--dropout", "share of captions replaced by none", type=number(float, 0, 1), default=0.1)
     add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
@@ -505,10 +505,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--judge", "captions that the toy is judged on at the end, 0 for none", type=number(int, 0, 10**5),
         default=64)
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
-    add("--precision", "[bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS))
-    add("--checkpointing", "what the backward pass recomputes [as much as a GPU's memory asks for, and a smaller "
-        "--micro-batch if need be; none elsewhere]", choices=list(model.CHECKPOINTING))
-    add("--ema", "keep an average of the student's weights, of this decay, in unet_ema/ [none; 0.9999 is usual]",
+    add("--precision", "fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS),
+        metavar="NAME")
+    add("--checkpointing", "to recompute none, selective (cheap layers) or full (all) [as memory asks for]",
+        choices=list(model.CHECKPOINTING), metavar="NAME")
+    add("--ema", "decay of an average of the weights, kept in unet_ema/, such as 0.9999 [no average]",
         type=number(float, 0, 1))
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
