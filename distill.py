@@ -554,8 +554,6 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
-    if args.data != "shapes" and not args.dry_run and not Path(args.data).is_dir():
-        parser.error(f"--data {args.data} is not a folder")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have captions")
 
@@ -638,6 +636,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
+    if args.data != "shapes" and not Path(args.data).is_dir():   # told before any model is downloaded
+        raise FileNotFoundError(f"--data: no folder {args.data}")
     rank, world, local_rank = process_ranks()
     device = resolve_device(args.device)
     if device.startswith("cuda"):
