@@ -65,8 +65,8 @@ def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
 
 def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     """
-    The first `count` principal components of rows (N, M): scores (N, count), and the share of the variance that each
-    explains, (count,). Signs are fixed so that each direction's largest entry is positive.
+    The first `count` principal components of rows (N, M): scores (N, count), and the share of the variance
+    that each explains, (count,). Signs are fixed so that each direction's largest entry is positive.
     """
     centred = rows.double() - rows.double().mean(dim=0)
     with torch.random.fork_rng(devices=[]):
@@ -111,8 +111,8 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 
 def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
     """
-    Where the query is whose attention is drawn, as shares of width and height, and the object there: the one that
-    the toy's caption names first, or the centre and None.
+    Where the query is whose attention is drawn, as shares of width and height, and the object there: the one
+    that the toy's caption names first, or the centre and None.
     """
     try:
         colour, _ = shapes.parse(prompt)[0][0]
@@ -147,7 +147,7 @@ def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
 
 
 def attention(args: argparse.Namespace) -> Image.Image:
-    """Measures the maps of all prompts; of the first `--rows` draws (b) the components, (c) one query's row."""
+    """Measures all prompts' maps; draws (b) components and (c) one query's row of the first `--rows`."""
     prompts, rows, drawn = read_prompts(args, 24), [], []
     size = 152                                                   # pixels of a picture
     for name in args.model:
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None):
         add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
-    maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of the steps before the maps")
+    maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before the maps")
     maps("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
     times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
@@ -292,16 +292,16 @@ def main(argv: list[str] | None = None):
     table3("--batch", type=number(int, 1, 10**6), default=16, metavar="N", help="images in a step")
     table3("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
-    table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where the runs are kept")
+    table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where runs are kept")
     table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
     table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     table4("--scorer", type=nonempty, metavar="NAME",
            help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
-    table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of such files")
-    table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; of the toy 256]")
-    table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps, 50 in the paper [the preset's]")
+    table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
+    table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
+    table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")
     table4("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
-    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
+    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="kept here")
     table4("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     for add in (times, table4):
         add("--precision", choices=PRECISIONS, metavar="P",

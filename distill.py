@@ -41,7 +41,8 @@ from support.checkpoint import (
 from support.cli import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device,
     resolve_dtype, run)
-from support.data import CaptionedImages, Samples, Shapes, format_counts, load_samples, micro_batches
+from support.data import (
+    CaptionedImages, Samples, Shapes, format_counts, load_samples, load_source, micro_batches)
 from support.files import atomic_write, local_folder
 from support.plots import loss_curves
 from support.text import CLIPConfig
@@ -57,12 +58,12 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
     """
     Which module of the teacher each module of the student learns from, by their paths (Table 3).
 
-    The surgery leaves widths and resolutions as they are, so two matched features have one shape, and there is no
-    projection between them.
+    The surgery leaves widths and resolutions as they are, so matched features have the same shape, and no
+    projection is needed.
 
     `features` is as in "SA,LF@DW-1": types, at every stage or at one. A path changes twice: its pair by
-    `model.teacher_path`, as the surgery has it, and its transformer block by `teacher_block` (Table 3c). Raises
-    ValueError for types and stages that the student does not have.
+    `model.teacher_path`, as the surgery has it, and its transformer block by `teacher_block` (Table 3c).
+    Raises ValueError for types and stages that the student does not have.
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
@@ -119,13 +120,13 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    equation (1)  task    || eps - eps_S ||^2            the noise that was added (or v), the student's prediction
+    equation (1)  task    || eps - eps_S ||^2            the noise that was added, or v; the student's prediction
     equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction, the student's
     equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the features of the teacher, of the student
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, but features of different
-    shapes cannot be added; here it is outside, as in BK-SDM's code. The features of some modules are ten times as
-    large as those of others and dominate the sum; `normalize` divides each term by its teacher's mean square.
+    shapes cannot be added; here it is outside, as in BK-SDM's code. Features of some modules are ten times
+    larger than others and dominate the sum; `normalize` divides each term by its teacher's mean square.
     """
     task = F.mse_loss(prediction.float(), target.float())
     out_kd = feat_kd = torch.zeros_like(task)
@@ -186,20 +187,21 @@ class Networks(NamedTuple):
     """Teacher and student, and the features of each that equation (3) compares."""
 
     teacher: model.UNet | None
-    student: nn.Module                                           # a UNet, or DistributedDataParallel around it
+    student: nn.Module                                           # a UNet, alone or in DistributedDataParallel
     teacher_features: model.Features
     student_features: model.Features
 
 
 def hook_features(teacher: model.UNet | None, student: model.UNet, matched: dict[str, str],
                   out_kd: float = 1.0) -> Networks:
-    """The networks of a step, matched modules hooked; without outKD the teacher stops after its last feature."""
+    """Hooks the matched modules of both networks; without outKD the teacher stops after its last feature."""
     return Networks(teacher, student, model.Features(teacher, list(matched.values()), stop=not out_kd),
                     model.Features(student, list(matched)))
 
 
 @torch.no_grad()
-def teacher_forward(networks: Networks, batch: Batch, dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
+def teacher_forward(networks: Networks, batch: Batch,
+                    dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
     """The teacher's prediction in its own dtype, or None if its features end the pass; and its features."""
     prediction, features = None, networks.teacher_features
     with features as captured:
@@ -247,7 +249,7 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def skipped_by(samples: list[dict]) -> dict[str, str]:
-    """Why pairs were skipped for these samples, by index (as text, for JSON). Raises ValueError if all were."""
+    """Why pairs were skipped, by index (as text, for JSON). Raises ValueError if there was no other pair."""
     skipped = {}
     for sample in samples:
         if "error" in sample:
@@ -352,10 +354,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     """
     Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
 
-    A step of the mathematics ends with `optimizer.zero_grad()`; log, checkpoints and previews follow. `identity`
-    is what a resumed run must have in common with its checkpoint; `least_seconds` is what a step takes at the
-    peak of the GPUs, or 0 if that is not known. Raises FloatingPointError after 20 steps in a row whose gradients
-    are not finite; other errors are of data and files.
+    A step ends with `optimizer.zero_grad()`; log, checkpoint and preview follow. `identity` is what a resumed
+    run must have in common with its checkpoint; `least_seconds` is what a step takes at the peak of the GPUs,
+    or 0 if that is not known. Raises FloatingPointError after 20 steps in a row whose gradients are not finite;
+    other errors are of data and files.
     """
     rank, world, _ = process_ranks()
     device, teacher, student = pipeline.device, networks.teacher, networks.student
@@ -467,8 +469,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             meaning += f" [{', '.join(f'{recipe} {RECIPES[recipe][name]}' for recipe in RECIPES)}]"
         parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
 
-    add("--student", "KOALA's 1b, 700m of SDXL; BK-SDM's base, small, tiny of Stable Diffusion", default="700m",
-        choices=list(model.SURGERIES), metavar="NAME")
+    add("--student", "KOALA's 1b, 700m of SDXL; BK-SDM's base, small, tiny of Stable Diffusion",
+        default="700m", choices=list(model.SURGERIES), metavar="NAME")
     add("--teacher", "a name such as toy or sdxl, a hub id or a folder; none: the task loss alone",
         default="toy", type=partial(model_name, words=("none",)), metavar="MODEL")
     add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
@@ -636,8 +638,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
-    if args.data != "shapes" and not Path(args.data).is_dir():   # told before any model is downloaded
-        raise FileNotFoundError(f"--data: no folder {args.data}")
     rank, world, local_rank = process_ranks()
     device = resolve_device(args.device)
     if device.startswith("cuda"):
@@ -650,6 +650,7 @@ def main(argv: list[str] | None = None) -> int:
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
     _lock = lock_run_dir(args.out, other="bundle") if rank == 0 else None  # held until the process ends
 
+    source = load_source(args)                                   # before any model is downloaded
     dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
     pipeline = load_pipeline(
         model_source(args), dtype=dtype, device=device, compile=args.compile, vae=args.vae)
@@ -663,7 +664,7 @@ def main(argv: list[str] | None = None) -> int:
     student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
     networks = hook_features(teacher, student, matched, args.out_kd)
-    samples = load_samples(args, pipeline, student.config)
+    samples = load_samples(args, source, pipeline, student.config)
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
         "size": samples.size, "precision": str(dtype), "cached": samples.cache is not None,

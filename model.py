@@ -7,8 +7,8 @@ The U-Net of SDXL and KOALA, the KOALA surgery, features for distillation, weigh
 
 KOALA: Lee et al., arXiv 2312.04005. SDXL: Podell et al., arXiv 2307.01952.
 
-All models are one class, UNet, with their numbers in a UNetConfig; `student_config` makes a student's of its
-teacher's. Stages have the paper's names:
+All models are one class, UNet, with their numbers in a UNetConfig; `student_config` derives a student's from
+its teacher's. Stages have the paper's names:
 
     noisy latents                                                                 prediction
        DW-1  R R v ........................ skips ........................ UP-3  R R R
@@ -25,8 +25,8 @@ first six (1B) or five (700M); KOALA-700M has no Mid either. Modules are named a
 `down_blocks.1` is DW-2, `up_blocks.0` is UP-1. `to_out.0` and `ff.net.2` keep the official
 numbers, which count a dropout.
 
-Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled width.
-This file stands alone: it needs torch and safetensors, and no other file of the project.
+Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width, L text tokens, P pooled
+width. This file stands alone: it needs torch and safetensors, and no other file of the project.
 """
 
 import json
@@ -59,7 +59,7 @@ class UNetConfig:
     pairs: int = 2                                # RT pairs in an encoder stage; a decoder stage has one more
     heads: tuple[int, ...] = (5, 10, 20)          # attention heads, by level
     context_dim: int = 2048                       # D of the text sequence
-    pooled_dim: int = 1280                        # P of the pooled text, a single vector; 0: no such, and no sizes
+    pooled_dim: int = 1280                        # P of the pooled text, one vector; 0: none, and no sizes
     size_dim: int = 256                           # sinusoids for each of the six size and crop numbers
     linear_projection: bool = True                # into and out of a transformer; else a 1x1 convolution
     groups: int = 32                              # of every group norm
@@ -147,7 +147,7 @@ class UNetConfig:
 
 
 class Checkpointed(nn.Module):
-    """A module whose activations the backward pass can recompute, to save memory; what it computes is the same."""
+    """A module whose activations the backward pass can recompute, to save memory; results are the same."""
 
     checkpointing = "none"
 
@@ -489,11 +489,11 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     Where in the teacher a module or tensor of the student comes from.
 
     Of an encoder stage's two pairs the surgery keeps 0, of a decoder stage's three 0 and 2 (section 4.1). So
-    pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads the
-    skip from the level above. If the innermost level is dropped (BK-SDM's tiny), decoder stages count from the
-    teacher's second one, and the student's last encoder stage has no downsampler: what leaves it corresponds to
-    what leaves the teacher's last pair there. Everything else keeps its name, so of ten transformer blocks the
-    student has the first.
+    pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads
+    the skip from the level above. If the innermost level is dropped (BK-SDM's tiny), decoder stages count
+    from the teacher's second one, and the student's last encoder stage has no downsampler: what leaves it
+    corresponds to what leaves the teacher's last pair there. Everything else keeps its name, so of ten
+    transformer blocks the student has the first.
     """
     path = re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
     levels = len(student.channels)
@@ -599,7 +599,7 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
 
 
 def save_unet(unet: UNet, folder: str | Path):
-    """Writes config.json and the weights, in their own dtype, in the official layout; diffusers reads them."""
+    """Writes config.json and weights, in their own dtype, in the official layout; diffusers reads them."""
     save_network(unet, unet.config.to_diffusers(), Path(folder), WEIGHTS)
 
 
@@ -649,8 +649,8 @@ def per_level(value: int | list, levels: int) -> list:
 
 def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
     """
-    Raises ValueError unless every field of a configuration, a dataclass, has the type of its default and, if it is
-    a number, is at least 1 (or 0, for `may_be_zero`) and at most a hundred times the default.
+    Raises ValueError unless every field of a configuration, a dataclass, has the type of its default, and
+    integers are at least 1 (0 for `may_be_zero`) and at most a hundred times the default.
     """
     for field in fields(config):
         value, default = getattr(config, field.name), field.default
@@ -725,7 +725,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: Path,
           dtype: torch.dtype | None, device: str = "cpu") -> nn.Module:
-    """The network with these weights, read from `folder`. Raises ValueError unless they fit and are finite."""
+    """The network with these weights, read from `folder`. Raises ValueError unless they fit, all finite."""
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = network()
     for name, tensor in weights.items():

@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 import model
 from support.cli import (
-    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number, peak_memory,
-    png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
+    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number,
+    peak_memory, png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
 from support.files import PARTS, atomic_write, local_folder
 from support.plots import image_grid
 from support.text import TextEncoders, encoder_names, load_text
@@ -54,8 +54,8 @@ class NoiseSchedule:
     """
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
-    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al. (arXiv
-    2206.00364) do, by another sigma, without a t: sigma = sigma_t / alpha_t, in `sigmas`. Made from a
+    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al.
+    (arXiv 2206.00364) do, by another sigma, without a t: sigma = sigma_t / alpha_t, in `sigmas`. Made from a
     scheduler_config.json, whatever sampler that is for; raises ValueError for what is not supported.
     """
 
@@ -83,7 +83,7 @@ class NoiseSchedule:
         self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
     def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t (B, 1, 1, 1), typed and placed as `like`, at integer timesteps (B,) on the host."""
+        """alpha_t and sigma_t (B, 1, 1, 1), cast and moved to `like`, at integer timesteps (B,) on the host."""
         squares = self.alphas_cumprod[timesteps, None, None, None]
         return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
 
@@ -129,8 +129,10 @@ class NoiseSchedule:
         return list(zip(timesteps, sigmas, following))
 
     def init_noise_std(self, sigma: float) -> float:
-        """The standard deviation of the first z_t, as in diffusers: 1, or sigma_t for Euler, unless "leading"."""
-        return sigma / math.sqrt(sigma**2 + 1) if self.sampler == "euler" and self.spacing != "leading" else 1.0
+        """Standard deviation of the first z_t, as in diffusers: 1, or sigma_t for Euler, unless "leading"."""
+        if self.sampler == "euler" and self.spacing != "leading":
+            return sigma / math.sqrt(sigma**2 + 1)
+        return 1.0
 
 
 def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule,
@@ -138,12 +140,12 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
     """
     From noise (B, C, H, W) of variance 1 to latents z, with `schedule.sampler`.
 
-    `predict(z_t, t)` is the network. Its prediction tells the noise eps in z_t, and so the clean latents z; a step
-    to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For x = z_t / alpha_t = z + sigma * eps
-    that is x + (next_sigma - sigma) * eps, Euler's method (Karras et al., Algorithm 1 without churn). DDIM (Song
-    et al., arXiv 2010.02502, eta 0) differs only in where it ends.
-    DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are
-    numbers on the host, so nothing here waits for the device.
+    `predict(z_t, t)` is the network. Its prediction gives the noise eps in z_t, and so the clean latents z; a
+    step to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For x = z_t / alpha_t, that is
+    for z + sigma * eps, the step is x + (next_sigma - sigma) * eps: Euler's method (Karras et al., Algorithm 1
+    without churn). DDIM (Song et al., arXiv 2010.02502, eta 0) differs only in where it ends. DPM-Solver++ (Lu
+    et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are numbers on the
+    host, so nothing here waits for the device.
     """
     levels = schedule.levels(steps)
     z_t = noise * schedule.init_noise_std(levels[0][1])
@@ -168,7 +170,7 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
 
 
 def guide(prediction: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598); the half without the prompt comes first."""
+    """Classifier-free guidance (Ho and Salimans, arXiv 2207.12598); the unconditional half comes first."""
     uncond, cond = prediction.chunk(2)
     return uncond + guidance * (cond - uncond)
 
@@ -186,8 +188,8 @@ class Pipeline:
     """
     Prompts in, images out; made by `load_pipeline`.
 
-    `text`, `unet` and `vae` are its networks. With `low_memory` they are None: each is loaded when it is needed
-    and dropped afterwards, and images are decoded one by one, in tiles.
+    `text`, `unet` and `vae` are its networks. With `low_memory` they are None: each is loaded when needed and
+    dropped afterwards, and images are decoded one by one, in tiles.
     """
 
     def __init__(self, folder: Path, unet_folder: Path, vae_folder: Path, preset: Preset, dtype: torch.dtype,
@@ -226,7 +228,7 @@ class Pipeline:
         """
         One RGB image for each prompt, from noise drawn by a CPU generator with its seed.
 
-        Steps, guidance and size default to the model's preset; height and width are in pixels; one seed serves all
+        Steps, guidance and size default to the model's; height and width are in pixels; one seed serves all
         prompts. `progress` names a progress bar; `callback(i)` is called after network call i = 0, 1, ...
         Raises ValueError for words or sizes that the model does not support, for a wrong number of seeds, and
         for images that are not finite.
@@ -238,7 +240,7 @@ class Pipeline:
             raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: give one, or one for each prompt")
         text = self.text or self.load_text()
         conditions = self.encode(text, prompts, negative, guidance)
-        del text                                                 # with `low_memory`, before the next is loaded
+        del text                                                 # with `low_memory`, before the next loads
         unet = self.unet or self.load_unet()
         latents = self.denoise(unet, conditions, steps, guidance, seeds, height, width, progress, callback)
         del unet
@@ -308,7 +310,7 @@ class Pipeline:
         batch = 1 if self.low_memory else images_at_once(latents[0, 0].numel() * vae.config.downscale**2)
         images = []
         for part in latents.split(batch):
-            with torch.autocast(self.device.split(":")[0], enabled=False):  # previews run under it
+            with torch.autocast(self.device.split(":")[0], enabled=False):  # which previews use
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
                 raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")

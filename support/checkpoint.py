@@ -309,8 +309,8 @@ class StopSignal:
     def receive(self, number: int, frame):
         if not self.received:
             self.received, self.since = number, time.monotonic()
-            if process_ranks().rank == 0:                        # `print` cannot be used in a handler
-                os.write(2, b"\nstopping after this step, which is saved; a second signal ends the run at once\n")
+            if process_ranks().rank == 0:                        # not by `print`, which is not reentrant
+                os.write(2, b"\nstopping after this step, which is saved; a second signal ends at once\n")
         elif time.monotonic() > self.since + self.PATIENCE:
             os._exit(128 + number)
 

@@ -387,27 +387,35 @@ def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int
             yield list(range(first, first + micro_batch))
 
 
-def load_samples(args: argparse.Namespace, pipeline, config: UNetConfig) -> Samples:
+def load_source(args: argparse.Namespace) -> Shapes | CaptionedImages:
     """
-    The training samples that the flags of distill.py ask for, with the pipeline's VAE and text encoders.
+    The images and captions that the flags of distill.py ask for.
 
-    The first process makes the index of shards, and the others read it. Raises FileNotFoundError or
-    ValueError if the data, or the cache, does not fit the run.
+    The first process makes the index of shards; the others read it. Raises FileNotFoundError or ValueError.
+    """
+    if args.data == "shapes":
+        return Shapes()
+    rank, world, _ = process_ranks()
+    if rank > 0:
+        dist.barrier()
+    source = CaptionedImages(args.data, args.caption, args.out / "index.safetensors")
+    if rank == 0 and world > 1:
+        dist.barrier()
+    return source
+
+
+def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pipeline,
+                 config: UNetConfig) -> Samples:
+    """
+    Training samples for a student of this configuration, with the pipeline's VAE and text encoders.
+
+    Raises ValueError if the data or the cache does not fit the run.
     """
     downscale = pipeline.vae_config.downscale
     size = args.size or config.sample_size * downscale
     latent_shape = (config.in_channels, size // downscale, size // downscale)
-    if args.data == "shapes":
-        source = Shapes()
-        if size != shapes.SIZE:
-            raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
-    else:
-        rank, world, _ = process_ranks()
-        if rank > 0:
-            dist.barrier()
-        source = CaptionedImages(args.data, args.caption, args.out / "index.safetensors")
-        if rank == 0 and world > 1:
-            dist.barrier()
+    if args.data == "shapes" and size != shapes.SIZE:
+        raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
     cache = None
     if args.cache:
         encoders = pipeline.text.encoders

@@ -84,8 +84,8 @@ class Rehearsal:
     """
     The networks of a run as tensors without numbers, and what a step on them costs.
 
-    `schedule` is the run's noise schedule; `hook_features` and `sample_loss` are distill.py's. `matched` has paths of
-    the student's modules and of the teacher's that they learn from.
+    `schedule` is the run's noise schedule; `hook_features` and `sample_loss` are distill.py's. `matched` has
+    paths of the student's modules and of the teacher's that they learn from.
     """
 
     def __init__(self, args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAEConfig,
@@ -108,7 +108,7 @@ class Rehearsal:
                 [CLIP(config, i == 1, last=len(texts) == 1) for i, config in enumerate(texts)],
                 [lambda prompts: torch.zeros(len(prompts), self.tokens, dtype=torch.long)] * len(texts)), dtype)
         self.pipeline = SimpleNamespace(device="cpu", dtype=dtype, text=text, vae=encoder, schedule=schedule,
-                                        zero_negative=True)
+                                        zero_negative=len(texts) > 1)
         for module in self.student.modules():
             if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):
                 module.register_forward_pre_hook(in_float32)

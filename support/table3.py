@@ -111,8 +111,10 @@ def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> li
 def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
           scorer: str | None = None) -> list[float]:
     """
-    The scores of a run: the judge's (nan unless the teacher is the toy), the distance to the teacher's images, and
-    a scorer's mean if there is one. The distance is the root mean square difference from the same noise, in 0..1.
+    The scores of a run: the judge's (nan unless the teacher is the toy), the distance to the teacher's
+    images, and a scorer's mean if there is one.
+
+    The distance is the root mean square difference of images from the same noise, in 0..1.
     """
     name = f"score-{steps}-{len(prompts)}"                       # by steps, as a run may be made longer
     path = folder / (f"{name}-{quote(scorer, safe='')}.csv" if scorer else f"{name}.csv")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from model import (
     WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, check_numbers, part_folder, read_config,
-    read_weights, save_network)
+    read_weights, save_network, to_map, to_tokens)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,7 @@ class VAEAttention(Attention):
         self.group_norm = nn.GroupNorm(groups, channels, 1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.group_norm(x).flatten(2).transpose(1, 2)        # (B, T, C)
-        return x + super().forward(h).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + to_map(super().forward(to_tokens(self.group_norm(x))), x)
 
 
 class VAEMid(nn.Module):

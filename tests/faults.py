@@ -882,7 +882,7 @@ def make_world(world: Path):
 
 def main():
     parser = ArgumentParser(__doc__)
-    parser.add_argument("--seconds", type=number(int, 1), default=600, metavar="N", help="then it comes to an end")
+    parser.add_argument("--seconds", type=number(int, 1), default=600, metavar="N", help="when it ends")
     parser.add_argument("--kind", nargs="+", metavar="KIND", choices=[kind.__name__ for kind in KINDS],
                         help="these alone, by the names of their functions [all]")
     parser.add_argument("--seed", type=number(int, 0), default=0, metavar="N", help="of what is injected")

@@ -314,7 +314,7 @@ def test_a_finished_run_gets_back_a_unet_that_was_deleted(run, tmp_path, short_r
 
 @pytest.mark.parametrize("steps, flags", [
     (3, ["--micro-batch", "1", "--decay", "0.5"]), (4, ["--precision", "fp16", "--batch", "1"])])
-def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, during, tmp_path, steps, flags, capsys):
+def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, during, tmp_path, steps, flags, capfd):
     """The first step's gradients are not finite, which fp16's scale must remember."""
     def broken(call: int) -> float | None:
         return float("nan") if call == 1 else None
@@ -331,7 +331,9 @@ def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, duri
             return broken(call) if sitting == 0 else None
         during(stop)
         assert run(*flags, out="pieces") == 128 + number
-        assert "resume" in capsys.readouterr().out
+        out, err = capfd.readouterr()
+        assert "rerun the same command to resume" in out and "a second signal ends at once" in err
+        assert (f"resumed at step {sitting}" in out) == (sitting > 0)
         assert checkpoint(tmp_path / "pieces")[0]["step"] == sitting + 1
     assert run(*flags, out="pieces") == 0
     (whole, tensors), (pieces, others) = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "pieces")

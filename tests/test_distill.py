@@ -407,7 +407,7 @@ def test_a_student_of_stable_diffusion(run, during, tmp_path, pairs):
     image, = pipeline(["a red box"], steps=1)
     assert image.size == (64, 64)
     one = Samples(Shapes(), 64, (4, 16, 16), 0, 1.0, False)[0] | {"caption": "a red box"}
-    with torch.no_grad():                                        # a dropped caption is what guidance compares with
+    with torch.no_grad():                                        # dropped to what guidance compares with
         assert torch.equal(encode_batch([one], pipeline).context, pipeline.text([""])[0])
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "run")
@@ -589,6 +589,16 @@ def test_help_names_flags_and_their_defaults(program):
     assert code == 0
     for name in ("--features", "--sa-blocks", "[1.0]", "paper 100000", "toy 900", "SA,LF@DW-1,LF@UP-3"):
         assert name in out
+
+
+def test_a_misspelled_model_is_answered_with_the_nearest_name(program):
+    code, _, err = program("--teacher", "SDLX")
+    assert code == 2 and "did you mean sdxl?" in err and err.count("\n") == 1
+
+
+def test_data_is_looked_for_before_a_model(program, tmp_path):
+    code, _, err = program("--teacher", "./absent", "--data", "absent", "--out", tmp_path / "run")
+    assert code == 1 and "--data" in err
 
 
 def test_the_recipes():
