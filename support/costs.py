@@ -20,7 +20,7 @@ from tqdm import tqdm
 import model
 from support.cli import peak_memory, preset, reset_peak_memory, resolve_device, resolve_dtype
 from support.files import local_folder, write_csv
-from support.plots import bar_chart, draw_table, print_table, stack
+from support.plots import bar_chart, draw_table, format_number, print_table, stack
 from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig, TextEncoders, encoder_names
 from support.vae import VAE, VAEConfig
 
@@ -198,7 +198,7 @@ def latency(args: argparse.Namespace) -> Image.Image:
     """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
     device = resolve_device(args.device)
     dtype = resolve_dtype(args.precision, device)
-    header = ["model", "network", "TFLOP", "seconds", "TFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
+    header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
               f"at {PAPER_RATE / 1e12:g} TFLOP/s"]
     rows, bars, rate = [], {}, None
     for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
@@ -217,14 +217,14 @@ def latency(args: argparse.Namespace) -> Image.Image:
             by_counting = flops / rate
             numbers = [seconds, by_counting, paper, implied]     # a bar each, after parts of 0 for its colour
             bars[name] = [[0] * i + [number] for i, number in enumerate(numbers) if number > 0]
-        rows.append([name, network, flops / 1e12, seconds, flops / seconds / 1e12, by_counting,
+        rows.append([name, network, flops / 1e9, seconds, flops / seconds / 1e9, by_counting,
                      peak_memory(device), paper, implied])
     if all(math.isnan(row[7]) for row in rows):                  # the paper says nothing of these models
         header, rows = header[:7], [row[:7] for row in rows]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
     where = describe_device(device, dtype)
-    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e12:.3g} TFLOP/s")
+    print(f"on {where}, {args.steps} steps with guidance; by counting: at {format_number(rate / 1e9)} GFLOP/s")
     return stack(draw_table(f"Latency on {where}", header, rows),
                  bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,
                            ["measured", "by counting", *header[7:]]))

@@ -206,7 +206,7 @@ def test_latency_on_any_machine(folder, tmp_path, precision):
     macs["U-Net"] *= 2 * 2                                       # two steps, with guidance
     assert [row["network"] for row in rows] == list(macs)
     for row in rows:
-        assert float(row["TFLOP"]) == pytest.approx(2 * macs[row["network"]] / 1e12)
+        assert float(row["GFLOP"]) == pytest.approx(2 * macs[row["network"]] / 1e9)
         assert float(row["seconds"]) > 0 and "paper, RTX 4090" not in row
     assert float(rows[1]["by counting"]) == pytest.approx(float(rows[1]["seconds"]))
 
