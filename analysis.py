@@ -181,8 +181,8 @@ def attention(args: argparse.Namespace) -> Image.Image:
     _, names, components, queries = zip(*drawn)
     return add_title(
         "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
-        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in SA_STAGES)]),
-        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in SA_STAGES)]))
+        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in SA_STAGES)], gap=4),
+        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in SA_STAGES)], gap=4))
 
 
 # ------------------------------------------------------------------------------------------------------------

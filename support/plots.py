@@ -53,22 +53,27 @@ def print_table(header: list[str], rows: list[list]):
 
 
 def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None = None,
-               column_names: list[str] | None = None) -> Image.Image:
-    """Images of one size side by side, with the names of rows and columns if there are any; None is a gap."""
+               column_names: list[str] | None = None, gap: int = 0) -> Image.Image:
+    """
+    Images of one size side by side, `gap` pixels apart, with the names of rows and columns if there are any;
+    None leaves a place empty.
+    """
     width, height = next(image for row in rows for image in row if image).size
     size = 16 if width >= 96 else 12
+    across, down = width + gap, height + gap
     left = 16 + max(text_width(name, size) for name in row_names) if row_names else 0
     top = size + 12 if column_names else 0
-    picture = Image.new("RGB", (left + width * max(map(len, rows)), top + height * len(rows)), "white")
+    right, bottom = left + across * max(map(len, rows)) - gap, top + down * len(rows) - gap
+    picture = Image.new("RGB", (right, bottom), "white")
     draw = ImageDraw.Draw(picture)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             if image:
-                picture.paste(image, (left + x * width, top + y * height))
+                picture.paste(image, (left + x * across, top + y * down))
     for y, name in enumerate(row_names or []):
-        draw.text((left // 2, top + y * height + height // 2), name, INK, font(size), "mm")
+        draw.text((left // 2, top + y * down + height // 2), name, INK, font(size), "mm")
     for x, name in enumerate(column_names or []):
-        draw.text((left + x * width + width // 2, top // 2), name, INK, font(size), "mm")
+        draw.text((left + x * across + width // 2, top // 2), name, INK, font(size), "mm")
     return picture
 
 

@@ -230,4 +230,4 @@ def test_a_bundle_is_judged(tmp_path, capsys, monkeypatch):
     scores = ast.literal_eval(capsys.readouterr().out)
     assert scores.keys() == {*shapes.SCORES} and all(0 <= score <= 1 for score in scores.values())
     with Image.open(tmp_path / "grid.png") as grid:
-        assert grid.size == (2 * shapes.SIZE, shapes.SIZE)
+        assert grid.size == (2 * shapes.SIZE + 4, shapes.SIZE)

@@ -28,7 +28,7 @@ def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: li
     """Draws the teacher's images and, below them, the student's, from the same noise."""
     unets = {"teacher": teacher, "student": student} if teacher else {"student": student}
     rows = [draw(pipeline, unet, prompts) for unet in unets.values()]
-    atomic_write(png, lambda path: image_grid(rows, list(unets)).save(path))
+    atomic_write(png, lambda path: image_grid(rows, list(unets), gap=4).save(path))
 
 
 def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict[str, UNet]):
@@ -46,7 +46,7 @@ def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict
         rows = []
         for row in images.values():
             rows.append([image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]])
-        atomic_write(run / "judged.png", lambda path: image_grid(rows, list(images)).save(path))
+        atomic_write(run / "judged.png", lambda path: image_grid(rows, list(images), gap=4).save(path))
         scores = {name: shapes.scores(row, captions) for name, row in images.items()}
         write_csv(path, header, [[name, *(f"{score:.3f}" for score in scores[name].values()), steps, count]
                                  for name in scores])

@@ -262,7 +262,7 @@ def judge(args: argparse.Namespace) -> dict[str, float]:
     pipeline = load_pipeline(args.out / "bundle")
     images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
     rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
-    image_grid(rows or [images]).save(args.out / "grid.png")
+    image_grid(rows or [images], gap=4).save(args.out / "grid.png")
     return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
 
 
