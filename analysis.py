@@ -288,7 +288,7 @@ def main(argv: list[str] | None = None):
     times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
     table3("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     table3("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
-    table3("--steps", type=number(int, 1, 10**9), default=300, metavar="N", help="of each run")
+    table3("--steps", type=number(int, 1, 10**9), default=200, metavar="N", help="of each run")
     table3("--batch", type=number(int, 1, 10**6), default=8, metavar="N", help="images in a step")
     table3("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")

@@ -105,7 +105,7 @@ def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(table3.subprocess, "run", fail)
-    with pytest.raises(ValueError, match=f"none-bottom-300-0: .*{message}"):
+    with pytest.raises(ValueError, match=f"none-bottom-200-0: .*{message}"):
         run("--runs", tmp_path, "--out", tmp_path / "t.png")
     assert len(started) == 1
 
