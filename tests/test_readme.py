@@ -25,7 +25,7 @@ def commands(path: Path) -> list[str]:
 
 COMMANDS = commands(ROOT / "README.md")
 OFFICIAL = {"sdxl", "sd14", "etri-vilab/koala-700m"}  # a word that needs official weights
-LONG = {"ablation"}  # more than an hour; tests/test_table3.py runs it with one step and two captions
+LONG = {"ablation"}  # 38 trainings; tests/test_table3.py runs it with one step and two captions
 
 
 def words_of(command: str) -> list[str]:
