@@ -262,7 +262,7 @@ def main(argv: list[str] | None = None):
         command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
-                             help="the picture; numbers go into a .csv beside it")
+                             help="the picture" + "; numbers go into a .csv beside it" * (draw is not curves))
         if models:
             command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
                                  default=models.split(),

@@ -449,11 +449,11 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
 KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # SA at every stage that has it, and LF at the others (Table 3d)
 RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
-              "save_every": 500, "preview_every": 1000, "features": KOALA_FEATURES},
+              "features": KOALA_FEATURES, "normalize_features": False, "save_every": 500, "preview_every": 1000},
     "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0,
-           "save_every": 500, "preview_every": 1000, "features": "SA"},
+           "features": "SA", "normalize_features": False, "save_every": 500, "preview_every": 1000},
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
-            "save_every": 100, "preview_every": 300, "features": KOALA_FEATURES},
+            "features": KOALA_FEATURES, "normalize_features": True, "save_every": 100, "preview_every": 300},
 }
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
 IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "flip", "task", "out_kd",
@@ -489,8 +489,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--task", "weight of the task loss (equation 1)", type=number(float, 0, 1e9), default=1.0)
     add("--out-kd", "weight of outKD (equation 2)", type=number(float, 0, 1e9), default=1.0)
     add("--feat-kd", "weight of featKD (equation 3)", type=number(float, 0, 1e9), default=1.0)
-    parser.add_argument("--normalize-features", action="store_true",
-                        help="divide each feature's loss by its teacher's mean square")
+    parser.add_argument("--normalize-features", action=argparse.BooleanOptionalAction,
+                        help="divide each feature's loss by its teacher's mean square [for the toy]")
     add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
     add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))

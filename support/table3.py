@@ -71,14 +71,15 @@ def distill_flags(args: argparse.Namespace, features: str, blocks: str, normaliz
     """The flags of a run: KOALA-1B on task and featKD, without outKD (section 4.2)."""
     return ["--student", "1b", "--out-kd", "0", "--features", features, "--sa-blocks", blocks,
             "--steps", str(args.steps), "--batch", str(args.batch), "--seed", str(seed),
-            "--judge", "0", "--preview-every", "0", *["--normalize-features"] * normalize]
+            "--judge", "0", "--preview-every", "0",
+            "--normalize-features" if normalize else "--no-normalize-features"]
 
 
 def parse_teacher(args: argparse.Namespace) -> str:
     """The teacher in the flags for distill.py; raises ValueError for flags that the table sets itself."""
     own = distill_flags(args, "none", "bottom", True, 0)
     for flag in args.distill:
-        if flag.split("=")[0] in (*own[::2], "--feat-kd", "--out", "--dry-run"):
+        if flag.split("=")[0] in (*own[::2], "--no-normalize-features", "--feat-kd", "--out", "--dry-run"):
             raise ValueError(f"{flag} is not for distill.py here: each run of the table has its own")
     teacher = distill.parse_args(own + args.distill).teacher
     if teacher == "none":

@@ -79,7 +79,7 @@ def test_each_term_equals_that_of_diffusers_networks_and_hooks(deep, case):
     name, features, blocks = case
     student, teacher = networks[name], networks["teacher"]
     matched = match_features(student, teacher, features, blocks)
-    args = parse_args(["--task", "2", "--out-kd", "3", "--feat-kd", "5"])
+    args = parse_args(["--task", "2", "--out-kd", "3", "--feat-kd", "5", "--no-normalize-features"])
     with torch.no_grad():
         loss, terms = objective(args, batch, hook_features(teacher, student, matched), torch.float32)
     expected = load_file(ANSWERS)[" ".join(case)]
@@ -605,6 +605,7 @@ def test_the_recipes():
     toy, paper = parse_args([]), parse_args(["--teacher", "sdxl", "--data", "laion/"])
     assert (paper.steps, paper.batch, paper.lr, paper.decay, paper.dropout) == (100_000, 128, 1e-5, 0, 0.1)
     assert (paper.task, paper.out_kd, paper.feat_kd, paper.features) == (1, 1, 1, "SA,LF@DW-1,LF@UP-3")
+    assert (paper.normalize_features, toy.normalize_features) == (False, True)
     assert toy.steps <= 1000 and (str(toy.out), str(paper.out)) == ("runs/toy-700m", "runs/sdxl-700m")
     assert parse_args(["--teacher", "sdxl", "--steps", "7", "--data", "x"]).steps == 7
 

@@ -117,7 +117,8 @@ def test_the_teacher_is_read_as_distill_reads_it(flags, teacher):
 
 
 @pytest.mark.parametrize("words", [
-    "--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--dry-run", "--teacher none --init random"])
+    "--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--no-normalize-features", "--dry-run",
+    "--teacher none --init random"])
 def test_flags_that_the_table_sets_itself_are_refused(tmp_path, monkeypatch, words):
     monkeypatch.setattr(table3.subprocess, "run", None)          # no run is started
     with pytest.raises(ValueError, match=words.split("=")[0].split()[0]):
