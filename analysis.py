@@ -1,7 +1,7 @@
 """
-The paper's figures and tables. Each command writes a PNG and, but for `curves`, its numbers as CSV beside it.
+The paper's figures and tables. Each command writes a PNG and, except for `curves`, its numbers as CSV beside it.
 
-    python analysis.py attention --model toy runs/sa runs/lf     # Figures 4 and 9: what self-attention sees
+    python analysis.py attention --model toy toy-1b-sa toy-1b-lf # Figures 4 and 9: what self-attention sees
     python analysis.py similarity                                # Figure 8: what each transformer block adds
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
@@ -301,7 +301,7 @@ def main(argv: list[str] | None = None):
     table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
     table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")
     table4("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
-    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="kept here")
+    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
     table4("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     for add in (times, table4):
         add("--precision", choices=PRECISIONS, metavar="P",

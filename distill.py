@@ -3,11 +3,12 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
 
     python distill.py --student 700m                                   # the embedded toy: minutes on a laptop
     python distill.py --student 700m --teacher sdxl --data laion/ --vae madebyollin/sdxl-vae-fp16-fix
-    torchrun --nproc-per-node 4 distill.py --student 700m --teacher sdxl --data laion/    # on four GPUs
+    torchrun --nproc-per-node 4 distill.py ...                         # the same on four GPUs
 
 A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
 diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about a
-training sample comes from the seed and its position: a run is the same on one process or many, stopped or not.
+training sample comes from the seed and its position, so a run sees the same samples on one process or many,
+stopped or not.
 """
 
 import argparse
@@ -72,7 +73,8 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
             if at in (None, stage):
                 paths += model.feature_paths(student, kind, stage)
         if not paths:
-            raise ValueError(f"--features: the student has no {kind} at {at or 'any'} of {', '.join(stages)}")
+            raise ValueError(f"--features: the student has no {kind} at {at or 'any stage'}; its stages are "
+                             f"{', '.join(stages)}")
         for path in paths:
             source = model.teacher_path(path, student.config, teacher.config)
             if ".transformer_blocks." in source:
@@ -374,7 +376,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         print(f"resumed at step {state['step']}")
     check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
     if state["step"] > args.steps:
-        raise ValueError(f"{args.out} is at step {state['step']}; give as many --steps, or another --out")
+        raise ValueError(f"{args.out} is at step {state['step']}; give at least as many --steps, or another --out")
     if state["step"] == args.steps:
         return 0
     if args.compile:
@@ -479,7 +481,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         type=partial(model_name, words=("teacher", "random")), metavar="MODEL")
     add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE (LF alone is BK-SDM); or none",
         metavar="LIST")
-    add("--sa-blocks", "of a deeper teacher: bottom, interleave or up (Table 3c)",
+    add("--sa-blocks", "which blocks of a deeper teacher: bottom, interleave or up (Table 3c)",
         choices=["bottom", "interleave", "up"], default="bottom", metavar="NAME")
     add("--data", "shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards", type=nonempty,
         default="shapes", metavar="FOLDER")
@@ -493,7 +495,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="divide each feature's loss by its teacher's mean square [for the toy]")
     add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
-    add("--micro-batch", "per-GPU batch size; the rest is gradient accumulation", type=number(int, 1, 10**6))
+    add("--micro-batch", "per-GPU batch size, at most; the rest is gradient accumulation", type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
     add("--decay", "last share of the steps, over which that rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
@@ -509,7 +511,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
     add("--precision", "fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS),
         metavar="NAME")
-    add("--checkpointing", "to recompute none, selective (cheap layers) or full (all) [as memory asks for]",
+    add("--checkpointing", "what to recompute: none, selective (cheap layers) or full (all) [as memory asks for]",
         choices=list(model.CHECKPOINTING), metavar="NAME")
     add("--ema", "decay of an average of the weights, kept in unet_ema/, such as 0.9999 [no average]",
         type=number(float, 0, 1))
@@ -557,7 +559,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
     if args.caption and args.data == "shapes":
-        parser.error("--caption is for a folder of images; shapes have captions")
+        parser.error("--caption is for a folder of images; shapes have their own")
 
 
 def model_source(args: argparse.Namespace) -> str:

@@ -446,9 +446,9 @@ CHECKPOINTING = {
 
 
 class Surgery(NamedTuple):
-    """How a student differs from its teacher, beside one RT pair less in every DW and UP stage."""
+    """How a student differs from its teacher, besides having one RT pair less in every DW and UP stage."""
 
-    depth: int           # the first blocks of each transformer that stay; a shorter one stays as it is
+    depth: int           # how many first blocks of each transformer stay; a shorter one stays as it is
     mid_depth: int       # likewise in Mid; 0: no Mid
     dropped: int = 0     # innermost levels that are left out
 

@@ -5,7 +5,7 @@ Text to image with SDXL, KOALA, Stable Diffusion or the embedded toy, with class
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
     python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
 
-Several models give one picture: a column per model, a row per prompt and seed, the same noise in each row
+Several models give one picture: a column per model, a row per prompt and seed, the same noise along a row
 (Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
 """
 

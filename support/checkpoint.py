@@ -310,7 +310,7 @@ class StopSignal:
         if not self.received:
             self.received, self.since = number, time.monotonic()
             if process_ranks().rank == 0:                        # not by `print`, which is not reentrant
-                os.write(2, b"\nstopping after this step, which is saved; a second signal ends at once\n")
+                os.write(2, b"\nstopping after this step, which is saved; after 3 s a second signal ends at once\n")
         elif time.monotonic() > self.since + self.PATIENCE:
             os._exit(128 + number)
 

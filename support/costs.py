@@ -138,7 +138,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
                                    4 * parameters / 1e9, gigabytes])
     csv_header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
     write_csv(args.out.with_suffix(".csv"), csv_header, rows)
-    header = ["", "M parameters", "paper", "T multiply-adds", "GB in float32", "paper"]
+    header = ["", "M parameters", "paper's M", "T multiply-adds", "GB in float32", "paper's GB"]
     table = list(table.values())
     print_table(header, table)
     print("multiply-adds are of one image: a pass of the U-Net, without guidance, and the VAE's decoder")

@@ -203,4 +203,4 @@ def dry_run(rehearsal: Rehearsal):
         rows.append(row + [""] * (8 - len(row)))
     print(f"memory       what fits {USABLE:.0%} of a card, the GB that a process then needs, and the run's hours\n"
           f"             on 1, 4 and 8 of them at {SHARE:.0%} of the peak; counted, not measured\n")
-    print_table(["card", "GB", "micro-batch", "checkpointing", "needs", "h on 1", "h on 4", "h on 8"], rows)
+    print_table(["card", "GB", "micro-batch", "checkpointing", "needs GB", "h on 1", "h on 4", "h on 8"], rows)

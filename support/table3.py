@@ -61,7 +61,7 @@ FINDINGS = {  # of section 4.2: the mean of some rows is better than that of eac
            ["SA at UP-1", "SA at UP-2"], [["SA at DW-2", "SA at DW-3"]]),
     "3c": ("F3, the first blocks of a transformer matter most",
            ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
-    "3d": ("F4, LF helps where there is no self-attention, and only there",
+    "3d": ("F4, LF helps most where there is no self-attention",
            ["SA + LF at DW-1 & UP-3"], [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
 SIGNS = dict.fromkeys(shapes.SCORES, 1) | {"distance": -1}       # the scores of a run; 1: more is better
 
@@ -80,7 +80,7 @@ def parse_teacher(args: argparse.Namespace) -> str:
     own = distill_flags(args, "none", "bottom", True, 0)
     for flag in args.distill:
         if flag.split("=")[0] in (*own[::2], "--no-normalize-features", "--feat-kd", "--out", "--dry-run"):
-            raise ValueError(f"{flag} is not for distill.py here: each run of the table has its own")
+            raise ValueError(f"{flag} is not for distill.py here: the table sets it")
     teacher = distill.parse_args(own + args.distill).teacher
     if teacher == "none":
         raise ValueError("--teacher none: Table 3 is about what a teacher's features teach")

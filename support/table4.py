@@ -248,7 +248,7 @@ def quality(args: argparse.Namespace) -> Image.Image:
     scored = {group: prompts for group, prompts in groups.items() if scorer.columns(group)}
     others = [group for group in groups if group not in scored]
     if not scored:
-        raise ValueError(f"--prompts: {', '.join(others)} needs UniDet, which is not here; give others")
+        raise ValueError(f"--prompts: {', '.join(others)}: UniDet scores these, and is not here; give others")
     models = [Pictures(one, args, scored) for one in args.model]
     for pictures in models:
         pictures.complete()

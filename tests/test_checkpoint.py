@@ -332,7 +332,7 @@ def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, duri
         during(stop)
         assert run(*flags, out="pieces") == 128 + number
         out, err = capfd.readouterr()
-        assert "rerun the same command to resume" in out and "a second signal ends at once" in err
+        assert "rerun the same command to resume" in out and "after 3 s a second signal ends at once" in err
         assert (f"resumed at step {sitting}" in out) == (sitting > 0)
         assert checkpoint(tmp_path / "pieces")[0]["step"] == sitting + 1
     assert run(*flags, out="pieces") == 0
