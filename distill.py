@@ -37,8 +37,8 @@ from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, images_at_once, load
 from support import costs, plan
 from support.cache import Cache
 from support.checkpoint import (
-    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, ignore_signals, lock_run_dir,
-    process_ranks, resume, save_checkpoint)
+    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, lock_run_dir, process_ranks,
+    resume, save_checkpoint, start_reader)
 from support.cli import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device,
     resolve_dtype, run)
@@ -385,7 +385,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
     positions = micro_batches(state["step"], args.steps, args.batch, args.micro_batch, rank, world)
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
-                             pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals))
+                             pin_memory=device.startswith("cuda"), worker_init_fn=start_reader))
     fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
     first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None

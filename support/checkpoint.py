@@ -315,7 +315,16 @@ class StopSignal:
             os._exit(128 + number)
 
 
-def ignore_signals(worker: int):
-    """For the processes that read data: they end with the main process, which handles the signals."""
+def start_reader(worker: int):
+    """
+    For the processes that read data: they end with the main process, which handles signals and reports errors.
+
+    A reader that hands over a sample while the run ends would else print that its connection broke.
+    """
+    def report(kind: type, error: Exception, trace):
+        if not isinstance(error, (OSError, EOFError)):
+            sys.__excepthook__(kind, error, trace)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.excepthook = report

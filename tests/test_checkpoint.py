@@ -23,7 +23,8 @@ from torch import nn
 from model import load_unet, read_tensors, save_unet
 from support import checkpoint as checkpoints
 from support import cli, files
-from support.checkpoint import Log, StopSignal, load_checkpoint, lock_run_dir, resume, save_checkpoint
+from support.checkpoint import (
+    Log, StopSignal, load_checkpoint, lock_run_dir, resume, save_checkpoint, start_reader)
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints of a small network
@@ -345,6 +346,17 @@ def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, duri
     if "--decay" in flags:                                       # a run of falling rate cannot be made longer
         with pytest.raises(ValueError, match="steps was 3 and is 4"):
             run(*flags, "--steps", "4", out="whole")
+
+
+def test_a_reader_says_nothing_of_a_connection_that_the_end_of_the_run_breaks(monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "excepthook", None)
+    start_reader(0)
+    for kind in (ConnectionResetError, EOFError):
+        sys.excepthook(kind, kind("cut"), None)
+    assert capsys.readouterr().err == ""
+    sys.excepthook(KeyError, KeyError("pixels"), None)
+    assert "KeyError: 'pixels'" in capsys.readouterr().err
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(run, during, tmp_path):
