@@ -4,8 +4,10 @@ What the command lines share: presets, kinds of arguments, devices, and one line
 
 import argparse
 import math
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 from difflib import get_close_matches
@@ -217,12 +219,23 @@ def peak_memory(device: str) -> float:
 OUT_OF_MEMORY = "alloc|out of memory|could not create a primitive"  # PyTorch says it so; oneDNN is the last
 
 
+def kill_readers():
+    """Kills processes that still read data: Python would wait for them, and they ignore SIGTERM."""
+    readers = multiprocessing.active_children()
+    if readers and os.name != "nt":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # PyTorch's raises an error for each that ends
+    for reader in readers:
+        reader.kill()
+
+
 def run(main: Callable[[], int | None], out_of_memory: str):
     """Runs a program and exits. What the outside world got wrong is one line; `out_of_memory` is advice."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
+    except (ConnectionError, EOFError):                          # a reader of data died as it handed over samples
+        message = "DataLoader worker died; rerun the same command to resume, or use --workers 0"
     except (OSError, ValueError, FloatingPointError) as error:
         message = error_summary(error)
         if str(TOY) in message:
@@ -237,4 +250,6 @@ def run(main: Callable[[], int | None], out_of_memory: str):
             message = f"--compile: {error_summary(error)}; leave it out"
         else:
             raise
+    finally:
+        kill_readers()
     sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes

@@ -795,7 +795,8 @@ def send(child: int, number: int, to: str):
 
 def untidy(outcome: Outcome) -> bool:
     """Whether a program ended with anything but success, a signal, or one clear line."""
-    lines = re.split(r"[\r\n]+", outcome.output.strip())
+    output = outcome.output.replace("\0", "")                    # PyTorch's word of a crashed reader ends with one
+    lines = re.split(r"[\r\n]+", output.strip())
     errors = [line for line in lines if "error: " in line]
     clear = len(errors) == 1 and lines[-1].startswith("error: ") and "\x1b" not in lines[-1]
     if outcome.code == -signal.SIGKILL:                          # readers of data may report that it is gone

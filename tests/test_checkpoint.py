@@ -435,6 +435,25 @@ def test_a_reader_of_data_that_is_killed_ends_the_run_in_one_line(run, during, t
 
 
 @needs_fork
+@pytest.mark.parametrize("error", [ConnectionResetError("cut"), EOFError()])
+def test_no_reader_of_data_outlives_a_run_that_another_has_ended(error):
+    def deaf():
+        start_reader(0)
+        time.sleep(60)
+
+    def main():
+        reader.start()
+        time.sleep(0.2)
+        raise error
+
+    reader = multiprocessing.get_context("fork").Process(target=deaf)
+    with pytest.raises(SystemExit, match="^error: DataLoader worker died; rerun the same command"):
+        cli.run(main, "advice")
+    reader.join(10)
+    assert reader.exitcode == -signal.SIGKILL
+
+
+@needs_fork
 @pytest.mark.parametrize("patience, code", [(-1, 130), (60, 143)])
 def test_a_second_signal_ends_at_once_unless_it_is_the_first_told_twice(run, during, monkeypatch, patience, code):
     monkeypatch.setattr(StopSignal, "PATIENCE", patience)
