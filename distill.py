@@ -250,6 +250,17 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
+def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[list[dict]]:
+    """The micro-batches of this process from a step on, read by `--workers` other processes."""
+    rank, world, _ = process_ranks()
+    positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
+    loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
+                             pin_memory=device.startswith("cuda"), worker_init_fn=start_reader))
+    if os.name != "nt":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # for PyTorch's raises an error wherever we are;
+    return loader                                                # `next` finds a reader that died as well
+
+
 def skipped_by(samples: list[dict]) -> dict[str, str]:
     """Why pairs were skipped, by index (as text, for JSON). Raises ValueError if there was no other pair."""
     skipped = {}
@@ -383,9 +394,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         student.compile()
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
-    positions = micro_batches(state["step"], args.steps, args.batch, args.micro_batch, rank, world)
-    loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
-                             pin_memory=device.startswith("cuda"), worker_init_fn=start_reader))
+    loader = read_ahead(args, samples, state["step"], device)
     fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
     first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None

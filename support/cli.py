@@ -7,7 +7,6 @@ import math
 import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
 from difflib import get_close_matches
@@ -219,15 +218,6 @@ def peak_memory(device: str) -> float:
 OUT_OF_MEMORY = "alloc|out of memory|could not create a primitive"  # PyTorch says it so; oneDNN is the last
 
 
-def kill_readers():
-    """Kills processes that still read data: Python would wait for them, and they ignore SIGTERM."""
-    readers = multiprocessing.active_children()
-    if readers and os.name != "nt":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # PyTorch's raises an error for each that ends
-    for reader in readers:
-        reader.kill()
-
-
 def run(main: Callable[[], int | None], out_of_memory: str):
     """Runs a program and exits. What the outside world got wrong is one line; `out_of_memory` is advice."""
     try:
@@ -251,5 +241,6 @@ def run(main: Callable[[], int | None], out_of_memory: str):
         else:
             raise
     finally:
-        kill_readers()
+        for reader in multiprocessing.active_children():         # Python would wait for it, and it ignores SIGTERM
+            reader.kill()
     sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes
