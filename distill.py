@@ -257,8 +257,9 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
                              pin_memory=device.startswith("cuda"), worker_init_fn=start_reader))
     if os.name != "nt":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # for PyTorch's raises an error wherever we are;
-    return loader                                                # `next` finds a reader that died as well
+        # PyTorch would raise an error wherever this signal comes; `next` finds a reader that died as well.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    return loader
 
 
 def skipped_by(samples: list[dict]) -> dict[str, str]:

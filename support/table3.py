@@ -61,7 +61,7 @@ FINDINGS = {  # of section 4.2: the mean of some rows is better than that of eac
            ["SA at UP-1", "SA at UP-2"], [["SA at DW-2", "SA at DW-3"]]),
     "3c": ("F3, the first blocks of a transformer matter most",
            ["SA-bottom"], [["SA-interleave"], ["SA-up"]]),
-    "3d": ("F4, LF helps most where there is no self-attention",
+    "3d": ("F4, LF helps where there is no self-attention, and only there",
            ["SA + LF at DW-1 & UP-3"], [["SA only"], ["SA + LF all"], ["SA + CA + Res + FFN + LF all"]])}
 SIGNS = dict.fromkeys(shapes.SCORES, 1) | {"distance": -1}       # the scores of a run; 1: more is better
 
