@@ -1,5 +1,5 @@
 """
-The paper's figures and tables. Each command writes a PNG and, except for `curves`, its numbers as CSV beside it.
+The paper's figures and tables. Each command writes a PNG and, except `curves`, its numbers as CSV beside it.
 
     python analysis.py attention --model toy toy-1b-sa toy-1b-lf # Figures 4 and 9: what self-attention sees
     python analysis.py similarity                                # Figure 8: what each transformer block adds
@@ -262,7 +262,8 @@ def main(argv: list[str] | None = None):
         command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
-                             help="the picture" + "; numbers go into a .csv beside it" * (draw is not curves))
+                             help="the picture" if draw is curves else
+                             "the picture; numbers go into a .csv beside it")
         if models:
             command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
                                  default=models.split(),

@@ -251,7 +251,11 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
 
 
 def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[list[dict]]:
-    """The micro-batches of this process from a step on, read by `--workers` other processes."""
+    """
+    The micro-batches of this process from a step on, read by `--workers` other processes.
+
+    Raises RuntimeError in `next` if one of them has died.
+    """
     rank, world, _ = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
     loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
@@ -259,7 +263,13 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
     if os.name != "nt":
         # PyTorch would raise an error wherever this signal comes; `next` finds a reader that died as well.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    return loader
+
+    def deliver() -> Iterator[list[dict]]:
+        try:
+            yield from loader
+        except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:
+            raise RuntimeError("DataLoader worker died as it handed over samples") from error
+    return deliver()
 
 
 def skipped_by(samples: list[dict]) -> dict[str, str]:
@@ -388,7 +398,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         print(f"resumed at step {state['step']}")
     check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
     if state["step"] > args.steps:
-        raise ValueError(f"{args.out} is at step {state['step']}; give at least as many --steps, or another --out")
+        raise ValueError(
+            f"{args.out} is at step {state['step']}; give at least as many --steps, or another --out")
     if state["step"] == args.steps:
         return 0
     if args.compile:
@@ -505,7 +516,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="divide each feature's loss by its teacher's mean square [for the toy]")
     add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
-    add("--micro-batch", "per-GPU batch size, at most; the rest is gradient accumulation", type=number(int, 1, 10**6))
+    add("--micro-batch", "per-GPU batch size, at most; the rest is gradient accumulation",
+        type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
     add("--decay", "last share of the steps, over which that rate falls to 0", type=number(float, 0, 1))
     add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
@@ -521,7 +533,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
     add("--precision", "fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS),
         metavar="NAME")
-    add("--checkpointing", "what to recompute: none, selective (cheap layers) or full (all) [as memory asks for]",
+    add("--checkpointing", "recompute none, selective (cheap layers) or full (all) [as memory asks for]",
         choices=list(model.CHECKPOINTING), metavar="NAME")
     add("--ema", "decay of an average of the weights, kept in unet_ema/, such as 0.9999 [no average]",
         type=number(float, 0, 1))

@@ -224,8 +224,6 @@ def run(main: Callable[[], int | None], out_of_memory: str):
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ConnectionResetError, ConnectionRefusedError, EOFError):  # a reader died as it handed over samples
-        message = "DataLoader worker died; rerun the same command to resume, or use --workers 0"
     except (OSError, ValueError, FloatingPointError) as error:
         message = error_summary(error)
         if str(TOY) in message:

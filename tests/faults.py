@@ -5,7 +5,7 @@ Each function of KINDS damages something in a folder of its own, or says which s
 Injection: what to run then, and what has to come of it. `judge` alone decides. The table counts
     tracebacks   a traceback, or anything but one clear line, where the program ends with an error
     hangs        a program that is still running after LIMIT seconds
-    accepted     a fault that had to be refused or told, and was not
+    accepted     a fault that should have been refused or reported, and was not
     losses       a run that does not end with the weights of the run without a fault, a step that was reported
                  as saved and is not, or a file that had to stay as it was
 The same --seed injects the same faults; only moments of signals differ. All on the CPU, without network.

@@ -20,6 +20,7 @@ from runs import (
 from safetensors.torch import save_file
 from torch import nn
 
+import distill
 from model import load_unet, read_tensors, save_unet
 from support import checkpoint as checkpoints
 from support import cli, files
@@ -434,9 +435,21 @@ def test_a_reader_of_data_that_is_killed_ends_the_run_in_one_line(run, during, t
     assert in_processes(job) == [7] and checkpoint(tmp_path / "run")[0]["step"] >= 1
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("cut"), ConnectionRefusedError("cut"), EOFError()])
+def test_a_reader_that_dies_as_it_hands_over_samples_is_named(monkeypatch, error):
+    def cut(*args, **kwargs):
+        yield ["samples"]
+        raise error
+
+    monkeypatch.setattr(distill, "DataLoader", cut)
+    loader = distill.read_ahead(distill.parse_args([]), [], 0, "cpu")
+    assert next(loader) == ["samples"]
+    with pytest.raises(RuntimeError, match="^DataLoader worker died"):
+        next(loader)
+
+
 @needs_fork
-@pytest.mark.parametrize("error", [ConnectionResetError("cut"), EOFError()])
-def test_no_reader_of_data_outlives_a_run_that_another_has_ended(error):
+def test_no_reader_of_data_outlives_a_run_that_ends_with_an_error():
     def deaf():
         start_reader(0)
         time.sleep(60)
@@ -444,7 +457,7 @@ def test_no_reader_of_data_outlives_a_run_that_another_has_ended(error):
     def main():
         reader.start()
         time.sleep(0.2)
-        raise error
+        raise RuntimeError("DataLoader worker died")
 
     reader = multiprocessing.get_context("fork").Process(target=deaf)
     with pytest.raises(SystemExit, match="^error: DataLoader worker died; rerun the same command"):
