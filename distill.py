@@ -13,42 +13,37 @@ stopped or not.
 
 import argparse
 import contextlib
-import copy
 import math
 import os
 import signal
 import time
-from collections import Counter
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import Callable, Iterator, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import model
-from sample import SDXL_SCHEDULER, NoiseSchedule, Pipeline, images_at_once, load_pipeline
-from support import costs, plan
+from sample import Pipeline, images_at_once, load_pipeline
+from support import costs
 from support.cache import Cache
-from support.checkpoint import (
-    Log, StopSignal, check_agreement, complete_model, fingerprint, gather_dicts, lock_run_dir, process_ranks,
-    resume, save_checkpoint, start_reader)
-from support.cli import (
-    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, preset, resolve_device,
-    resolve_dtype, run)
-from support.data import (
-    CaptionedImages, Samples, Shapes, format_counts, load_samples, load_source, micro_batches)
-from support.files import atomic_write, local_folder
+from support.data import REASONS, CaptionedImages, Samples, Shapes, collate, format_counts, micro_batches
+from support.files import atomic_write
+from support.hub import (
+    PRECISIONS, PRESETS, ArgumentParser, local_folder, model_name, nonempty, number, path, preset,
+    resolve_device, resolve_dtype, run)
 from support.plots import loss_curves
-from support.text import CLIPConfig
+from support.run import (
+    Log, StopSignal, check_agreement, complete_model, count_step, fingerprint, first_on_machine, ignore_signals,
+    lock_run_dir, process_ranks, resume, save_checkpoint, say)
 from support.vae import VAEConfig
-from toy import judging
+from toy import judging, shapes
 
 # ------------------------------------------------------------------------------------------------------------
 # Which feature of the student learns from which of the teacher
@@ -130,14 +125,19 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     shapes cannot be added; here it is outside, as in BK-SDM's code. Features of some modules are ten times
     larger than others and dominate the sum; `normalize` divides each term by its teacher's mean square.
     """
-    task = F.mse_loss(prediction.float(), target.float())
+    task = mean_square(prediction.float() - target.float())
     out_kd = feat_kd = torch.zeros_like(task)
     if teacher_prediction is not None:
-        out_kd = F.mse_loss(prediction.float(), teacher_prediction.float())
+        out_kd = mean_square(prediction.float() - teacher_prediction.float())
     for student_feature, teacher_feature in zip(features, teacher_features, strict=True):
-        difference = F.mse_loss(student_feature.float(), teacher_feature.float())
-        feat_kd = feat_kd + (difference / teacher_feature.float().square().mean() if normalize else difference)
+        difference = mean_square(student_feature.float() - teacher_feature.float())
+        feat_kd = feat_kd + (difference / mean_square(teacher_feature.float()) if normalize else difference)
     return task, out_kd, feat_kd
+
+
+def mean_square(x: Tensor) -> Tensor:
+    """Of a difference, which is all that the backward pass keeps; `mse_loss` would keep both of its inputs."""
+    return x.square().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,89 +156,57 @@ class Batch(NamedTuple):
 
 
 @torch.no_grad()
-def encode_batch(samples: list[dict], pipeline: Pipeline, cache: Cache | None = None) -> Batch:
-    """Encodes and noises samples of `support.data.Samples`; a cache is given what is new to it."""
-    device, vae, text = pipeline.device, pipeline.vae, pipeline.text
-    new = [sample for sample in samples if "pixels" in sample]
-    if new:
-        pixels = torch.stack([sample["pixels"] for sample in new]).to(device, non_blocking=True) / 127.5 - 1
-        captions = [sample["caption"] for sample in new]
-        pixels = pixels.to(next(vae.parameters()).dtype)
-        slices = pixels.split(images_at_once(pixels[0, 0].numel()))
-        mean, logvar = (torch.cat(parts) for parts in zip(*(vae.encode(part) for part in slices)))
-        context, pooled = text(captions)
-        for i, sample in enumerate(new):
-            std = (logvar[i] / 2).exp()
-            sample |= {"mean": mean[i], "std": std, "context": context[i], "pooled": pooled[i]}
-            if cache:
-                cache.write(sample["index"], sample)
-    mean, std, latent_noise, noise, context, pooled, time_ids = (
-        torch.stack([sample[name].to(device, non_blocking=True) for sample in samples]).float()
-        for name in ("mean", "std", "latent_noise", "noise", "context", "pooled", "time_ids"))
-    latents = (mean + std * latent_noise) * vae.config.scaling_factor  # drawn from the VAE's distribution
-    timesteps = torch.tensor([sample["timestep"] for sample in samples])
-    keep = torch.tensor([not sample["dropped"] for sample in samples], device=device)
-    absent = (context.new_zeros(1), pooled.new_zeros(1)) if pipeline.zero_negative else text([""])
-    return Batch(noisy=pipeline.schedule.add_noise(latents, noise, timesteps), timesteps=timesteps.to(device),
+def encode(pipeline: Pipeline, samples: dict) -> dict[str, Tensor]:
+    """What the frozen VAE and text encoders make of a batch's pixels and captions."""
+    pixels = (samples["pixels"] / 127.5 - 1).to(next(pipeline.vae.parameters()).dtype)  # (B, 3, 8H, 8W)
+    parts = [pipeline.vae.encode(part) for part in pixels.split(4 * images_at_once(pixels[0, 0].numel()))]
+    mean, logvar = (torch.cat(part) for part in zip(*parts))     # (B, 4, H, W)
+    context, pooled = pipeline.text(samples["caption"])          # (B, L, D), (B, P)
+    return {"mean": mean, "std": (logvar / 2).exp(), "context": context, "pooled": pooled,
+            "time_ids": samples["time_ids"]}
+
+
+@torch.no_grad()
+def make_batch(samples: dict, pipeline: Pipeline, encode: Callable[[dict], dict[str, Tensor]]) -> Batch:
+    """Encodes and noises samples of `support.data.collate`, and drops captions."""
+    samples = {name: value.to(pipeline.device, non_blocking=True) if isinstance(value, Tensor) else value
+               for name, value in samples.items()}
+    encoded = {name: value.float() for name, value in encode(samples).items()}
+    noise, timesteps, keep = samples["noise"], samples["timestep"], ~samples["dropped"]
+    latents = encoded["mean"] + encoded["std"] * samples["latent_noise"]  # drawn from the VAE's distribution
+    latents = latents * pipeline.vae.config.scaling_factor
+    context, pooled = encoded["context"], encoded["pooled"]
+    absent = (context.new_zeros(1), pooled.new_zeros(1)) if pipeline.zero_negative else pipeline.text([""])
+    return Batch(noisy=pipeline.schedule.add_noise(latents, noise, timesteps), timesteps=timesteps,
                  context=torch.where(keep[:, None, None], context, absent[0].float()),
-                 pooled=torch.where(keep[:, None], pooled, absent[1].float()), time_ids=time_ids,
-                 target=pipeline.schedule.target(latents, noise, timesteps))
+                 pooled=torch.where(keep[:, None], pooled, absent[1].float()),
+                 time_ids=encoded["time_ids"], target=pipeline.schedule.target(latents, noise, timesteps))
 
 
 class Networks(NamedTuple):
     """Teacher and student, and the features of each that equation (3) compares."""
 
-    teacher: model.UNet | None
+    teacher: model.UNet | None                                   # None: nothing is learnt from one
     student: nn.Module                                           # a UNet, alone or in DistributedDataParallel
     teacher_features: model.Features
     student_features: model.Features
 
 
-def hook_features(teacher: model.UNet | None, student: model.UNet, matched: dict[str, str],
-                  out_kd: float = 1.0) -> Networks:
-    """Hooks the matched modules of both networks; without outKD the teacher stops after its last feature."""
-    return Networks(teacher, student, model.Features(teacher, list(matched.values()), stop=not out_kd),
-                    model.Features(student, list(matched)))
-
-
-@torch.no_grad()
-def teacher_forward(networks: Networks, batch: Batch,
-                    dtype: torch.dtype) -> tuple[Tensor | None, list[Tensor]]:
-    """The teacher's prediction in its own dtype, or None if its features end the pass; and its features."""
-    prediction, features = None, networks.teacher_features
-    with features as captured:
-        prediction = networks.teacher(
-            batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype), batch.pooled.to(dtype),
-            batch.time_ids)                                      # a half would round 1023 pixels to 1024
-    return prediction, [captured[path] for path in features.paths]
-
-
-def student_forward(networks: Networks, batch: Batch, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
-    """The student's prediction and its features; its float32 weights compute in `dtype`."""
-    device, features = batch.noisy.device.type, networks.student_features
-    with torch.autocast(device, dtype, enabled=dtype != torch.float32), features as captured:
+def distill_batch(batch: Batch, networks: Networks, dtype: torch.dtype,
+                  normalize: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs teacher and student on a batch, in `dtype`; returns task, outKD and featKD (see `losses`)."""
+    teacher_prediction, teacher_captured = None, {}
+    if networks.teacher:
+        with torch.no_grad(), networks.teacher_features as teacher_captured:
+            teacher_prediction = networks.teacher(
+                batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype), batch.pooled.to(dtype),
+                batch.time_ids)                                  # a half would round 1023 pixels to 1024
+    autocast = torch.autocast(batch.noisy.device.type, dtype, enabled=dtype != torch.float32)
+    with autocast, networks.student_features as captured:        # the student's weights are float32
         prediction = networks.student(*batch[:5])
-    return prediction, [captured[path] for path in features.paths]
-
-
-def objective(args: argparse.Namespace, batch: Batch, networks: Networks,
-              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The loss of a batch, a scalar, and task, outKD and featKD (3,) without gradient."""
-    teacher_prediction, teacher_features = None, []
-    if networks.teacher and (args.out_kd or networks.teacher_features.paths):
-        teacher_prediction, teacher_features = teacher_forward(networks, batch, dtype)
-    prediction, features = student_forward(networks, batch, dtype)
-    task, out_kd, feat_kd = losses(
-        prediction, batch.target, teacher_prediction, features, teacher_features, args.normalize_features)
-    # Terms of weight 0 stay in the sum: DistributedDataParallel needs a gradient for every layer.
-    loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
-    return loss, torch.stack([task, out_kd, feat_kd]).detach()
-
-
-def sample_loss(args: argparse.Namespace, samples: list[dict], pipeline: Pipeline, networks: Networks,
-                cache: Cache | None = None) -> tuple[Tensor, Tensor]:
-    """`objective` of samples as they come from the data: what a process computes at a time."""
-    return objective(args, encode_batch(samples, pipeline, cache), networks, pipeline.dtype)
+    return losses(prediction, batch.target, teacher_prediction,
+                  [captured[path] for path in networks.student_features.paths],
+                  [teacher_captured[path] for path in networks.teacher_features.paths], normalize)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -250,219 +218,122 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
-def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[list[dict]]:
+def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[dict]:
     """
     The micro-batches of this process from a step on, read by `--workers` other processes.
 
-    Raises RuntimeError in `next` if one of them has died.
+    Raises ValueError if no sample can be used, and RuntimeError if a reader died.
     """
     rank, world, _ = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
-    loader = iter(DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=list,
-                             pin_memory=device.startswith("cuda"), worker_init_fn=start_reader))
-    if os.name != "nt":
-        # PyTorch would raise an error wherever this signal comes; `next` finds a reader that died as well.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-
-    def deliver() -> Iterator[list[dict]]:
-        try:
-            yield from loader
-        except (ConnectionResetError, ConnectionRefusedError, EOFError) as error:
-            raise RuntimeError("DataLoader worker died as it handed over samples") from error
-    return deliver()
+    loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
+                        pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals)
+    try:
+        for batch in loader:
+            if "error" in batch:
+                raise ValueError(batch["error"])
+            yield batch
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError("DataLoader worker died as it handed over samples") from error
 
 
-def skipped_by(samples: list[dict]) -> dict[str, str]:
-    """Why pairs were skipped, by index (as text, for JSON). Raises ValueError if there was no other pair."""
-    skipped = {}
-    for sample in samples:
-        if "error" in sample:
-            raise ValueError(sample["error"])
-        skipped |= {str(index): reason for index, reason in sample["skipped"].items()}
-    return skipped
-
-
-def accumulate_gradients(args: argparse.Namespace, pipeline: Pipeline, networks: Networks,
-                         loader: Iterator[list[dict]], cache: Cache | None,
-                         scaler: torch.amp.GradScaler) -> tuple[Tensor, dict[str, str]]:
+def sum_over_processes(terms: Tensor, norm: Tensor, counts: Tensor) -> tuple[list[float], float, list[int]]:
     """
-    Adds up the gradients of a step's micro-batches; processes average theirs in the last one.
+    The means over all processes of task, outKD and featKD (3,) and of the gradients' norm, and sums of counts.
 
-    Returns task, outKD and featKD (3,), and why samples were skipped, by index.
+    Here, and only here, a step waits for the device.
     """
-    _, world, _ = process_ranks()
-    count = args.batch // (args.micro_batch * world)
-    terms, skipped = torch.zeros(3, device=pipeline.device), {}
-    for i in range(count):
-        samples = next(loader)
-        skipped |= skipped_by(samples)
-        with networks.student.no_sync() if world > 1 and i < count - 1 else contextlib.nullcontext():
-            loss, part = sample_loss(args, samples, pipeline, networks, cache)
-            scaler.scale(loss / count).backward()
-        terms += part / count
-    return terms, skipped
-
-
-def read_results(terms: Tensor, norm: Tensor, skipped: int,
-                 received: int) -> tuple[list[float], float, int, int]:
-    """
-    The three terms, the gradients' norm, the number of samples skipped and the signal received, or 0, of all
-    processes as numbers. This is the only place where a step waits for the device.
-    """
-    counts = [skipped, received == signal.SIGINT, received == signal.SIGTERM]
-    sums, world = torch.cat([terms, torch.tensor(counts, device=terms.device)]), 1
+    sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
     if dist.is_initialized():
         dist.all_reduce(sums)
         world = dist.get_world_size()
-    *terms, skipped, interrupts, terminations, norm = torch.cat([sums, norm[None]]).tolist()
-    number = signal.SIGTERM if terminations else signal.SIGINT if interrupts else 0
-    return [term / world for term in terms], norm, int(skipped), number
+    task, out_kd, feat_kd, norm, *counts = sums.tolist()
+    return [task / world, out_kd / world, feat_kd / world], norm / world, [int(count) for count in counts]
 
 
-@torch.no_grad()
-def update_average(average: model.UNet, student: model.UNet, decay: float, updates: int):
-    """Moves an average towards the student: exponential, and faster at first, as diffusers' EMAModel is."""
-    decay = min(decay, (1 + updates) / (10 + updates))
-    torch._foreach_lerp_([*average.parameters()], [*student.parameters()], 1 - decay)
+def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
+                    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
+    """The state of a run: that of its newest checkpoint, with weights and moments, or of a new run."""
+    state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0,
+             "skipped": dict.fromkeys(REASONS, 0), "scaler": scaler.state_dict()}
+    state = resume(args.out, identity, state, student, optimizer,
+                   lambda folder: student.load_state_dict(model.load_unet(folder).state_dict()))
+    scaler.load_state_dict(state["scaler"])
+    if state["step"] > args.steps:
+        raise ValueError(f"{args.out} is at step {state['step']}; give more --steps, or another --out")
+    check_agreement(f"step {state['step']}, {identity}")
+    if state["step"] and process_ranks().rank == 0:
+        print(f"resumed at step {state['step']}")
+    return state
 
 
-FIXED = range(2**30, 2**30 + 16)  # positions of samples beyond the end of any run
-
-
-def fixed_batches(args: argparse.Namespace, pipeline: Pipeline, samples: Samples) -> list[Batch]:
-    """
-    Samples that are the same in all runs on the same data: images, crops, timesteps and noise.
-
-    No run trains on this noise, nor on these pictures of shapes; images of a folder are trained on too.
-    """
-    samples = copy.copy(samples)
-    samples.seed = 0
-    fixed = [samples[p] for p in FIXED]
-    skipped_by(fixed)
-    size = args.micro_batch
-    return [encode_batch(fixed[i:i + size], pipeline) for i in range(0, len(fixed), size)]
-
-
-@torch.no_grad()
-def fixed_out_kd(pipeline: Pipeline, teacher: model.UNet | None, student: model.UNet,
-                 batches: list[Batch]) -> float | str:
-    """outKD (equation 2) of `fixed_batches`, which compares steps and runs; "" if there are none."""
-    networks, total = hook_features(teacher, student, {}), 0.0
-    for batch in batches:
-        teacher_prediction, _ = teacher_forward(networks, batch, pipeline.dtype)
-        prediction, _ = student_forward(networks, batch, pipeline.dtype)
-        total += F.mse_loss(prediction.float(), teacher_prediction.float()).item() * len(batch.noisy)
-    return total / len(FIXED) if batches else ""
-
-
-def data_report(source: Shapes | CaptionedImages, skipped: dict[str, str], seen: int) -> str:
-    """How many pairs the first pass over the data used, and why others were skipped."""
-    reasons = format_counts(Counter(skipped.values()) + source.skipped)
-    return f"first pass over the data: {min(len(source) - len(skipped), seen)} pairs used; skipped: {reasons}"
-
-
-def load_unets(unets: dict[str, model.UNet], folder: Path):
-    """Reads the U-Nets from the folders of these names."""
-    for name, unet in unets.items():
-        unet.load_state_dict(model.load_unet(folder / name).state_dict())
-
-
-def save_unets(unets: dict[str, model.UNet], folder: Path):
-    """Writes the U-Nets to folders of these names."""
-    for name, unet in unets.items():
-        model.save_unet(unet, folder / name)
-
-
-def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samples: Samples, identity: dict,
-          stop: StopSignal, least_seconds: float = 0.0) -> int:
+def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samples: Samples,
+          encode: Callable[[dict], dict[str, Tensor]], identity: dict) -> int:
     """
     Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
 
-    A step ends with `optimizer.zero_grad()`; log, checkpoint and preview follow. `identity` is what a resumed
-    run must have in common with its checkpoint; `least_seconds` is what a step takes at the peak of the GPUs,
-    or 0 if that is not known. Raises FloatingPointError after 20 steps in a row whose gradients are not finite;
-    other errors are of data and files.
+    `identity` is what a resumed run must have in common with its checkpoint. Raises FloatingPointError after
+    20 steps in a row whose gradients are not finite; other errors are of data and files.
     """
     rank, world, _ = process_ranks()
-    device, teacher, student = pipeline.device, networks.teacher, networks.student
-    unets = {"unet": student}                                    # what is saved, by folder
-    if args.ema:
-        unets["unet_ema"] = copy.deepcopy(student)
+    device, dtype, student = pipeline.device, pipeline.dtype, networks.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
-    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=pipeline.dtype == torch.float16)
-    state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped_samples": {},
-             "scaler": scaler.state_dict()}
-    state |= resume(args.out, identity, student, optimizer, partial(load_unets, unets))
-    scaler.load_state_dict(state["scaler"])
-    if state["step"] and rank == 0:
-        print(f"resumed at step {state['step']}")
-    check_agreement(f"step {state['step']}, data {samples.source.fingerprint}, --micro-batch {args.micro_batch}")
-    if state["step"] > args.steps:
-        raise ValueError(
-            f"{args.out} is at step {state['step']}; give at least as many --steps, or another --out")
-    if state["step"] == args.steps:
-        return 0
+    scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
+    state = start_or_resume(args, identity, student, optimizer, scaler)
     if args.compile:
         student.compile()
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
+    accumulate = args.batch // (args.micro_batch * world)
+    first_pass = min(args.steps, math.ceil(len(samples.source) / args.batch))  # the step that ends it
     loader = read_ahead(args, samples, state["step"], device)
-    fixed = fixed_batches(args, pipeline, samples) if teacher and rank == 0 and args.preview_every else []
-    first_pass = min(len(samples.source), args.steps * args.batch)  # images, all or all that the run needs
     log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
     bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
                unit="step", disable=rank > 0)
 
-    for step in bar:
-        start, lr = time.perf_counter(), learning_rate(args, step)
-        optimizer.param_groups[0]["lr"] = lr
-        terms, skipped = accumulate_gradients(args, pipeline, networks, loader, samples.cache, scaler)
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(student.parameters(), args.clip)
-        terms, norm, skips, signal_number = read_results(terms, norm, len(skipped), stop.received)
-        finite = math.isfinite(norm)                             # the same on all processes, as gradients are
-        if finite:
-            scaler.step(optimizer)
-            if args.ema:
-                update_average(unets["unet_ema"], student, args.ema, state["updates"])
-        scaler.update()
-        optimizer.zero_grad()
+    with StopSignal() as stop:
+        for step in bar:
+            start, lr = time.perf_counter(), learning_rate(args, step)
+            terms, skipped = torch.zeros(3, device=device), torch.zeros(len(REASONS) + 1)
+            for i in range(accumulate):
+                loaded = next(loader)
+                skipped += loaded["skipped"].bincount(minlength=len(skipped))
+                batch = make_batch(loaded, pipeline, encode)
+                exchange = world == 1 or i == accumulate - 1     # at the last, processes average their gradients
+                with contextlib.nullcontext() if exchange else networks.student.no_sync():
+                    task, out_kd, feat_kd = distill_batch(batch, networks, dtype, args.normalize_features)
+                    # Terms of weight 0 stay in the sum: DistributedDataParallel needs gradients of all layers.
+                    loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
+                    scaler.scale(loss / accumulate).backward()
+                terms += torch.stack([task, out_kd, feat_kd]).detach() / accumulate
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM)
+            skipped[0] = bool(stop.received)                     # in the place of those that were not skipped
+            terms, norm, (stopping, *skipped) = sum_over_processes(terms, norm, skipped)
+            optimizer.param_groups[0]["lr"] = lr
+            if math.isfinite(norm):                              # in all processes: their gradients are the same
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
 
-        state["step"] = done = step + 1
-        state["updates"] += finite
-        state["skipped_steps"] += not finite
-        state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
-        if skips:
-            state["skipped_samples"] |= gather_dicts(skipped)
-        preview = rank == 0 and args.preview_every and (done % args.preview_every == 0 or done == args.steps)
-        if rank == 0:
-            seconds = time.perf_counter() - start
-            task, out_kd, feat_kd = terms
-            metrics = {"task": task, "outKD": out_kd, "featKD": feat_kd, "images_per_s": args.batch / seconds}
-            if least_seconds:
-                metrics["mfu"] = least_seconds / seconds
-            bar.set_postfix({name: f"{value:.3g}" for name, value in metrics.items()}, refresh=False)
-            log.write(step=done, **metrics, lr=lr, norm=norm,
-                      total=args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd,
-                      fixed_outKD=fixed_out_kd(pipeline, teacher, student, fixed) if preview else "",
-                      seconds=seconds, images=done * args.batch, skipped_samples=len(state["skipped_samples"]),
-                      skipped_steps=state["skipped_steps"])
-        if state["skipped_in_a_row"] >= 20:
-            raise FloatingPointError(
-                f"20 steps in a row had gradients that are not finite (task, outKD and featKD: "
-                f"{', '.join(f'{term:.3g}' for term in terms)}); start another run with --init {args.out}/unet "
-                f"and --precision bf16 or a lower --lr")
-        if rank == 0 and (done % args.save_every == 0 or done == args.steps or signal_number):
-            state["scaler"] = scaler.state_dict()
-            save_checkpoint(args.out, identity, state, student, optimizer, partial(save_unets, unets))
-            bar.write(f"saved {args.out} at step {done}")
-        if preview:
-            judging.preview(pipeline, teacher, student, samples.source.prompts(8),
-                            args.out / "previews" / f"step-{done:07d}.png")
-        if rank == 0 and step * args.batch < first_pass <= done * args.batch:
-            bar.write(data_report(samples.source, state["skipped_samples"], done * args.batch))
-        if signal_number:
-            return signal_number
+            done, finished = step + 1, step + 1 == args.steps
+            count_step(state, done, math.isfinite(norm), dict(zip(REASONS, skipped)), scaler)
+            if rank == 0:
+                task, out_kd, feat_kd = terms
+                total = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
+                log.write(bar, state, {"task": task, "outKD": out_kd, "featKD": feat_kd}, args.batch,
+                          time.perf_counter() - start, total=total, lr=lr, norm=norm)
+                if done % args.save_every == 0 or finished or stopping:
+                    save_checkpoint(args.out, identity, state, student, optimizer,
+                                    lambda folder: model.save_unet(student, folder / "unet"))
+                    say(bar, f"saved {args.out} at step {done}")
+                if args.preview_every and (done % args.preview_every == 0 or finished):
+                    judging.preview(pipeline, networks.teacher, student, samples.source.prompts(8),
+                                    args.out / "previews" / f"step-{done:07d}.png")
+                if done == first_pass:
+                    say(bar, f"first pass over the data; skipped: {format_counts(state['skipped'])}")
+            if stopping:
+                return stop.received or signal.SIGTERM
     return 0
 
 
@@ -478,9 +349,10 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
             "features": KOALA_FEATURES, "normalize_features": True, "save_every": 100, "preview_every": 300},
 }
+MAX_NORM = 1.0  # of the gradients: not published; the usual choice, and one bad batch then does little harm
 # What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
-IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "flip", "task", "out_kd",
-            "feat_kd", "batch", "lr", "decay", "clip", "dropout", "ema", "seed")
+IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd", "feat_kd",
+            "batch", "lr", "decay", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -508,7 +380,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default="shapes", metavar="FOLDER")
     add("--caption", "one caption for all images, as in DreamBooth", type=nonempty, metavar="TEXT")
     add("--cache", "keep latents and text there; fixes each image's crop", type=path, metavar="FOLDER")
-    parser.add_argument("--flip", action="store_true", help="mirror half of the images")
     add("--task", "weight of the task loss (equation 1)", type=number(float, 0, 1e9), default=1.0)
     add("--out-kd", "weight of outKD (equation 2)", type=number(float, 0, 1e9), default=1.0)
     add("--feat-kd", "weight of featKD (equation 3)", type=number(float, 0, 1e9), default=1.0)
@@ -516,16 +387,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                         help="divide each feature's loss by its teacher's mean square [for the toy]")
     add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
     add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
-    add("--micro-batch", "per-GPU batch size, at most; the rest is gradient accumulation",
+    add("--micro-batch", "images on a GPU at a time; the rest is gradient accumulation",
         type=number(int, 1, 10**6))
     add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
     add("--decay", "last share of the steps, over which that rate falls to 0", type=number(float, 0, 1))
-    add("--clip", "largest norm of the gradients", type=number(float, 1e-9, 1e9), default=1.0)
-    add("--dropout", "share of captions replaced by none", type=number(float, 0, 1), default=0.1)
     add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
         default=0)
-    add("--workers", "processes that read data [half the cores, at most 8]", type=number(int, 0, 1000),
-        default=min(8, (os.cpu_count() or 2) // 2))
+    add("--workers", "processes that read data, for each GPU [half of the cores, at most 8]",
+        type=number(int, 0, 1000))
     add("--save-every", "steps between checkpoints", type=number(int, 1, 10**9))
     add("--preview-every", "steps between previews, 0 for none", type=number(int, 0, 10**9))
     add("--judge", "captions that the toy is judged on at the end, 0 for none", type=number(int, 0, 10**5),
@@ -533,10 +402,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
     add("--precision", "fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS),
         metavar="NAME")
-    add("--checkpointing", "recompute none, selective (cheap layers) or full (all) [as memory asks for]",
-        choices=list(model.CHECKPOINTING), metavar="NAME")
-    add("--ema", "decay of an average of the weights, kept in unet_ema/, such as 0.9999 [no average]",
-        type=number(float, 0, 1))
+    parser.add_argument("--checkpointing", action="store_true",
+                        help="recompute activations in the backward pass: less memory, a third more work")
     parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
     add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
     add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
@@ -558,6 +425,9 @@ def fill_in(args: argparse.Namespace):
             setattr(args, name, value)
     _, world, _ = process_ranks()
     args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
+    if args.workers is None:
+        on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
+        args.workers = min(8, (os.cpu_count() or 2) // 2 // on_machine)
     if args.teacher == "none" or not args.feat_kd:
         args.features = "none"
     if args.out is None:
@@ -580,6 +450,8 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
+    if args.data != "shapes" and Path(args.data).resolve() in [args.out.resolve(), *args.out.resolve().parents]:
+        parser.error(f"--out {args.out} is in --data, so the run would train on its own previews")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have their own")
 
@@ -611,50 +483,38 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
     return student.to(device, memory_format=torch.channels_last)
 
 
-def rehearse(args: argparse.Namespace, texts: tuple[CLIPConfig, ...], vae: VAEConfig,
-             config: model.UNetConfig, student_config: model.UNetConfig) -> plan.Rehearsal:
-    """A run without numbers, to count what it needs; `config` is as in `new_student`."""
-    with torch.device("meta"):
-        student, teacher = model.UNet(student_config), model.UNet(config)
-    matched = match_features(student, teacher, args.features, args.sa_blocks)
-    teacher_config = config if args.teacher != "none" else None
-    return plan.Rehearsal(args, texts, vae, teacher_config, student_config, matched,
-                          NoiseSchedule(SDXL_SCHEDULER), hook_features, sample_loss)
+def make_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pipeline: Pipeline,
+                 config: model.UNetConfig) -> tuple[Samples, Callable[[dict], dict[str, Tensor]]]:
+    """Training samples for a student of this configuration, and what encodes a batch of them."""
+    downscale, encode_samples = pipeline.vae_config.downscale, partial(encode, pipeline)
+    size = args.size or config.sample_size * downscale
+    shape = (config.in_channels, size // downscale, size // downscale)
+    if args.data == "shapes" and size != shapes.SIZE:
+        raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
+    if not args.cache:
+        return Samples(source, size, shape, args.seed), encode_samples
+    identity = {"data": source.fingerprint, "size": size, "caption": args.caption,
+                "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
+    cache = Cache(args.cache, identity, encode_samples, shape, (pipeline.text.length, config.context_dim),
+                  config.pooled_dim, pipeline.dtype)
+    return Samples(source, size, shape, args.seed, cache.read), cache.encode
 
 
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
     texts, vae, config = costs.read_configs(model_source(args))
-    if args.vae:
-        folder = local_folder(preset(args.vae).source, ("vae",), weights=False)
-        vae = model.read_config(model.part_folder(folder, "vae"), VAEConfig.from_diffusers)
+    student_config = config
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
-    else:
-        folder = local_folder(preset(args.init).unet, ("unet",), weights=False)
-        student_config = model.read_config(model.part_folder(folder, "unet"), model.UNetConfig.from_diffusers)
-    plan.dry_run(rehearse(args, texts, vae, config, student_config))
-
-
-def fit_gpu(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig,
-            student_config: model.UNetConfig, world: int) -> float:
-    """
-    Chooses micro-batch and checkpointing by a GPU's memory, unless --checkpointing is given.
-
-    Returns the seconds that a step's counted FLOPs take at the peak of all GPUs, or 0 if that is not known.
-    """
-    least_seconds = 0.0
-    if pipeline.device.startswith("cuda"):
-        texts = tuple(encoder.config for encoder in pipeline.text.encoders)
-        rehearsal = rehearse(args, texts, pipeline.vae_config, config, student_config)
-        gpu = torch.cuda.get_device_properties(pipeline.device)
-        peak = plan.peak_flops(gpu.name) if pipeline.dtype in model.HALF else 0
-        if peak:
-            least_seconds = args.batch * rehearsal.flops() / (world * peak)
-        if not args.checkpointing:
-            args.micro_batch, args.checkpointing = rehearsal.fit(gpu.total_memory) or (1, "full")
-    args.checkpointing = args.checkpointing or "none"
-    return least_seconds
+    with torch.device("meta"):
+        student, teacher = model.UNet(student_config), model.UNet(config) if args.teacher != "none" else None
+    for name in sorted(vars(args).keys() - {"dry_run"}):
+        print(f"{name:18} {getattr(args, name)}")
+    matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
+    print(f"\n{len(matched)} features, student <- teacher")
+    for path, source in matched.items():
+        print(f"  {path} <- {source}")
+    costs.print_step(args, texts, vae, config if teacher else None, student_config)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -662,63 +522,69 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
-    rank, world, local_rank = process_ranks()
+    rank, world, _ = process_ranks()
     device = resolve_device(args.device)
-    if device.startswith("cuda"):
-        if world > 1:
-            device = f"cuda:{local_rank}"
-        torch.cuda.set_device(torch.device(device).index or 0)
+    on_gpu = device.startswith("cuda")
+    if on_gpu:
         torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
         torch.backends.cudnn.benchmark = True                    # all images have one size
     if world > 1:
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(hours=2))
-    _lock = lock_run_dir(args.out, other="bundle") if rank == 0 else None  # held until the process ends
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
+                                device_id=torch.device(device) if on_gpu else None)
+        torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
+    _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends
 
-    source = load_source(args)                                   # before any model is downloaded
-    dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
-    pipeline = load_pipeline(
-        model_source(args), dtype=dtype, device=device, compile=args.compile, vae=args.vae)
-    pipeline.vae.requires_grad_(False)
-    pipeline.text.requires_grad_(False)
-    config = pipeline.unet.config
-    teacher = pipeline.unet.requires_grad_(False) if args.teacher != "none" else None
+    with first_on_machine():                                     # which downloads and indexes for the others
+        source = Shapes()
+        if args.data != "shapes":
+            source = CaptionedImages(args.data, args.out / "index", args.caption)
+        pipeline = load_pipeline(model_source(args), dtype=resolve_dtype(args.precision, device, on_gpu="bf16"),
+                                 device=device, compile=args.compile, vae=args.vae)
+    for network in (pipeline.vae, pipeline.text, pipeline.unet):
+        network.requires_grad_(False)
+    config, teacher = pipeline.unet.config, pipeline.unet if args.teacher != "none" else None
     pipeline.unet = None
     student = new_student(args, config, device)
-    least_seconds = fit_gpu(args, pipeline, config, student.config, world)
     student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
-    networks = hook_features(teacher, student, matched, args.out_kd)
-    samples = load_samples(args, source, pipeline, student.config)
+    networks = Networks(teacher if args.out_kd or matched else None, student,
+                        model.Features(teacher, list(matched.values())), model.Features(student, list(matched)))
+    samples, encode_samples = make_samples(args, source, pipeline, student.config)
     identity = {name: getattr(args, name) for name in IDENTITY} | {
         "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
-        "size": samples.size, "precision": str(dtype), "cached": samples.cache is not None,
-        "data": samples.source.fingerprint, "teacher": fingerprint(teacher) if teacher else None,
+        "size": samples.size, "precision": str(pipeline.dtype), "cached": bool(args.cache),
+        "data": source.fingerprint, "teacher": fingerprint(teacher) if teacher else None,
         "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
     if rank == 0:
-        count = sum(p.numel() for p in student.parameters())
-        change = f" ({count / sum(p.numel() for p in teacher.parameters()) - 1:+.0%})" if teacher else ""
+        count = costs.count_parameters(student)
+        change = f" ({count / costs.count_parameters(teacher) - 1:+.0%})" if teacher else ""
         print(f"{args.out}: a student of {count:,} parameters{change}, {len(matched)} features, "
-              f"{dtype} on {world} x {device}, micro-batches of {args.micro_batch}, "
-              f"checkpointing {args.checkpointing}")
-    with StopSignal() as stop:
-        signal_number = train(args, pipeline, networks, samples, identity, stop, least_seconds)
+              f"{pipeline.dtype} on {world} x {device}")
+        print(f"{len(source):,} pairs; left out: {format_counts(source.skipped)}")
+    signal_number = train(args, pipeline, networks, samples, encode_samples, identity)
     if world > 1:
         dist.destroy_process_group()
     if signal_number:
         if rank == 0:
             print("stopped; rerun the same command to resume")
         return 128 + signal_number
-    if rank > 0:
-        return 0
-    complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
-    atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
-    if args.data == "shapes" and args.judge:
-        unets = {"teacher": teacher} if teacher else {}
-        unets |= {"student before": new_student(args, config, device), "student after": student}
-        judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
-    print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
+    if rank == 0:
+        finish(args, pipeline, config, teacher, student)
     return 0
 
 
+def finish(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig, teacher: model.UNet | None,
+           student: model.UNet):
+    """Makes the run's folder a whole model, draws its losses and, on the toy's pictures, judges it."""
+    complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
+    atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
+    if args.data == "shapes" and args.judge:
+        unets = {"teacher": teacher, "student before": new_student(args, config, pipeline.device),
+                 "student after": student}
+        judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
+        print(f"{args.out / 'judged.png'} shows what it draws, {args.out / 'scores.csv'} has the table")
+    print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
+
+
 if __name__ == "__main__":
-    run(main, "lower --micro-batch, or use --checkpointing selective or full")
+    run(main, "lower --micro-batch, or use --checkpointing")

@@ -33,7 +33,7 @@ import json
 import os
 import re
 from collections import OrderedDict
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -43,7 +43,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # Configurations
@@ -74,16 +74,16 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict) -> "UNetConfig":
-        """Reads the official unet/config.json. Raises ValueError for anything this U-Net does not support."""
-        config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        """Reads the official unet/config.json. Raises ValueError for entries that this U-Net does not support."""
         levels = len(config["block_out_channels"])
         has_attention = ["CrossAttn" in block for block in config["down_block_types"]]
         depths = per_level(config.get("transformer_layers_per_block", 1), levels)
         heads = per_level(config.get("attention_head_dim", 8), levels)  # a number of heads, despite its name
-        if not len(has_attention) == len(depths) == len(heads) == levels:
-            raise ValueError("its lists are not all as long as block_out_channels")
         sdxl = config.get("addition_embed_type") is not None
         size_dim = config["addition_time_embed_dim"] if sdxl else 0
+        sample_size = config.get("sample_size", 128)
+        if re.match(r"0\.[0-8]\.", config.get("_diffusers_version", "")):
+            sample_size = max(sample_size, 64)                   # Stable Diffusion 1's first file says 32
         result = cls(
             channels=tuple(config["block_out_channels"]),
             depths=tuple(depth if attends else 0 for depth, attends in zip(depths, has_attention)),
@@ -97,20 +97,12 @@ class UNetConfig:
             groups=config.get("norm_num_groups", 32),
             in_channels=config.get("in_channels", 4),
             out_channels=config.get("out_channels", 4),
-            sample_size=config.get("sample_size", 128),
+            sample_size=sample_size,
         )
-        check_numbers(result, may_be_zero=("depths", "mid_depth", "pooled_dim", "size_dim"))
-        written = result.to_diffusers()
-        # Not read: depths of levels without attention; and `upcast_attention`, as fused attention is exact.
-        depths = [depth if attends else other for depth, attends, other in zip(
-            depths, has_attention, written["transformer_layers_per_block"])]
-        check_fixed({**config, "transformer_layers_per_block": depths, "attention_head_dim": heads,
-                     "upcast_attention": None}, written)
-        attending = [*zip(result.channels, heads, has_attention), (result.channels[-1], heads[-1], True)]
-        if (any(width % result.groups for width in result.channels)
-                or any(width % count for width, count, attends in attending if attends)):
-            raise ValueError(f"widths {result.channels} do not divide into {result.groups} groups "
-                             f"and {heads} heads")
+        # Not compared: what was read above in another form; and `upcast_attention`, as fused attention is exact.
+        other_forms = ("transformer_layers_per_block", "attention_head_dim", "upcast_attention", "sample_size")
+        check_fixed({key: value for key, value in config.items() if key not in other_forms},
+                    result.to_diffusers())
         return result
 
     def to_diffusers(self) -> dict:
@@ -149,14 +141,13 @@ class UNetConfig:
 class Checkpointed(nn.Module):
     """A module whose activations the backward pass can recompute, to save memory; results are the same."""
 
-    checkpointing = "none"
+    checkpointing = False
 
     def __call__(self, *args):
-        if self.checkpointing == "none" or not torch.is_grad_enabled():
+        if not self.checkpointing or not torch.is_grad_enabled():
             return super().__call__(*args)
         # Non-reentrant, or a feature captured inside would have no gradient. Nothing here is random.
-        return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False,
-                          **CHECKPOINTING[self.checkpointing])
+        return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
@@ -417,28 +408,13 @@ class UNet(nn.Module):
             x = stage(x, emb, context, skips)                    # (B, 4C, H/2, W/2) to (B, C, H, W)
         return self.conv_out(norm_silu(self.conv_norm_out, x))   # (B, 4, H, W)
 
-    def set_checkpointing(self, mode: str):
-        """What the backward pass recomputes: "none", "selective" (cheap layers) or "full" (whole blocks)."""
-        if mode != "none":  # so that `Features` captures the forward pass only, in a compiled U-Net too
+    def set_checkpointing(self, on: bool):
+        """Whether the backward pass recomputes the activations of blocks."""
+        if on:  # so that `Features` captures the forward pass only, in a compiled U-Net too
             torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
             if isinstance(module, Checkpointed):
-                module.checkpointing = mode
-
-
-SAVED_OPS = [  # what "selective" checkpointing keeps: matrix products, convolutions and attention
-    torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default,
-    torch.ops.aten.convolution.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-]
-CHECKPOINTING = {
-    "none": {},
-    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, SAVED_OPS)},
-    "full": {},
-}
+                module.checkpointing = on
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -548,24 +524,18 @@ class Features:
         captured[path]  # (B, T, D) or (B, C, H, W)
 
     Each forward pass replaces what the one before left. Nothing is captured outside of `with`, so that
-    recomputation in the backward pass leaves no second copy.
-    The hooks are on module objects: wrap or compile the U-Net afterwards. With `stop` the forward pass ends,
-    and `with` is left, once everything is captured. Raises RuntimeError if a module did not run.
+    recomputation in the backward pass leaves no second copy. The hooks are on module objects: wrap or compile
+    the U-Net afterwards. Raises RuntimeError if a module did not run.
     """
 
-    class Stop(Exception):
-        pass
-
-    def __init__(self, unet: UNet, paths: list[str], stop: bool = False):
-        self.paths, self.stop, self.captured = paths, stop, None
+    def __init__(self, unet: UNet, paths: list[str]):
+        self.paths, self.captured = paths, None
         for path in paths:
             unet.get_submodule(path).register_forward_hook(partial(self.capture, path))
 
     def capture(self, path: str, module: nn.Module, args: tuple, output: Tensor):
         if self.captured is not None:
             self.captured[path] = output
-            if self.stop and len(self.captured) == len(self.paths):
-                raise self.Stop
 
     def __enter__(self) -> dict[str, Tensor]:
         self.captured = {}
@@ -576,7 +546,6 @@ class Features:
         missing = [path for path in self.paths if path not in captured]
         if missing and error_type is None:
             raise RuntimeError(f"{len(missing)} features were not captured, the first {missing[0]}")
-        return error_type is self.Stop
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -584,6 +553,13 @@ class Features:
 
 HALF = (torch.float16, torch.bfloat16)
 WEIGHTS = "diffusion_pytorch_model"  # the weight files of U-Net and VAE, without their endings
+MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file without `mid_block_type` means; null means no Mid
+FIXED = {  # entries of config.json that are the same in every U-Net of this family
+    "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "conv_in_kernel": 3,
+    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "resnet_out_scale_factor": 1.0,
+    "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
+}
 
 
 def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> UNet:
@@ -594,8 +570,7 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
     """
     folder = part_folder(folder, "unet")
     config = read_config(folder, UNetConfig.from_diffusers)
-    weights = read_weights(folder, WEIGHTS, dtype)
-    return build(partial(UNet, config), weights, folder, dtype, device)
+    return build(partial(UNet, config), read_weights(folder, WEIGHTS, dtype), folder, dtype, device)
 
 
 def save_unet(unet: UNet, folder: str | Path):
@@ -615,7 +590,7 @@ def read_json(path: Path) -> dict:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path.name} in the folder {path.parent}") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         value = None
     if not isinstance(value, dict):
         raise ValueError(f"{path} is not a JSON object; download it again")
@@ -624,79 +599,48 @@ def read_json(path: Path) -> dict:
 
 def read_config(folder: Path, parse: Callable[[dict], object]):
     """Reads a folder's config.json and parses it. Raises FileNotFoundError or ValueError."""
-    path = folder / "config.json"
+    config = read_json(folder / "config.json")
     try:
-        return parse(read_json(path))
-    except (LookupError, TypeError, ArithmeticError) as error:
-        raise ValueError(f"{path} is not the config.json of this kind of network ({error!r})") from None
-    except ValueError as error:
-        raise ValueError(str(error) if str(path) in str(error) else f"{path}: {error}") from None
-
-
-MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file without `mid_block_type` means; null means no Mid
-FIXED = {  # entries of config.json that are the same in every U-Net of this family
-    "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "conv_in_kernel": 3,
-    "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
-    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "resnet_out_scale_factor": 1.0,
-    "resnet_time_scale_shift": "default", "time_embedding_type": "positional",
-}
+        return parse(config)
+    except (LookupError, TypeError, ValueError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"not a config of this kind of network ({error!r})"
+        raise ValueError(f"{folder / 'config.json'}: {reason}") from None
 
 
 def per_level(value: int | list, levels: int) -> list:
     """The official files give one number for all levels, or a list with one for each."""
-    return value if isinstance(value, list) else [value] * levels
-
-
-def check_numbers(config, may_be_zero: tuple[str, ...] = ()):
-    """
-    Raises ValueError unless every field of a configuration, a dataclass, has the type of its default, and
-    integers are at least 1 (0 for `may_be_zero`) and at most a hundred times the default.
-    """
-    for field in fields(config):
-        value, default = getattr(config, field.name), field.default
-        least = 0 if field.name in may_be_zero else 1
-        for entry in value if type(default) is tuple else (value,):
-            if isinstance(default, float):
-                valid = type(entry) in (int, float) and 0 < entry < 1e9
-            elif type(entry) is int:
-                most = 100 * max(default) if type(default) is tuple else 100 * default
-                valid = type(default) in (int, tuple) and least <= entry <= most
-            else:
-                valid = type(entry) is type(default)
-            if not valid:
-                raise ValueError(f"{field.name} cannot be {value!r}")
+    return list(value) if isinstance(value, (list, tuple)) else [value] * levels
 
 
 def check_fixed(found: dict, supported: dict):
     """Raises ValueError for unsupported entries of a config.json; null, false and absent are the same."""
-    wrong = [f"{key}={value!r}" for key, value in found.items()
-             if not key.startswith("_") and (value or None) != (supported.get(key) or None)]
+    wrong = []
+    for key, value in found.items():
+        value = list(value) if isinstance(value, tuple) else value
+        if not key.startswith("_") and (value or None) != (supported.get(key) or None):
+            wrong.append(f"{key}={value!r}")
     if wrong:
-        raise ValueError(f"unsupported value in config.json: {', '.join(wrong)}")
+        raise ValueError(f"unsupported value: {', '.join(wrong)}")
 
 
 def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """
-    The tensors of a folder's weight file, or of its shards; of the float16 variant if `dtype` is a half.
+    The tensors of a folder's shards, or else of its weight file; of the float16 variant if `dtype` is a half.
 
     Raises FileNotFoundError or ValueError.
     """
-    plain = [f"{stem}.safetensors", f"{stem}.safetensors.index.json"]
-    half = [f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"]
-    names = half + plain if dtype in HALF else plain + half
-    found = [folder / name for name in names if (folder / name).is_file()]
+    plain = [f"{stem}.safetensors.index.json", f"{stem}.safetensors"]
+    half = [f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors"]
+    found = [folder / name for name in (half + plain if dtype in HALF else plain + half)]
+    found = [path for path in found if path.is_file()]
     if not found:
         hint = ""
         if any(folder.glob("*.bin")):
             hint = "; its .bin file is a pickle and is not opened: convert it to safetensors"
-        raise FileNotFoundError(f"no {plain[0]} in the folder {folder}{hint}")
+        raise FileNotFoundError(f"no {plain[1]} in the folder {folder}{hint}")
     shards = found[:1]
     if found[0].suffix == ".json":
-        try:
-            names = sorted(set(read_json(found[0])["weight_map"].values()))
-            shards = [folder / Path(name).name for name in names]
-        except (LookupError, TypeError, AttributeError):
-            raise ValueError(f"{found[0]} does not name the shards; download it again") from None
+        shards = [folder / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
     weights = {}
     for shard in shards:
         weights |= read_tensors(shard)
@@ -704,21 +648,17 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file. Raises FileNotFoundError or ValueError."""
+    """The tensors of a safetensors file. Raises OSError or ValueError."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} in the folder {path.parent}") from None
     except SafetensorError as error:
+        reason = f"cut or damaged; download it again ({error})"
         with open(path, "rb") as file:
             head = file.read(64)
-        reason = f"cut or damaged; download it again ({error})"
-        if head.lstrip().startswith(b"version https://git-lfs"):
+        if head.startswith(b"version https://git-lfs"):
             reason = "a git-lfs pointer, not the file itself: run git lfs pull"
-        elif head.lstrip().startswith(b"<"):
-            reason = "an HTML page: download the file itself"
-        elif head.startswith((b"PK\x03\x04", b"\x80")) and head[8:9] != b"{":  # a header's length may be 0x80
+        elif head.startswith(b"PK\x03\x04"):
             reason = "a pickle, and is not opened"
         raise ValueError(f"{path} is {reason}") from None
 
@@ -728,19 +668,21 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
     """The network with these weights, read from `folder`. Raises ValueError unless they fit, all finite."""
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = network()
-    for name, tensor in weights.items():
-        if tensor.dtype not in (torch.float32, *HALF):
-            raise ValueError(f"the weights in {folder} are {tensor.dtype} ({name}), not float32 or a half")
-        if tensor.numel() and not all(bound.isfinite() for bound in tensor.aminmax()):
-            raise ValueError(f"the weights in {folder} are NaN or infinite ({name}): download them again")
-        weights[name] = tensor.to(device, dtype)  # one by one, so that memory never holds all of them twice
-    try:
-        network.load_state_dict(weights, strict=True, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split("\n", 1)[1].split())
-        if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in weights):
+    shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
+    missing = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
+    unexpected = [name for name in weights if name not in shapes]
+    if missing or unexpected:
+        reason = "; ".join(f"{len(names)} tensors {kind}, such as {names[0]}" for kind, names in (
+            ("missing or of another shape", missing), ("unexpected", unexpected)) if names)
+        if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in unexpected):
             reason = "these are names of a single-file checkpoint; convert it to a folder with diffusers"
-        raise ValueError(f"the weights in {folder} do not fit their config.json: {reason[:300]}") from None
+        raise ValueError(f"the weights in {folder} do not fit their config.json: {reason}")
+    for name, tensor in weights.items():
+        if tensor.dtype not in (torch.float32, *HALF) or not tensor.isfinite().all():
+            raise ValueError(f"the weights in {folder} are not finite numbers in float32 or a half ({name}): "
+                             f"download them again")
+        weights[name] = tensor.to(device, dtype)  # one by one, so that memory never holds all of them twice
+    network.load_state_dict(weights, strict=True, assign=True)
     return network
 
 
@@ -748,11 +690,12 @@ def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
     """Writes a network's config.json and weights, each beside its place and then renamed. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
-    path = folder / f"{stem}.safetensors"
-    temporary = folder / f".writing-{os.getpid()}"
+    path, temporary = folder / f"{stem}.safetensors", folder / f".writing-{os.getpid()}"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
         save_file(weights, temporary, {"format": "pt"})  # transformers asks for this entry
-        os.chmod(temporary, 0o644)  # safetensors makes files that only their owner can read
+        temporary.chmod(mode)
         os.replace(temporary, path)
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, folder / "config.json")

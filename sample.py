@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model
-from support.cli import (
-    PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, model_name, nonempty, number,
-    peak_memory, png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
-from support.files import PARTS, atomic_write, local_folder
+from support.files import atomic_write
+from support.hub import (
+    PARTS, PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, local_folder, model_name, nonempty,
+    number, peak_memory, png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
 from support.plots import image_grid
 from support.text import TextEncoders, encoder_names, load_text
 from support.vae import VAE, VAEConfig, load_vae
@@ -38,16 +38,24 @@ SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
     "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
     "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
     "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-ABSENT = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # diffusers' defaults
-SUPPORTED = {  # entries with few choices; the first is diffusers' default, unless ABSENT has another
-    "num_train_timesteps": [1000], "beta_schedule": ["scaled_linear"],
-    "prediction_type": ["epsilon", "v_prediction"], "timestep_spacing": SPACINGS, "steps_offset": [0, 1],
-    "interpolation_type": ["linear"], "final_sigmas_type": ["zero"], "timestep_type": ["discrete"],
-    "trained_betas": [None], "use_karras_sigmas": [False, None], "use_exponential_sigmas": [False, None],
-    "use_beta_sigmas": [False, None], "rescale_betas_zero_snr": [False, True],
-    "set_alpha_to_one": [True, False]}
+# What a scheduler file's entries must be, where this code has no other, or nothing: by what reads them.
+NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "trained_betas": None}
+SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+          "final_sigmas_type": "zero"}
+SAMPLER_ENTRIES = {
+    "euler": SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None,
+                       "sigma_max": None},
+    "ddim": {"clip_sample": False, "thresholding": False},
+    "dpm": SIGMAS | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+                     "thresholding": False, "lower_order_final": True, "euler_at_final": False,
+                     "use_lu_lambdas": False, "use_flow_sigmas": False, "variance_type": None}}
+# What diffusers' classes take for an entry that the file lacks, where that is not the value above.
+DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon",
+            "steps_offset": 0, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
+SAMPLER_DEFAULTS = {"euler": {"timestep_spacing": "linspace"}, "dpm": {"timestep_spacing": "linspace"},
+                    "ddim": {"timestep_spacing": "leading", "clip_sample": True}}
 CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
-UNSUPPORTED = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
+OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
 
 
 class NoiseSchedule:
@@ -56,47 +64,45 @@ class NoiseSchedule:
 
     alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al.
     (arXiv 2206.00364) do, by another sigma, without a t: sigma = sigma_t / alpha_t, in `sigmas`. Made from a
-    scheduler_config.json, whatever sampler that is for; raises ValueError for what is not supported.
+    scheduler_config.json, whatever sampler that is for. Raises ValueError for noise that is not supported.
     """
 
-    def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler"):
+    def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler", device: str = "cpu"):
         self.sampler, self.file_class = sampler, str(config.get("_class_name", CLASSES[sampler]))
-        if self.file_class.startswith(UNSUPPORTED):
+        if self.file_class.startswith(OTHER_NOISE):
             raise ValueError(f"scheduler_config.json is of {self.file_class!r}, which is not supported")
-        config = {key: values[0] for key, values in SUPPORTED.items()} | ABSENT | config
-        for key, values in SUPPORTED.items():
-            if config[key] not in values:
-                raise ValueError(f"scheduler_config.json has {key}={config[key]!r}, which is not supported")
-        start, end, self.offset = config["beta_start"], config["beta_end"], int(config["steps_offset"])
-        if type(start) is not float or type(end) is not float or not 0 < start < end < 1:
-            raise ValueError(f"scheduler_config.json has beta_start={start!r} and beta_end={end!r}: "
-                             f"not two rising numbers between 0 and 1")
-        betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
+        self.config = config = DEFAULTS | SAMPLER_DEFAULTS[sampler] | config
+        self.check_entries(NOISE)
+        betas = torch.linspace(config["beta_start"]**0.5, config["beta_end"]**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)             # (1000,)
         if config["rescale_betas_zero_snr"]:                     # Lin et al., arXiv 2305.08891, Algorithm 1
             alphas = self.alphas_cumprod.sqrt()
             self.alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
             self.alphas_cumprod[-1] = 2**-24                     # sigma stays finite
         self.sigmas = (1 / self.alphas_cumprod - 1).sqrt()       # (1000,)
-        self.spacing = spacing or config["timestep_spacing"]
+        self.alpha_t = self.alphas_cumprod.sqrt().float().to(device)  # (1000,), where training reads them
+        self.sigma_t = (1 - self.alphas_cumprod).sqrt().float().to(device)
+        self.spacing, self.offset = spacing or config["timestep_spacing"], config["steps_offset"]
         self.prediction = config["prediction_type"]
         self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
-    def alpha_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """alpha_t and sigma_t (B, 1, 1, 1), cast and moved to `like`, at integer timesteps (B,) on the host."""
-        squares = self.alphas_cumprod[timesteps, None, None, None]
-        return squares.sqrt().float().to(like), (1 - squares).sqrt().float().to(like)
+    def check_entries(self, supported: dict):
+        """Raises ValueError for an entry of the file that would change pictures, and is not implemented."""
+        for name, value in supported.items():
+            if self.config.get(name, value) != value:
+                raise ValueError(f"scheduler_config.json has {name}={self.config[name]!r}, and {self.sampler} has "
+                                 f"only {value!r} here: use another --sampler, or edit the file")
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,) on the host."""
-        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
+        alpha, sigma = self.alpha_t[timesteps, None, None, None], self.sigma_t[timesteps, None, None, None]
         return alpha * latents + sigma * noise
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the network has to predict at z_t: the noise, or v of Salimans and Ho (arXiv 2202.00512)."""
         if self.prediction == "epsilon":
             return noise
-        alpha, sigma = self.alpha_sigma(timesteps, latents)
+        alpha, sigma = self.alpha_t[timesteps, None, None, None], self.sigma_t[timesteps, None, None, None]
         return alpha * noise - sigma * latents
 
     def timesteps(self, steps: int) -> list[float]:
@@ -120,12 +126,19 @@ class NoiseSchedule:
         return torch.lerp(self.sigmas[low], self.sigmas[min(low + 1, 999)], t - low).item()
 
     def levels(self, steps: int) -> list[tuple[float, float, float]]:
-        """The timestep of each network call, sigma there, and sigma where the step leads to."""
+        """
+        The timestep of each network call, sigma there, and sigma where the step leads to.
+
+        Raises ValueError for entries of the file that this sampler reads and this code has not.
+        """
+        self.check_entries(SAMPLER_ENTRIES[self.sampler])
         timesteps = self.timesteps(steps)
         sigmas = [self.sigma_at(t) for t in timesteps]
         following = sigmas[1:] + [0.0]
         if self.sampler == "ddim":
             following = [self.sigma_at(t - 1000 // steps) for t in timesteps]
+        if self.sampler == "dpm" and any(sigma == next_sigma for sigma, next_sigma in zip(sigmas, following)):
+            raise ValueError(f"DPM-Solver cannot take {steps} steps of {self.spacing} timesteps: give fewer")
         return list(zip(timesteps, sigmas, following))
 
     def init_noise_std(self, sigma: float) -> float:
@@ -201,7 +214,9 @@ class Pipeline:
         # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
         self.zero_negative = index.get("force_zeros_for_empty_prompt", len(encoder_names(folder)) > 1)
         scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
-        self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler)
+        if len(encoder_names(folder)) == 1:                      # as diffusers' pipeline, whatever the file says
+            scheduler |= {"steps_offset": 1, "clip_sample": False}
+        self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler, device)
         self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
         self.text = self.unet = self.vae = None
         if not low_memory:
@@ -218,6 +233,8 @@ class Pipeline:
 
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
+        if dtype == torch.bfloat16 and self.device.startswith("cuda"):
+            dtype = torch.float16                                # ten times as exact, and made not to overflow
         return load_vae(self.vae_folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -360,7 +377,7 @@ def main(argv: list[str] | None = None):
     add("--steps", type=number(int, 1, 1000), metavar="N", help="network calls [the model's preset]")
     add("--sampler", choices=SAMPLERS, help="dpm is DPM-Solver++(2M) [the model's preset]")
     add("--spacing", choices=SPACINGS, help="of the timesteps [the model's preset, or its scheduler file's]")
-    add("--guidance", type=number(float, 1), metavar="X", help="scale, 1 for none [the model's preset]")
+    add("--guidance", type=number(float, 0), metavar="X", help="scale, 1 for none [the model's preset]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
         help="pictures of each prompt, seeds counting up")

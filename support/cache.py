@@ -1,34 +1,37 @@
 """
-A cache of what the frozen VAE and text encoders make of each image and caption.
+A cache of what the frozen VAE and text encoders make of each image and caption: all about it is in this file.
 """
 
 import math
 import zlib
 from pathlib import Path
+from typing import Callable
 
 import torch
 from torch import Tensor
 
 from model import read_json
-from support.checkpoint import check_settings
 from support.files import write_json
+from support.run import check_settings
 
 
 class Cache:
     """
-    One file of fixed-size records, shared by processes, and by runs that read the same data.
+    One file of records of one size, shared by processes, and by runs that read the same data.
 
-    A record is tensors of known shapes and dtypes, and a checksum of its number and contents. If it was never
-    written, or is half-written, damaged or in the wrong place, the checksum is wrong: the record counts as
-    absent and is made again, so no lock is needed. `identity` is what the contents depend on. Raises
-    ValueError if the folder has a cache of another identity.
+    A record is the tensors of `layout`, as bytes, and a checksum of its number and contents. If it was never
+    written, or is half-written or damaged, the checksum is wrong: the record counts as absent and is made
+    again, so no lock is needed. `identity` is what the contents depend on, and `encode_new` makes them.
+    Raises ValueError if the folder has a cache of another identity.
     """
 
-    def __init__(self, folder: Path, identity: dict, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]):
-        self.path, self.layout = folder / "records.bin", layout
-        self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in layout.values()]
-        self.size = sum(self.sizes) + 4
-        identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in layout.items()}
+    def __init__(self, folder: Path, identity: dict, encode_new: Callable[[dict], dict[str, Tensor]],
+                 latent: tuple[int, ...], context: tuple[int, int], pooled: int, dtype: torch.dtype):
+        self.path, self.encode_new, self.full = folder / "records.bin", encode_new, False
+        self.layout = {"mean": (latent, torch.float32), "std": (latent, torch.float32), "context": (context, dtype),
+                       "pooled": ((pooled,), dtype), "time_ids": ((6,), torch.float32)}
+        self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values()]
+        identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in self.layout.items()}
         settings = folder / "cache.json"
         if settings.exists():
             check_settings(f"--cache {folder}", read_json(settings), identity, "--cache")
@@ -37,29 +40,45 @@ class Cache:
         self.path.touch()
 
     def read(self, index: int) -> dict[str, Tensor] | None:
-        """The tensors of a record; None if it is absent."""
+        """For the readers of data: {"record": bytes}, or None if it is absent."""
+        size = sum(self.sizes) + 4
         with open(self.path, "rb") as file:
-            file.seek(index * self.size)
-            record = bytearray(file.read(self.size))
-        if record[-4:] != self.checksum(index, record[:-4]):
+            file.seek(index * size)
+            record = bytearray(file.read(size))
+        if record[-4:] != checksum(index, record[:-4]):
             return None
-        *parts, _ = torch.frombuffer(record, dtype=torch.uint8).split([*self.sizes, 4])
-        tensors = {}
+        return {"record": torch.frombuffer(record[:-4], dtype=torch.uint8)}
+
+    def encode(self, batch: dict) -> dict[str, Tensor]:
+        """What `encode_new` makes of a batch of samples; it is called for the new ones only, and kept."""
+        device = batch["noise"].device
+        records = torch.empty(len(batch["new"]), sum(self.sizes), dtype=torch.uint8, device=device)
+        if "record" in batch:
+            records[~batch["new"]] = batch["record"]
+        if "pixels" in batch:
+            encoded = self.encode_new(batch)
+            new = torch.cat([encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
+                             for name, (_, dtype) in self.layout.items()], dim=1)
+            records[batch["new"]] = new
+            self.write(batch["index"][batch["new"]].tolist(), new.cpu())
+        tensors, parts = {}, records.split(self.sizes, dim=1)
         for part, (name, (shape, dtype)) in zip(parts, self.layout.items()):
-            tensors[name] = part.clone().view(dtype).view(shape)
+            tensors[name] = part.clone().view(dtype).view(-1, *shape)
         return tensors
 
-    def write(self, index: int, tensors: dict[str, Tensor]):
-        """Writes the tensors of the layout as a record, unless one is not finite; `tensors` may have more."""
-        record = b""
-        for name, (shape, dtype) in self.layout.items():
-            tensor = tensors[name].to("cpu", dtype).reshape(shape).contiguous()
-            if not tensor.isfinite().all():
-                return
-            record += tensor.flatten().view(torch.uint8).numpy().tobytes()
-        with open(self.path, "r+b") as file:
-            file.seek(index * self.size)
-            file.write(record + self.checksum(index, record))
+    def write(self, indices: list[int], records: Tensor):
+        """Writes records, until the disk is full."""
+        try:
+            with open(self.path, "r+b") as file:
+                for index, record in zip(indices, records):
+                    if not self.full:
+                        content = record.numpy().tobytes()
+                        file.seek(index * (len(content) + 4))
+                        file.write(content + checksum(index, content))
+        except OSError as error:
+            self.full = True                                     # for the rest of the run
+            print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on without it")
 
-    def checksum(self, index: int, record: bytes) -> bytes:
-        return zlib.crc32(record, zlib.crc32(index.to_bytes(8, "little"))).to_bytes(4, "little")
+
+def checksum(index: int, record: bytes) -> bytes:
+    return zlib.crc32(record, zlib.crc32(index.to_bytes(8, "little"))).to_bytes(4, "little")

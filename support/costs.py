@@ -1,65 +1,91 @@
 """
 What networks cost: parameters, FLOPs, memory and seconds (Figures 2 and 5, Tables 1 and 2).
+
+Networks are counted on PyTorch's meta device, whose tensors have shapes and no numbers: this takes neither
+weights nor memory. A multiply-add is two FLOPs.
 """
 
 import argparse
+import copy
 import math
 import statistics
 import time
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
-from typing import Callable
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import model
-from support.cli import peak_memory, preset, reset_peak_memory, resolve_device, resolve_dtype
-from support.files import local_folder, write_csv
-from support.plots import bar_chart, draw_table, format_number, print_table, stack
-from support.text import CLIP, ENCODERS, OPENCLIP, CLIPConfig, TextEncoders, encoder_names
+from support.files import write_csv
+from support.hub import local_folder, peak_memory, preset, reset_peak_memory, resolve_device, resolve_dtype
+from support.plots import bar_chart, image_grid, print_table
+from support.text import ENCODERS, encoder_names
 from support.vae import VAE, VAEConfig
 
 STAGES = list(model.stages(model.CONFIGS["sdxl"]))
 SA_STAGES = STAGES[1:-1]  # those with self-attention
+SDXL_CLIPS = [  # from the config.json of its two text encoders
+    {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
+     "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu"},
+    {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
+     "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 1280, "hidden_act": "gelu"}]
+SHARED = {"text encoders": (817, math.nan, 0.008), "VAE decoder": (math.nan, math.nan, 0.002)}
 PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, seconds on an RTX 4090
-    "U-Net": {"sdxl": (2567, 10.3, 3.133), "1b": (1161, 4.4, 1.604), "700m": (782, 3.0, 1.257)},
-    "text encoders": dict.fromkeys(model.CONFIGS, (817, math.nan, 0.008)),
-    "VAE": dict.fromkeys(model.CONFIGS, (83, math.nan, 0.002))}
-# The VAE's seconds are its decoder's, and too few: an RTX 4090 at its peak of 165.2 TFLOP/s needs 0.063.
-PAPER_RATE = 107.5e12  # FLOP/s of float16 that the U-Nets' seconds imply, if all of the time is counted work
+    "sdxl": {"U-Net": (2567, 10.3, 3.133)} | SHARED,
+    "1b": {"U-Net": (1161, 4.4, 1.604)} | SHARED,
+    "700m": {"U-Net": (782, 3.0, 1.257)} | SHARED}
 
 
-def read_configs(name: str) -> tuple[tuple[CLIPConfig, ...], VAEConfig, model.UNetConfig]:
+def paper_numbers(name: str, network: str) -> tuple[float, float, float]:
+    """What PAPER says of a model's network; nan if nothing."""
+    return PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
+
+
+def read_configs(name: str) -> tuple[list[dict], VAEConfig, model.UNetConfig]:
     """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json."""
     if name in model.CONFIGS:
-        return (CLIPConfig(), OPENCLIP), VAEConfig(), model.CONFIGS[name]
+        return SDXL_CLIPS, VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
-    clip_configs = [model.read_config(folder / name, CLIPConfig.from_dict) for name in encoder_names(folder)]
-    return (tuple(clip_configs),
-            model.read_config(folder / "vae", VAEConfig.from_diffusers),
-            model.read_config(Path(preset(name).student or folder / "unet"), model.UNetConfig.from_diffusers))
+    unet = Path(preset(name).student or folder / "unet")
+    keys = SDXL_CLIPS[0].keys()
+    clips = [model.read_config(folder / encoder, lambda config: {key: config[key] for key in keys})
+             for encoder in encoder_names(folder)]
+    return (clips, model.read_config(folder / "vae", VAEConfig.from_diffusers),
+            model.read_config(unet, model.UNetConfig.from_diffusers))
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Counting
 
 
-def count_flops() -> FlopCounterMode:
-    """Counts FLOPs within `with`, two for a multiply-add: matrix products, convolutions and attention."""
-    return FlopCounterMode(display=False, custom_mapping={  # the CPU's attention, which PyTorch leaves out
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
-            lambda q, k, v, *rest, **names: sdpa_flop_count(q, k, v),
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            lambda out, q, k, v, *rest, **names: sdpa_backward_flop_count(out, q, k, v)})
-
-
 def count_parameters(*networks: nn.Module) -> int:
     return sum(parameter.numel() for network in networks for parameter in network.parameters())
+
+
+def count_clip(config: dict, projection: bool) -> tuple[int, int]:
+    """Parameters of a CLIP text encoder, and multiply-adds of one prompt."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    tokens = config["max_position_embeddings"]
+    layers, head = config["num_hidden_layers"], width * config["projection_dim"] if projection else 0
+    weights = 4 * width**2 + 2 * width * inner                   # of a layer: attention and MLP
+    biases = 4 * width + inner + width + 4 * width               # theirs, and two layer norms
+    embeddings = (config["vocab_size"] + tokens) * width
+    attention = 2 * tokens**2 * width                            # Q K^T, and the mean of V
+    return (embeddings + layers * (weights + biases) + 2 * width + head,
+            layers * (tokens * weights + attention) + head)
+
+
+def count_clips(configs: list[dict]) -> tuple[int, int]:
+    """`count_clip` of all text encoders of a model; SDXL's second one has a projection."""
+    counts = [count_clip(config, projection=i == 1) for i, config in enumerate(configs)]
+    return sum(parameters for parameters, _ in counts), sum(macs for _, macs in counts)
 
 
 def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1) -> list[Tensor]:
@@ -68,35 +94,33 @@ def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1
     return [torch.zeros(batch, *shape) for shape in shapes]
 
 
-def build_networks(clip_configs: tuple[CLIPConfig, ...], vae_config: VAEConfig, config: model.UNetConfig,
-                   size: int, batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
+def build_networks(clips: list[dict], vae: VAEConfig, unet: model.UNetConfig, size: int,
+                   batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
     """
-    A model's networks, each with what its `forward` takes for one image of `size` x `size`, all on the meta
-    device: shapes without numbers. `batch` is the U-Net's, 2 for guidance.
+    U-Net and VAE on the meta device, each with what its `forward` takes for one image of `size` x `size`;
+    `batch` is the U-Net's, 2 for guidance.
     """
-    side, tokens = size // vae_config.downscale, clip_configs[0].max_position_embeddings
+    side, tokens = size // vae.downscale, clips[0]["max_position_embeddings"]
     with torch.device("meta"):
-        encoders = [CLIP(clip, projection=i == 1) for i, clip in enumerate(clip_configs)]
-        vae = VAE(vae_config)
-        return {  # the text encoders take token ids in the place of prompts
-            "text encoders": (TextEncoders(encoders, [nn.Identity()] * len(encoders)),
-                              [torch.zeros(1, tokens, dtype=torch.long)]),
-            "VAE decoder": (nn.Sequential(vae.post_quant_conv, vae.decoder),
-                            [torch.zeros(1, vae_config.latent_channels, side, side)]),
-            "VAE encoder": (nn.Sequential(vae.encoder, vae.quant_conv), [torch.zeros(1, 3, size, size)]),
-            "U-Net": (model.UNet(config), unet_inputs(config, tokens, side, batch))}
+        coder = VAE(vae)
+        image, latent = torch.zeros(1, 3, size, size), torch.zeros(1, vae.latent_channels, side, side)
+        return {"U-Net": (model.UNet(unet), unet_inputs(unet, tokens, side, batch)),
+                "VAE encoder": (nn.Sequential(coder.encoder, coder.quant_conv), [image]),
+                "VAE decoder": (nn.Sequential(coder.post_quant_conv, coder.decoder), [latent])}
 
 
-def count_network(network: nn.Module, inputs: list[Tensor]) -> tuple[int, int]:
-    """Parameters and, of a forward pass, multiply-adds."""
-    with count_flops() as counter:
-        network(*inputs)
-    return count_parameters(network), counter.get_total_flops() // 2
+def count_network(network: nn.Module, inputs: list[Tensor], backward: bool = False) -> tuple[int, int]:
+    """Parameters, and FLOPs of a forward pass, or of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as counter:
+        output = network(*inputs)
+        if backward:
+            output.sum().backward()
+    return count_parameters(network), counter.get_total_flops()
 
 
 def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Parameters and multiply-adds of a forward pass, by stage ("rest": outside of all) and kind of block."""
-    with count_flops() as counter:
+    """Parameters and multiply-adds of a pass, by stage ("rest": outside of all) and kind of block."""
+    with FlopCounterMode(display=False) as counter:
         unet(*inputs)
     kinds, parts = {"resnets": "residual", "attentions": "transformer"}, defaultdict(dict)
     for stage, stage_path in model.stages(unet.config).items():
@@ -113,77 +137,139 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
     return counts
 
 
+def count_step(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
+               texts: list[dict], size: int) -> dict[str, tuple[int, int]]:
+    """
+    Parameters, and FLOPs of a training image of `size` x `size`, of the networks of a distillation.
+
+    The student's FLOPs are of its forward and backward pass, with nothing recomputed.
+    """
+    counts, networks = {}, build_networks(texts, vae, student, size)
+    if teacher:
+        counts["teacher"] = count_network(*build_networks(texts, vae, teacher, size)["U-Net"])
+    counts["student"] = count_network(*networks["U-Net"], backward=True)
+    counts["VAE encoder"] = count_network(*networks["VAE encoder"])
+    parameters, macs = count_clips(texts)
+    return counts | {"text encoders": (parameters, 2 * macs)}
+
+
+class FusedAttention(TorchFunctionMode):
+    """Within `with`, attention is fused as on a GPU; the meta device's keeps maps (B, heads, T, T)."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention(*args)[0]
+        return function(*args, **(kwargs or {}))
+
+
+def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> int:
+    """
+    The bytes that a U-Net on the meta device keeps for its backward pass, as under a GPU's autocast to bf16.
+
+    It leaves out what does not grow with the batch (weights, their bf16 copies, gradients, Adam's moments, the
+    teacher), and what lives for a moment only: a recomputed block, float32 copies of the features that are
+    compared, gradients of activations, workspaces.
+    """
+    unet, saved = copy.deepcopy(unet).to(torch.bfloat16), {}
+    unet.set_checkpointing(checkpointing)
+
+    def autocast(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+        return inputs[0].to(module.weight.dtype)
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # once, however many views it has
+        return tensor
+
+    for module in unet.modules():
+        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):     # autocast computes these in float32
+            module.float()
+        if hasattr(module, "weight"):
+            module.register_forward_pre_hook(autocast)
+    with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = unet(*inputs)                                   # while it lives, no storage is used again
+    for parameter in unet.parameters():
+        saved.pop(parameter.untyped_storage()._cdata, None)
+    return sum(storage.nbytes() for storage in saved.values())
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Figure 2, Tables 1 and 2: parameters and work
 
 
 def budget(args: argparse.Namespace) -> Image.Image:
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
-    rows, table, unets = [], {}, {}
+    rows, table = [], []
+    parameter_bars, work_bars = defaultdict(dict), defaultdict(dict)  # by stage, then by model
     for name in args.model:
         clips, vae, unet = read_configs(name)
         networks = build_networks(clips, vae, unet, unet.sample_size * vae.downscale)
-        unets[name] = count_unet(*networks.pop("U-Net"))
-        others = {network: count_network(*built) for network, built in networks.items()}
-        rows += [[name, "U-Net", *part, *counts] for part, counts in unets[name].items()]
+        parts, others = count_unet(*networks.pop("U-Net")), {"text encoders": count_clips(clips)}
+        for network, built in networks.items():
+            parameters, flops = count_network(*built)
+            others[network] = parameters, flops // 2
+        rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
         rows += [[name, network, "", "", *counts] for network, counts in others.items()]
-        (encoder, _), (decoder, decoding) = others["VAE encoder"], others["VAE decoder"]
-        totals = {"U-Net": [sum(column) for column in zip(*unets[name].values())],
-                  "text encoders": others["text encoders"], "VAE": (encoder + decoder, decoding)}
+        totals = {"U-Net": [sum(column) for column in zip(*parts.values())]} | others
         for network, (parameters, macs) in totals.items():
-            # Models whose encoders, or VAE, have as many parameters share them, and a row.
-            key = network, name if network == "U-Net" else parameters
-            millions, gigabytes, _ = PAPER[network].get(name, [math.nan] * 3)
-            table.setdefault(key, [f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
-                                   4 * parameters / 1e9, gigabytes])
-    csv_header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
-    write_csv(args.out.with_suffix(".csv"), csv_header, rows)
-    header = ["", "M parameters", "paper's M", "T multiply-adds", "GB in float32", "paper's GB"]
-    table = list(table.values())
-    print_table(header, table)
-    print("multiply-adds are of one image: a pass of the U-Net, without guidance, and the VAE's decoder")
-    return stack(draw_table("Whole networks", header, table),
-                 stage_chart("Millions of parameters", unets, 0, 1e6),
-                 stage_chart("Billions of multiply-adds", unets, 1, 1e9))
-
-
-def stage_chart(title: str, unets: dict[str, dict], which: int, unit: float) -> Image.Image:
-    """For each stage a bar of each model, in three parts: parameters if `which` is 0, multiply-adds if 1."""
-    kinds, groups = ("residual", "transformer", "rest"), defaultdict(list)
-    for stage, counts in product((*STAGES, "rest"), unets.values()):
-        groups[stage].append([counts.get((stage, kind), (0, 0))[which] / unit for kind in kinds])
-    title = f"{title} by stage; in each, {', '.join(unets)}"
-    return bar_chart(title, groups, ["residual blocks", "transformers", "rest"])
+            millions, gigabytes, _ = paper_numbers(name, network)
+            table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
+                          4 * parameters / 1e9, gigabytes])
+        for stage in (*STAGES, "rest"):
+            counts = [parts.get((stage, kind), (0, 0)) for kind in ("residual", "transformer", "rest")]
+            parameter_bars[stage][name] = [parameters / 1e6 for parameters, _ in counts]
+            work_bars[stage][name] = [macs / 1e9 for _, macs in counts]
+    write_csv(args.out.with_suffix(".csv"),
+              ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
+    print_table(["", "M parameters", "paper's M", "T multiply-adds", "GB in float32", "paper's GB"], table)
+    print("multiply-adds are of one image, and of one pass of the U-Net, without guidance")
+    names = ["residual blocks", "transformers", "rest"]
+    return image_grid([
+        [bar_chart("Parameters by stage", names, parameter_bars, "millions")],
+        [bar_chart("Work by stage, in one pass", names, work_bars, "billions of multiply-adds")]])
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Table 2, Figure 5: latency
 
 
+def build_clips(clips: list[dict]) -> tuple[nn.Module, list[Tensor]]:
+    """A model's text encoders on the meta device as one network, and the token ids of a prompt."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # slow to import
+
+    class Encoders(nn.ModuleList):
+        def forward(self, ids: Tensor) -> Tensor:
+            return torch.cat([encoder(ids).last_hidden_state for encoder in self], dim=2)
+
+    kinds = CLIPTextModel, CLIPTextModelWithProjection
+    with torch.device("meta"):
+        encoders = Encoders([kind(CLIPTextConfig(**clip)) for kind, clip in zip(kinds, clips)])
+        return encoders, [torch.zeros(1, clips[0]["max_position_embeddings"], dtype=torch.long)]
+
+
 def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
     """
     Fills a network of the meta device with noise: as fast as trained weights, and nothing to download.
 
-    Returns its inputs, as noise too; token ids are 0.
+    Returns its inputs, as noise too; token ids, and positions in the text encoders' buffers, are 0.
     """
     network.requires_grad_(False).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.02)
+    for buffer in network.buffers():
+        nn.init.zeros_(buffer)
     return [torch.rand(x.shape).to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs]
 
 
-def time_network(network: Callable, inputs: list[Tensor], passes: int, repeat: int) -> tuple[int, float]:
-    """FLOPs of `passes` forward passes, which warm up, and the median seconds of `repeat` such runs."""
-    def run() -> float:
+def time_network(network: nn.Module, inputs: list[Tensor], passes: int, repeat: int) -> float:
+    """The median seconds of `repeat` runs of `passes` forward passes, after one run to warm up."""
+    seconds = []
+    for _ in range(1 + repeat):
         start = time.perf_counter()
         for _ in range(passes):
             output = network(*inputs)
         output[0].sum().item()                                   # a number on the host: waits for the device
-        return time.perf_counter() - start
-
-    with count_flops() as counter:
-        run()
-    return counter.get_total_flops(), statistics.median(run() for _ in range(repeat))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
 
 
 def describe_device(device: str, dtype: torch.dtype) -> str:
@@ -197,34 +283,30 @@ def describe_device(device: str, dtype: torch.dtype) -> str:
 def latency(args: argparse.Namespace) -> Image.Image:
     """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
     device = resolve_device(args.device)
-    dtype = resolve_dtype(args.precision, device)
-    header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "by counting", "peak GB", "paper, RTX 4090",
-              f"at {PAPER_RATE / 1e12:g} TFLOP/s"]
-    rows, bars, rate = [], {}, None
+    dtype, rows, bars, rate = resolve_dtype(args.precision, device), [], {}, None
     for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
         clips, vae, unet = read_configs(name)
         size = args.size or unet.sample_size * vae.downscale
+        built, inputs = build_clips(clips) if network == "text encoders" else (
+            build_networks(clips, vae, unet, size, batch=2)[network])
+        passes, by_counting, published = 1, math.nan, paper_numbers(name, network)[2]
+        if (size, args.steps) != (1024, 25):                     # the paper's
+            published = math.nan
+        if network == "U-Net":
+            passes = args.steps
+        flops = passes * count_network(built, inputs)[1]
         reset_peak_memory(device)
-        built, inputs = build_networks(clips, vae, unet, size, batch=2)[network]
-        inputs = fill(built, inputs, dtype, device)
-        flops, seconds = time_network(built, inputs, args.steps if network == "U-Net" else 1, args.repeat)
-        del built, inputs                                        # before the next is built and measured
-        by_counting = paper = implied = math.nan
-        if (size, args.steps) == (1024, 25) and name in model.CONFIGS:
-            paper, implied = PAPER[network.removesuffix(" decoder")][name][2], flops / PAPER_RATE
+        seconds = time_network(built, fill(built, inputs, dtype, device), passes, args.repeat)
         if network == "U-Net":
             rate = rate or flops / seconds                       # of the first model
             by_counting = flops / rate
-            numbers = [seconds, by_counting, paper, implied]     # a bar each, after parts of 0 for its colour
-            bars[name] = [[0] * i + [number] for i, number in enumerate(numbers) if number > 0]
+            bars[name] = {"measured": [seconds], "by counting": [by_counting], "paper, RTX 4090": [published]}
         rows.append([name, network, flops / 1e9, seconds, flops / seconds / 1e9, by_counting,
-                     peak_memory(device), paper, implied])
-    if all(math.isnan(row[7]) for row in rows):                  # the paper says nothing of these models
-        header, rows = header[:7], [row[:7] for row in rows]
+                     peak_memory(device), published])
+        del built, inputs                                        # before the next is built and measured
+    header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "by counting", "peak GB", "paper, RTX 4090"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
     where = describe_device(device, dtype)
-    print(f"on {where}, {args.steps} steps with guidance; by counting: at {format_number(rate / 1e9)} GFLOP/s")
-    return stack(draw_table(f"Latency on {where}", header, rows),
-                 bar_chart(f"Seconds of the U-Net in {args.steps} steps", bars,
-                           ["measured", "by counting", *header[7:]]))
+    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e9:,.4g} GFLOP/s")
+    return bar_chart(f"The U-Net in {args.steps} steps with guidance, on {where}", [], bars, "seconds")

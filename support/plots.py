@@ -1,5 +1,5 @@
 """
-Charts, tables and grids of images, drawn with Pillow as RGB images; sizes are in pixels.
+Tables in the terminal, and pictures: grids of images, charts of lines, bars and dots. Sizes are in pixels.
 """
 
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Callable
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from support.files import read_csv
 
@@ -16,16 +16,12 @@ INK, PALE = "#222222", "#dddddd"
 COLOURS = [  # Okabe and Ito's
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
 LOSSES = ("task", "outKD", "featKD")  # columns of log.csv
-WIDTH = 960  # of a chart: sharp at a README's width
+WIDTH = 1600  # of a chart: twice as wide as a README shows it, and so sharp on every screen
 
 
 @cache
-def font(size: int = 16) -> ImageFont.ImageFont:
+def font(size: int = 26) -> ImageFont.ImageFont:
     return ImageFont.load_default(size)
-
-
-def text_width(text: str, size: int = 16) -> int:
-    return math.ceil(font(size).getlength(text))
 
 
 def format_number(value: object) -> str:
@@ -46,10 +42,11 @@ def format_score(mean: float, spread: float = math.nan, digits: int = 3) -> str:
 
 def print_table(header: list[str], rows: list[list]):
     """Prints a table, the first column to the left, the others to the right."""
-    table = [list(map(format_number, row)) for row in [header, *rows]]
-    widths = [max(map(len, column)) for column in zip(*table)]
+    table = [[format_number(value) for value in row] for row in [header, *rows]]
+    widths = [max(len(cell) for cell in column) for column in zip(*table)]
     for first, *rest in table:
-        print(first.ljust(widths[0]), *map(str.rjust, rest, widths[1:]), sep="  ")
+        cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
+        print(first.ljust(widths[0]), *cells, sep="  ")
 
 
 def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None = None,
@@ -61,9 +58,9 @@ def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None
     width, height = next(image for row in rows for image in row if image).size
     size = 16 if width >= 96 else 12
     across, down = width + gap, height + gap
-    left = 16 + max(text_width(name, size) for name in row_names) if row_names else 0
+    left = 16 + int(max(font(size).getlength(name) for name in row_names)) if row_names else 0
     top = size + 12 if column_names else 0
-    right, bottom = left + across * max(map(len, rows)) - gap, top + down * len(rows) - gap
+    right, bottom = left + across * max(len(row) for row in rows) - gap, top + down * len(rows) - gap
     picture = Image.new("RGB", (right, bottom), "white")
     draw = ImageDraw.Draw(picture)
     for y, row in enumerate(rows):
@@ -77,33 +74,8 @@ def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None
     return picture
 
 
-def stack(*images: Image.Image, gap: int = 12) -> Image.Image:
-    """Images below each other."""
-    height = sum(image.height for image in images) + gap * (len(images) - 1)
-    picture, y = Image.new("RGB", (max(image.width for image in images), height), "white"), 0
-    for image in images:
-        picture.paste(image, (0, y))
-        y += image.height + gap
-    return picture
-
-
-def add_title(title: str, *images: Image.Image) -> Image.Image:
-    """Images below each other, under a title."""
-    head = Image.new("RGB", (max(WIDTH, text_width(title, 18) + 32), 40), "white")
-    ImageDraw.Draw(head).text((16, 22), title, INK, font(18), "lm")
-    return stack(head, *images, gap=0)
-
-
-def legend(names: list[str]) -> Image.Image:
-    """A row of the colours of a chart, each with its name."""
-    width = max(WIDTH, 72 + sum(46 + text_width(name) for name in names))
-    picture, x = Image.new("RGB", (width, 32), "white"), 72
-    draw = ImageDraw.Draw(picture)
-    for name, colour in zip(names, COLOURS):
-        draw.rectangle((x, 10, x + 14, 24), colour)
-        draw.text((x + 22, 17), name, INK, font(), "lm")
-        x += 46 + text_width(name)
-    return picture
+# ------------------------------------------------------------------------------------------------------------
+# Charts
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
@@ -115,160 +87,123 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
-def axes(x_name: str, y_name: str, points: list[tuple[float, float]], log: bool = False,
-         height: int = 420) -> tuple[Image.Image, Callable[[float, float], tuple[float, float]]]:
-    """Axes for these points, and a function from (x, y) to pixels; `log`: y is a decimal logarithm."""
-    xs, ys = zip(*points)
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(min(ys), max(ys))
-    left, right, top, bottom = 72, WIDTH - 24, 44, height
-    picture = Image.new("RGB", (WIDTH, bottom + 64), "white")
-    draw = ImageDraw.Draw(picture)
+def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float, str], height: int,
+         x_name: str, y_name: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw, Callable]:
+    """
+    An empty chart, a pen for it, and a function from (x, y) to pixels. `names` are the legend's, in COLOURS.
+
+    Ticks reach from one end of an axis to the other. A y axis without a name has categories, and no lines.
+    """
+    left, top = 56 + max(font().getlength(label) for label in y_ticks.values()), 176 if y_name else 150
+    right, bottom = WIDTH - 48, top + height
+    picture = Image.new("RGB", (WIDTH, bottom + 110), "white")
+    draw = ImageDraw.Draw(picture, "RGBA")
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (left + (right - left) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]),
-                bottom - (bottom - top) * (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
+                bottom - height * (y - min(y_ticks)) / (max(y_ticks) - min(y_ticks)))
 
-    for value in y_ticks:
-        _, y = place(x_ticks[0], value)
-        draw.line((left, y, right, y), PALE)
-        draw.text((left - 8, y), f"{10**value:.3g}" if log else f"{value:g}", INK, font(14), "rm")
+    draw.text((24, 38), title, INK, font(30), "lm")
+    draw.text((24, 142), y_name, INK, font(), "lm")
+    draw.text(((left + right) // 2, bottom + 72), x_name, INK, font(), "mm")
+    x = 24
+    for name, colour in zip(names, COLOURS):
+        draw.rectangle((x, 78, x + 24, 102), colour)
+        draw.text((x + 36, 91), name, INK, font(), "lm")
+        x += 84 + font().getlength(name)
     for value in x_ticks:
-        x, _ = place(value, y_ticks[0])
-        draw.text((x, bottom + 14), f"{value:g}", INK, font(14), "mm")
-    draw.line((left, bottom, right, bottom), INK)
-    draw.text(((left + right) // 2, bottom + 42), x_name, INK, font(), "mm")
-    draw.text((16, 20), y_name, INK, font(), "lm")
-    return picture, place
+        x, _ = place(value, 0)
+        draw.line((x, top, x, bottom), PALE, 2)
+        draw.text((x, bottom + 26), f"{value:,g}", INK, font(), "mm")
+    for value, label in y_ticks.items():
+        _, y = place(0, value)
+        draw.text((left - 16, y), label, INK, font(), "rm")
+        if y_name:
+            draw.line((left, y, right, y), PALE, 2)
+    return picture, draw, place
 
 
-def line_chart(title: str, x_name: str, y_name: str,
-               curves: dict[str, list[tuple[float, float, float]]]) -> Image.Image:
-    """Curves of points (x, y, spread): y with an error bar of one spread to either side."""
-    points = sum(curves.values(), [])
-    ends = [(x, y - spread) for x, y, spread in points] + [(x, y + spread) for x, y, spread in points]
-    picture, place = axes(x_name, y_name, ends)
-    draw = ImageDraw.Draw(picture)
+def line_chart(title: str, x_name: str, y_name: str, curves: dict[str, list[tuple[float, float, float]]],
+               log: bool = False) -> Image.Image:
+    """Curves of points (x, y, spread), each in a band; with `log`, y and spread are decimal logarithms."""
+    xs, ys, spreads = np.array(sum(curves.values(), [])).T       # (points,) each
+    y_ticks = {y: f"{10**y:.2g}" if log else f"{y:g}" for y in ticks(min(ys - spreads), max(ys + spreads))}
+    picture, draw, place = axes(title, list(curves), ticks(min(xs), max(xs)), y_ticks, 560, x_name, y_name)
     for curve, colour in zip(curves.values(), COLOURS):
-        for x, y, spread in curve:
-            draw.line((*place(x, y - spread), *place(x, y + spread)), colour, 1)
-            draw.circle(place(x, y), 4, colour)
-        draw.line([place(x, y) for x, y, _ in curve], colour, 2)
-    return add_title(title, legend(list(curves)), picture)
+        if not curve:
+            continue                                             # but it keeps its colour
+        upper = [place(x, y + spread) for x, y, spread in curve]
+        lower = [place(x, y - spread) for x, y, spread in curve]
+        draw.polygon(upper + lower[::-1], colour + "28")         # mostly transparent
+        draw.line([place(x, y) for x, y, _ in curve], colour, 4, "curve")
+        for x, y, _ in curve if len(curve) <= 20 else []:
+            draw.circle(place(x, y), 8, colour)
+    return picture
 
 
-def dot_chart(title: str, names: list[str],
-              groups: dict[str, dict[str, list[tuple[float, float]]]]) -> Image.Image:
-    """
-    Dots with error bars: `groups[heading][label]` has a (value, spread) for each of `names`.
-
-    A bar reaches one spread to either side; there is none if the spread is nan.
-    """
-    values = [point for rows in groups.values() for points in rows.values() for point in points]
-    reach = [(mean, 0.0 if math.isnan(spread) else spread) for mean, spread in values]
-    x_ticks = ticks(min(mean - spread for mean, spread in reach), max(mean + spread for mean, spread in reach))
-    row, size = 26, 15
-    left = 32 + max(text_width(label, size) for rows in groups.values() for label in (*rows, *groups))
-    height = row * sum(len(rows) + 2 for rows in groups.values()) + 24
-    picture = Image.new("RGB", (WIDTH, height), "white")
-    draw = ImageDraw.Draw(picture)
-
-    def place(value: float) -> float:
-        return left + (WIDTH - 40 - left) * (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-
-    y = 0
-    for heading, rows in groups.items():
-        top, bottom = y + row, y + row * (len(rows) + 1)
-        draw.text((16, y + row // 2), heading, INK, font(size), "lm")
-        for value in x_ticks:
-            draw.line((place(value), top, place(value), bottom), PALE)
-            draw.text((place(value), bottom + 12), f"{value:g}", INK, font(13), "mm")
-        for i, (label, points) in enumerate(rows.items()):
-            middle = top + row * i + row // 2
-            draw.text((left - 16, middle), label, INK, font(size), "rm")
-            for series, ((mean, spread), colour) in enumerate(zip(points, COLOURS)):
-                y_dot = middle + 6 * series - 3 * (len(points) - 1)  # dots of one row do not hide each other
-                if not math.isnan(spread):
-                    draw.line((place(mean - spread), y_dot, place(mean + spread), y_dot), colour, 2)
-                draw.circle((place(mean), y_dot), 4, colour)
-        y = bottom + row
-    return add_title(title, legend(names), picture)
+def row_axes(title: str, names: list[str], groups: dict[str, dict[str, list]], x_ticks: list[float],
+             x_name: str) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable, list[tuple[float, list]]]:
+    """`axes` with a row for each label of `groups`, below its heading; and the y and content of each row."""
+    headings, y_ticks, rows = {}, {0: ""}, []
+    for heading, group in groups.items():
+        headings[-len(y_ticks)] = heading
+        y_ticks[-len(y_ticks)] = ""
+        for label, content in group.items():
+            rows.append((-len(y_ticks), content))
+            y_ticks[-len(y_ticks)] = label
+    picture, draw, place = axes(title, names, x_ticks, y_ticks, 40 * len(y_ticks), x_name)
+    for y, heading in headings.items():
+        draw.text((24, place(0, y)[1]), heading, INK, font(), "lm")
+    return picture, draw, place, rows
 
 
-def moving_average(values: list[float], window: int) -> list[float]:
-    """The mean of each value and those before it, `window` in all, or as many as there are."""
-    sums = np.cumsum([0.0, *values])
-    last = np.arange(1, len(sums))
-    first = np.maximum(last - window, 0)
-    return ((sums[last] - sums[first]) / (last - first)).tolist()
+def bar_chart(title: str, names: list[str], groups: dict[str, dict[str, list[float]]],
+              x_name: str) -> Image.Image:
+    """A bar for each label of `groups`, with its total; a bar has a length for each of `names`."""
+    longest = max(sum(bar) for group in groups.values() for bar in group.values())
+    picture, draw, place, rows = row_axes(title, names, groups, ticks(0, 1.1 * longest), x_name)
+    for y, bar in rows:
+        total = 0.0
+        for length, colour in zip(bar, COLOURS):
+            draw.rectangle((*place(total, y + 0.4), *place(total + length, y - 0.4)), colour)
+            total += length
+        x, middle = place(total, y)
+        draw.text((x + 12, middle), format_number(total), INK, font(), "lm")
+    return picture
+
+
+def dot_chart(title: str, names: list[str], groups: dict[str, dict[str, list[tuple[float, float]]]],
+              x_name: str, share: bool = False) -> Image.Image:
+    """For each label of `groups` a (value, spread), or nan, for each of `names`; `share`: from 0 to 1."""
+    dots = np.array([dot for group in groups.values() for row in group.values() for dot in row])
+    low, high = (0.0, 1.0) if share else (np.nanmin(dots[:, 0] - dots[:, 1]), np.nanmax(dots.sum(axis=1)))
+    picture, draw, place, rows = row_axes(title, names, groups, ticks(low, high), x_name)
+    for y, row in rows:
+        for i, ((value, spread), colour) in enumerate(zip(row, COLOURS)):
+            y_dot = y + 0.24 * ((len(row) - 1) / 2 - i)          # dots of a row do not hide each other
+            if not math.isnan(value):
+                ends = max(low, value - spread), min(high, value + spread)
+                draw.line((*place(ends[0], y_dot), *place(ends[1], y_dot)), colour, 4)
+                draw.circle(place(value, y_dot), 8, colour)
+    return picture
 
 
 def loss_curves(runs: list[Path]) -> Image.Image:
     """
-    The three losses of runs, from their log.csv: smoothed over a twentieth of the run, each step pale behind.
+    The losses of runs, from their log.csv: means and spreads of their logarithms over a hundredth of the run.
 
-    Losses are on a logarithmic scale; those that are 0 throughout, or not finite, are left out. Raises
-    FileNotFoundError or ValueError.
+    Losses that are 0 or not finite are left out. Raises FileNotFoundError or ValueError.
     """
-    logs, charts = [read_csv(run / "log.csv", ("step", *LOSSES)) for run in runs], []
+    logs, charts = {run.name: read_csv(run / "log.csv", ("step", *LOSSES)) for run in runs}, []
     for loss in LOSSES:
-        curves = []                                              # one of each run, in the legend's order
-        for log in logs:
-            points = [(float(row["step"]), float(row[loss])) for row in log]
-            curves.append([(step, math.log10(value)) for step, value in points if 0 < value < math.inf])
-        points = sum(curves, [])
-        if not points:
-            continue
-        picture, place = axes("step", loss, [(0, points[0][1]), *points], log=True, height=260)
-        draw = ImageDraw.Draw(picture)
-        for curve, colour in zip(curves, COLOURS):
-            pale = tuple((channel + 2 * 255) // 3 for channel in ImageColor.getrgb(colour))
-            draw.line([place(*point) for point in curve], pale, 1)
-        for curve, colour in zip(curves, COLOURS):
-            smooth = moving_average([y for _, y in curve], max(1, len(curve) // 20))
-            draw.line([place(step, y) for (step, _), y in zip(curve, smooth)], colour, 2)
-        charts.append(picture)
+        curves = {}
+        for name, log in logs.items():
+            values = [(float(row["step"]), float(row[loss])) for row in log]
+            points = [(step, math.log10(value)) for step, value in values if 0 < value < math.inf]
+            parts = np.array_split(np.array(points), min(100, len(points))) if points else []
+            curves[name] = [(*part.mean(axis=0), part[:, 1].std()) for part in parts]
+        if any(curves.values()):
+            charts.append(line_chart(loss, "step", "loss and its spread, smoothed", curves, log=True))
     if not charts:
         raise ValueError(f"{runs[0] / 'log.csv'} has no losses yet")
-    names = [run.name for run in runs]
-    return add_title("Losses, smoothed over a twentieth of the run", legend(names), *charts)
-
-
-def bar_chart(title: str, groups: dict[str, list[list[float]]], parts: list[str]) -> Image.Image:
-    """Horizontal bars in groups, with their totals; a bar is a list of lengths, one for each of `parts`."""
-    thickness, gap = 20, 14
-    totals = [float(sum(bar)) for group in groups.values() for bar in group]
-    left = 24 + max(map(text_width, groups))
-    right = WIDTH - 24 - max(text_width(format_number(total)) for total in totals)
-    scale = (right - left) / (max(totals) or 1)
-    height = len(totals) * thickness + (len(groups) + 1) * gap
-    picture, y = Image.new("RGB", (WIDTH, height), "white"), gap
-    draw = ImageDraw.Draw(picture)
-    for name, group in groups.items():
-        draw.text((left - 10, y + len(group) * thickness / 2), name, INK, font(), "rm")
-        for bar in group:
-            x = left
-            for length, colour in zip(bar, COLOURS):
-                draw.rectangle((x, y + 2, x + length * scale, y + thickness - 2), colour)
-                x += length * scale
-            draw.text((x + 8, y + thickness / 2), format_number(float(sum(bar))), INK, font(14), "lm")
-            y += thickness
-        y += gap
-    return add_title(title, legend(parts), picture)
-
-
-def draw_table(title: str, header: list[str], rows: list[list]) -> Image.Image:
-    """A table as `print_table` prints it, below a title."""
-    table = [list(map(format_number, row)) for row in [header, *rows]]
-    widths = [math.ceil(max(map(font(15).getlength, column))) + 28 for column in zip(*table)]
-    line = 26
-    picture = Image.new("RGB", (max(WIDTH, sum(widths) + 16), line * len(table) + 16), "white")
-    draw = ImageDraw.Draw(picture)
-    for i, row in enumerate(table):
-        x, y = 8, line * i + line // 2 + 4
-        draw.text((x + 8, y), row[0], INK, font(15), "lm")
-        x += widths[0]
-        for cell, width in zip(row[1:], widths[1:]):
-            x += width
-            draw.text((x - 8, y), cell, INK, font(15), "rm")
-    draw.line((8, line + 4, 8 + sum(widths), line + 4), INK)
-    return add_title(title, picture)
+    return image_grid([[chart] for chart in charts])

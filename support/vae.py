@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, check_numbers, part_folder, read_config,
-    read_weights, save_network, to_map, to_tokens)
+    WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, part_folder, read_config, read_weights,
+    save_network, to_map, to_tokens)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class VAEConfig:
     @classmethod
     def from_diffusers(cls, config: dict) -> "VAEConfig":
         """Reads the official vae/config.json. Raises ValueError for anything this VAE does not support."""
-        config = {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
         result = cls(
             channels=tuple(config["block_out_channels"]),
             layers=config.get("layers_per_block", 1),
@@ -49,10 +48,7 @@ class VAEConfig:
             force_upcast=bool(config.get("force_upcast", True)),
             sample_size=config.get("sample_size", 32),
         )
-        check_numbers(result)
         check_fixed(config, result.to_diffusers())
-        if any(width % result.groups for width in result.channels):
-            raise ValueError(f"widths {result.channels} do not divide into {result.groups} groups")
         return result
 
     def to_diffusers(self) -> dict:

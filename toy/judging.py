@@ -3,6 +3,7 @@ Drawing with teacher and student, and what the toy's judge says of them.
 """
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -11,7 +12,7 @@ from PIL import Image
 from model import UNet
 from sample import Pipeline
 from support.files import atomic_write, read_csv, write_csv
-from support.plots import image_grid
+from support.plots import image_grid, print_table
 from toy import shapes
 
 
@@ -25,31 +26,39 @@ def draw(pipeline: Pipeline, unet: UNet, prompts: list[str], progress: str | Non
 
 
 def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: list[str], png: Path):
-    """Draws the teacher's images and, below them, the student's, from the same noise."""
+    """Draws the teacher's images and, below them, the student's, from the same noise; grey where that fails."""
     unets = {"teacher": teacher, "student": student} if teacher else {"student": student}
-    rows = [draw(pipeline, unet, prompts) for unet in unets.values()]
+    rows = []
+    for name, unet in unets.items():
+        try:
+            rows.append(draw(pipeline, unet, prompts))
+        except ValueError as error:                              # such as a young student's overflow in float16
+            print(f"warning: no preview of the {name}: {error}", file=sys.stderr)
+            side = unet.config.sample_size * pipeline.vae_config.downscale
+            rows.append([Image.new("RGB", (side, side), "grey")] * len(prompts))
     atomic_write(png, lambda path: image_grid(rows, list(unets), gap=4).save(path))
 
 
-def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict[str, UNet]):
+def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict[str, UNet | None]):
     """
-    Prints the judge's scores of some U-Nets on `count` captions, and writes scores.csv and judged.png.
+    Prints the judge's scores of teacher and student on `count` captions; writes scores.csv and judged.png.
 
-    The scores are kept with the run's number of steps, so that a run that goes on is judged again.
+    `unets` are by name, None if there is none; of the student before training, which can draw nothing yet, only
+    the first pictures are drawn. Scores are kept with the run's number of steps: a longer run is judged again.
     """
-    path = run / "scores.csv"
-    header = ["", *shapes.SCORES, "steps", "captions"]
-    rows = read_csv(path, header[1:]) if path.exists() else []
-    if [(row["steps"], row["captions"]) for row in rows[-1:]] != [(str(steps), str(count))]:
-        captions = shapes.judge_captions(count)
-        images = {name: draw(pipeline, unet, captions, f"judging {name}") for name, unet in unets.items()}
-        rows = []
-        for row in images.values():
-            rows.append([image.resize((128, 128), Image.Resampling.BICUBIC) for image in row[:8]])
-        atomic_write(run / "judged.png", lambda path: image_grid(rows, list(images), gap=4).save(path))
-        scores = {name: shapes.scores(row, captions) for name, row in images.items()}
-        write_csv(path, header, [[name, *(f"{score:.3f}" for score in scores[name].values()), steps, count]
-                                 for name in scores])
-        rows = read_csv(path)
-    for cells in [header, *(list(row.values()) for row in rows)]:
-        print(f"{cells[0]:16}" + "".join(f"{cell:>9}" for cell in cells[1:4]))
+    path, header = run / "scores.csv", ["", *shapes.SCORES, "steps", "captions"]
+    rows = [list(row.values()) for row in read_csv(path)] if path.exists() else []
+    if [row[-2:] for row in rows[-1:]] != [[str(steps), str(count)]]:
+        captions, rows, pictures = shapes.judge_captions(count), [], []
+        for name, unet in unets.items():
+            if unet is None:
+                continue
+            drawn = captions[:8] if name == "student before" else captions
+            images = draw(pipeline, unet, drawn, f"judging {name}")
+            pictures.append([image.resize((128, 128), Image.Resampling.BICUBIC) for image in images[:8]])
+            if drawn == captions:
+                rows.append([name, *(f"{score:.3f}" for score in shapes.scores(images, captions).values()), steps, count])
+        names = [name for name, unet in unets.items() if unet]
+        atomic_write(run / "judged.png", lambda path: image_grid(pictures, names, gap=4).save(path))
+        write_csv(path, header, rows)
+    print_table(header, rows)

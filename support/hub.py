@@ -1,5 +1,5 @@
 """
-What the command lines share: presets, kinds of arguments, devices, and one line for an expected error.
+What the command lines share: models and where they are, arguments, devices, and one line for an error.
 """
 
 import argparse
@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import re
 import sys
-import tempfile
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -62,6 +61,7 @@ PRESETS = {
     "bk-tiny": Preset("nota-ai/bk-sdm-tiny"),
 }
 SPACINGS, SAMPLERS = ("linspace", "leading", "trailing"), ("euler", "ddim", "dpm")
+PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2", "unet", "vae")
 
 
 def preset(name: str | Path) -> Preset:
@@ -74,18 +74,57 @@ def preset(name: str | Path) -> Preset:
         if name == key or Path(name).resolve() == Path(known.source).resolve():
             return known
     path = Path(name, "preset.json")
-    if not path.is_file():
-        return Preset(str(name))
-    entries = read_json(path)
+    return Preset(str(name), **read_json(path)) if path.is_file() else Preset(str(name))
+
+
+def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False,
+                 weights: bool = True) -> Path:
+    """
+    The folder of a model: `source` itself if it is a folder, else a hub id's snapshot, downloaded if need be.
+
+    Only `parts` are downloaded, with one variant of the weights: float16 if `half`, none if not `weights`.
+    Raises FileNotFoundError, one line that says what to do.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    if Path(source).is_file():
+        raise FileNotFoundError(
+            f"{source} is a file, not a folder in diffusers' layout; diffusers converts it: StableDiffusionXLPipeline"
+            f".from_single_file('{source}').save_pretrained('FOLDER'), or StableDiffusionPipeline for 1 and 2")
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
+        raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
+    import huggingface_hub as hub                                # slow to import, and seldom needed
+
+    # A repository of one network alone, such as a VAE, has its files at the top.
+    places = [*parts, "."] if len(parts) == 1 else parts
+    configs = [os.path.normpath(f"{place}/*.{ending}") for place in places for ending in ("json", "txt")]
     try:
-        own = Preset(str(name), **entries)
-        valid = (own.steps in range(1, 1001) and 1 <= own.guidance < 1e9 and own.spacing in (None, *SPACINGS)
-                 and own.sampler in SAMPLERS)
-    except TypeError:
-        valid = False
-    if not valid:
-        raise ValueError(f"{path} has not the steps, guidance, spacing and sampler of a preset; remove it")
-    return own._replace(steps=int(own.steps), guidance=float(own.guidance))
+        folder = Path(hub.snapshot_download(source, allow_patterns=["model_index.json", *configs]))
+        for place in places:
+            if weights and Path(folder, place, "config.json").is_file():
+                download_weights(source, folder, place, half and place != "vae")  # SDXL's overflows in float16
+    except Exception as error:                                   # every HTTP library has its own kinds
+        raise FileNotFoundError(
+            f"no folder {source}, and the hub does not give it ({error_summary(error)}); elsewhere run: "
+            f"hf download {source}, then give its folder or set HF_HOME; a private one needs HF_TOKEN") from None
+    return folder
+
+
+def download_weights(source: str, folder: Path, place: str, half: bool):
+    """Downloads a network's float16 variant if `half`, else the plain one; the other if there is none."""
+    import huggingface_hub as hub
+
+    names = [os.path.normpath(f"{place}/{stem}*.safetensors") for stem in ("model", "diffusion_pytorch_model")]
+    fp16 = {"allow_patterns": [name.replace("*", "*fp16*") for name in names]}
+    plain = {"allow_patterns": names, "ignore_patterns": ["*fp16*", "*non_ema*"]}
+    for variant in (fp16, plain) if half else (plain, fp16):
+        hub.snapshot_download(source, **variant)
+        if any(Path(folder, place).glob("*.safetensors")):
+            return
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments
 
 
 def model_name(text: str, words: tuple[str, ...] = ()) -> str:
@@ -98,21 +137,14 @@ def model_name(text: str, words: tuple[str, ...] = ()) -> str:
     return text
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
 def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
     """A type for argparse: a finite number within bounds, and a multiple of something."""
     def parse(text: str):
         value = kind(text)
-        if not (low <= value <= high and value < math.inf):
+        if not (low <= value <= high and value < math.inf) or multiple > 1 and value % multiple:
             bounds = f"of at least {low}" if high == math.inf else f"between {low} and {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}")
-        if kind is int and value % multiple:
-            below = value - value % multiple
-            near = f"{below} or {below + multiple}"
-            raise argparse.ArgumentTypeError(f"{text} is not a multiple of {multiple}; the nearest: {near}")
+            steps = f" and a multiple of {multiple}" if multiple > 1 else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number {bounds}{steps}")
         return value
     parse.__name__ = "number"  # argparse says: invalid number value
     return parse
@@ -133,12 +165,10 @@ def path(text: str) -> Path:
 def png_path(text: str) -> Path:
     """A type for argparse: the name of a .png file in a folder that can be written."""
     name = Path(text)
-    if name.suffix != ".png" or name.is_dir():
+    if name.suffix.lower() != ".png" or name.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
-    try:
-        tempfile.TemporaryFile(dir=name.parent).close()
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"the folder {name.parent} cannot be written ({error.strerror})")
+    if not os.access(name.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"the folder {name.parent} does not exist or cannot be written")
     return name
 
 
@@ -153,17 +183,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, and takes no abbreviations; -OO leaves it without a description."""
+    """Reports a mistake in one line, and takes no abbreviations."""
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]", **options):
-        super().__init__(usage=usage, description=(description or "").strip(), formatter_class=HelpFormatter,
+        super().__init__(usage=usage, description=description.strip(), formatter_class=HelpFormatter,
                          allow_abbrev=False, **options)
-
-    def parse_known_args(self, args=None, namespace=None):
-        for text in sys.argv[1:] if args is None else args:
-            if re.search("[\ud800-\udfff]", text):               # stand-ins for bytes that are not
-                self.error(f"{ascii(text)} is not UTF-8")
-        return super().parse_known_args(args, namespace)
 
     def error(self, message: str):
         self.exit(2, f"error: {message} (see --help)\n")
@@ -177,19 +201,26 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 
 def resolve_device(device: str | None) -> str:
-    """The device; None is a GPU if there is one, or else the CPU. Raises ValueError if it cannot be used."""
+    """
+    The device to use; None is a GPU if there is one, or else the CPU. A GPU becomes the current one, of
+    several processes each its own. Raises ValueError if it cannot be used.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"       # torchrun numbers a machine's processes
     try:
-        if torch.device(device).type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("use cpu, cuda or mps")
+        if torch.device(device).type == "cuda":
+            torch.cuda.set_device(device)                        # first, or each process would open GPU 0 too
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # which of the two depends on the build of torch
+    except (RuntimeError, AssertionError) as error:              # which of the two depends on the build of torch
         raise ValueError(f"the device {device} cannot be used: {error_summary(error)}") from None
     return device
 
 
 def resolve_dtype(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
-    """The dtype of a key of PRECISIONS; None is `on_gpu` on a GPU and float32 elsewhere."""
+    """The dtype of a key of PRECISIONS; None is `on_gpu` on a GPU, if it can, and float32 elsewhere."""
+    if on_gpu == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        on_gpu = "fp16"
     return PRECISIONS[precision or (on_gpu if device.startswith("cuda") else "fp32")]
 
 
@@ -215,25 +246,24 @@ def peak_memory(device: str) -> float:
 # Errors
 
 
-OUT_OF_MEMORY = "alloc|out of memory|could not create a primitive"  # PyTorch says it so; oneDNN is the last
+def out_of_memory(error: Exception) -> bool:
+    cpu_allocator = "DefaultCPUAllocator" in str(error) or "could not create a primitive" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_allocator
 
 
-def run(main: Callable[[], int | None], out_of_memory: str):
-    """Runs a program and exits. What the outside world got wrong is one line; `out_of_memory` is advice."""
+def run(main: Callable[[], int | None], memory_advice: str):
+    """Runs a program and exits. What the outside world got wrong is one line, not a traceback."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         message = error_summary(error)
-        if str(TOY) in message:
-            message += "; git checkout toy restores it, and toy/README.md says how it is made"
     except (MemoryError, RuntimeError) as error:
-        # A worker may have been killed for memory too.
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker" in str(error):                    # it may have been killed for memory too
             message = f"{error_summary(error)}; rerun the same command to resume, or use --workers 0"
-        elif isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, str(error), re.I):
-            message = f"out of memory; {out_of_memory}"
+        elif out_of_memory(error):
+            message = f"out of memory; {memory_advice}"
         elif "torch._dynamo" in f"{type(error).__mro__}":        # which is slow to import
             message = f"--compile: {error_summary(error)}; leave it out"
         else:

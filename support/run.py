@@ -1,0 +1,325 @@
+"""
+A training run: a folder that can be left at any moment and resumed, and the processes that work on it.
+
+    runs/NAME/step-00000500/    a checkpoint: unet/, optimizer.safetensors, and state.json with their checksums
+    runs/NAME/log.csv           one row for each step
+"""
+
+import contextlib
+import csv
+import errno
+import json
+import os
+import shutil
+import signal
+import sys
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+
+from model import read_tensors
+from support.files import (
+    WRITING, atomic_write, error_summary, name_in_errors, read_csv, write_csv, write_json)
+from support.hub import Preset
+from support.text import TOKENIZERS, load_text
+from support.vae import load_vae, save_vae
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+CHECKPOINTS = "step-" + 8 * "[0-9]"  # pattern of their folders' names
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+
+
+def lock_run_dir(folder: Path):
+    """
+    Makes the folder of a run and locks it until the process ends, however it ends; keep what this returns.
+
+    Raises OSError if another process has the lock, or if the folder has a model and no run.
+    """
+    if (folder / "model_index.json").exists() and not (folder / "log.csv").exists():
+        raise FileExistsError(f"{folder} has a model and no run of this program; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / ".lock", "a")
+    try:
+        if fcntl:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
+        print(f"warning: {folder} cannot be locked ({error_summary(error)}); run one process on it at a time",
+              file=sys.stderr)
+    for leftover in list(folder.rglob(f"{WRITING}*")):           # by a process that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    return lock
+
+
+def fingerprint(*networks: nn.Module) -> str:
+    """A checksum that tells models apart: of each parameter's name and about 1,024 of its numbers."""
+    checksum = 0
+    for network in networks:
+        for name, parameter in network.named_parameters():
+            numbers = parameter.detach().flatten()
+            numbers = numbers[::max(1, len(numbers) // 1024)].float().cpu()
+            checksum = zlib.crc32(numbers.numpy().tobytes(), zlib.crc32(name.encode(), checksum))
+    return f"{checksum:08x}"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def file_checksum(path: Path) -> int:
+    checksum = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**24):
+            checksum = zlib.crc32(chunk, checksum)
+    return checksum
+
+
+def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
+                    optimizer: torch.optim.Optimizer, save_weights: Callable[[Path], object]):
+    """
+    Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
+
+    `save_weights(folder)` writes the weights; a folder unet/ that it makes appears in the run's folder too.
+    `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that
+    are not finite.
+    """
+    moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
+               for name, parameter in network.named_parameters() if parameter in optimizer.state
+               for moment in MOMENTS}
+    tensors = [*network.parameters(), *moments.values()]
+    if not torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all():
+        raise FloatingPointError(f"step {state['step']} has numbers that are not finite and is not saved; "
+                                 f"the last checkpoint in {run} is good")
+
+    def write(folder: Path):
+        folder.mkdir()
+        save_weights(folder)
+        save_file(moments, folder / "optimizer.safetensors")
+        (folder / "optimizer.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
+        files = {path.relative_to(folder).as_posix(): file_checksum(path)
+                 for path in sorted(folder.rglob("*")) if path.is_file()}
+        content = json.dumps({"identity": identity, "state": state, "files": files})
+        (folder / "state.json").write_text(f"{content}\n{zlib.crc32(content.encode())}\n", encoding="utf-8")
+
+    folder = run / f"step-{state['step']:08d}"
+    shutil.rmtree(folder, ignore_errors=True)                    # a damaged one, or the run would start from it
+    atomic_write(folder, write)
+    show_unet(run, folder)
+    kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
+    for path in run.glob(CHECKPOINTS):                           # newer ones are damaged
+        if path not in kept:
+            shutil.rmtree(path)
+
+
+def show_unet(run: Path, checkpoint: Path):
+    """Shows unet/ of a checkpoint in the run's folder, as hard links where possible."""
+    def link_or_copy(source: Path, target: Path):
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    for path in checkpoint.glob("unet/*"):
+        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
+
+
+def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
+    """
+    Folder and content (`identity`, `state`) of the newest undamaged checkpoint; None if there is no checkpoint.
+
+    Raises ValueError if all are damaged.
+    """
+    folders = sorted(run.glob(CHECKPOINTS), reverse=True)
+    for folder in folders:
+        try:
+            text, checksum, _ = (folder / "state.json").read_text(encoding="utf-8").split("\n")
+            files = json.loads(text)["files"]
+            if int(checksum) != zlib.crc32(text.encode()):
+                raise ValueError("the checksum of state.json is wrong")
+            for name in files:
+                if file_checksum(folder / name) != files[name]:
+                    raise ValueError(f"the checksum of {name} is wrong")
+            return folder, json.loads(text)
+        except PermissionError:                                  # another user's run, and no damage
+            raise
+        except (OSError, ValueError, KeyError) as error:
+            print(f"warning: {folder} is damaged: {error_summary(error)}; trying the checkpoint before",
+                  file=sys.stderr)
+    if folders:
+        raise ValueError(f"no checkpoint in {run} is undamaged; move the folder away to start again")
+    return None
+
+
+def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer: torch.optim.Optimizer,
+           load_weights: Callable[[Path], object]) -> dict:
+    """
+    Restores weights and moments of the newest checkpoint, and returns its state; without one, `state`.
+
+    Raises ValueError if the run was started with another `identity`.
+    """
+    newest = load_checkpoint(run)
+    if newest is None:
+        return state
+    folder, content = newest
+    check_settings(str(run), content["identity"], identity, "--out")
+    load_weights(folder)
+    moments = read_tensors(folder / "optimizer.safetensors")
+    for name, parameter in network.named_parameters():
+        if f"{MOMENTS[0]}.{name}" in moments:
+            updates = torch.tensor(float(content["state"]["updates"]), device=parameter.device)
+            optimizer.state[parameter] = {"step": updates} | {
+                moment: torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}")) for moment in MOMENTS}
+    show_unet(run, folder)
+    return content["state"]
+
+
+def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int], scaler: torch.amp.GradScaler):
+    """
+    Brings a run's state up to a step whose gradients were `finite`, or else it was skipped, as some samples were.
+
+    Raises FloatingPointError after 20 such steps in a row.
+    """
+    state["step"], state["updates"], state["scaler"] = step, state["updates"] + finite, scaler.state_dict()
+    state["skipped_steps"] += not finite
+    state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+    for reason, count in skipped.items():
+        state["skipped"][reason] += count
+    if state["skipped_in_a_row"] >= 20:
+        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run with "
+                                 "--init and the unet/ of this one, and --precision bf16 or a lower --lr")
+
+
+def check_settings(where: str, before: dict, now: dict, flag: str):
+    """Raises ValueError if `where` was made with other settings than now; `flag` gives another place."""
+    changed = [f"{name} was {before.get(name)} and is {now.get(name)}"
+               for name in {**before, **now} if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(f"{where} was made with other settings: {'; '.join(changed)}; give another {flag}")
+
+
+def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
+    """
+    Makes a run's folder a whole model: the teacher's other networks, the VAE, and how it is sampled.
+
+    All in float32, as the student is, for diffusers cannot mix; so files have the plain names.
+    """
+    load_text(teacher, torch.float32).save(run)
+    save_vae(load_vae(vae, torch.float32), run / "vae")
+    names = [path.relative_to(teacher) for part in ("scheduler", *TOKENIZERS) for path in teacher.glob(f"{part}/*.*")]
+    for name in [Path("model_index.json"), *names]:
+        atomic_write(run / name, partial(shutil.copyfile, teacher / name))
+    sampling = preset._asdict()
+    del sampling["source"], sampling["student"]
+    write_json(run / "preset.json", sampling)
+
+
+class Log:
+    """log.csv, with a row for each step; on resuming, the rows after the checkpoint are dropped."""
+
+    COLUMNS = ("step", "task", "outKD", "featKD", "total", "lr", "norm", "seconds", "images",
+               "skipped_samples", "skipped_steps", "images_per_s")
+
+    def __init__(self, path: Path, step: int):
+        rows = read_csv(path) if path.exists() else []
+        rows = [[row[name] for name in self.COLUMNS] for row in rows if int(row["step"]) <= step]
+        write_csv(path, self.COLUMNS, rows)
+        self.path, self.file = path, open(path, "a", newline="", encoding="utf-8")
+        self.writer = csv.DictWriter(self.file, self.COLUMNS)
+
+    def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more: float):
+        """Writes the row of a step of so many images, and shows its losses beside the progress bar."""
+        shown = losses | {"images_per_s": images / seconds}
+        row = shown | more | {
+            "step": state["step"], "seconds": seconds, "images": state["step"] * images,
+            "skipped_samples": sum(state["skipped"].values()), "skipped_steps": state["skipped_steps"]}
+        with name_in_errors(self.path):
+            self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                                  for name, value in row.items()})
+            self.file.flush()
+        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+
+
+def say(bar: tqdm, text: str):
+    """Prints a line above a progress bar; a run goes on where nobody reads it any more."""
+    with contextlib.suppress(OSError):
+        bar.write(text)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Several processes, and how they stop
+
+
+class Ranks(NamedTuple):
+    rank: int   # of this process
+    world: int  # how many processes
+    local: int  # rank on this machine
+
+
+def process_ranks() -> Ranks:
+    """Rank, world size and local rank, as torchrun sets them."""
+    return Ranks(*(int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+
+
+@contextlib.contextmanager
+def first_on_machine():
+    """Within `with`, the first process of each machine goes before the others, which find what it made."""
+    rank, world, local = process_ranks()
+    if world > 1 and local > 0:
+        dist.barrier()
+    yield
+    if world > 1 and local == 0:
+        dist.barrier()
+
+
+def check_agreement(status: str):
+    """Raises ValueError if the processes' statuses differ, as when folders differ between machines."""
+    if dist.is_initialized():
+        statuses = [""] * dist.get_world_size()
+        dist.all_gather_object(statuses, status)
+        if len(set(statuses)) > 1:
+            raise ValueError(f"processes disagree, by rank: {statuses}; --out and --data must be the same "
+                             f"folders on all machines")
+
+
+SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]
+
+
+class StopSignal:
+    """
+    Within `with`, SIGINT, SIGTERM and SIGHUP end nothing; the first one is `received`, which is 0 before.
+
+    Later ones change nothing. SIGQUIT (Ctrl-\\) and SIGKILL end the process at once.
+    """
+
+    def __enter__(self) -> "StopSignal":
+        self.received, self.handlers = 0, {}
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:   # as nohup and jobs in the background have it
+                self.handlers[number] = signal.signal(number, self.receive)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def receive(self, number: int, frame):
+        self.received = self.received or number
+
+
+def ignore_signals(worker: int):
+    """For processes that read data: they end with the main process, which handles signals."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
