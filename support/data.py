@@ -38,7 +38,7 @@ REASONS = {  # why a sample is not used
     "blank_caption": "nothing to read in it",
     "bad_encoding": "the caption is not UTF-8",
 }
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; EPS would run a program
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; EPS would run a program
 IMAGES = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
 LARGEST_FILE = 64 * 2**20  # bytes; a larger file is no image of a training set
 PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
