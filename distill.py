@@ -32,18 +32,17 @@ from tqdm import tqdm
 import model
 from sample import Pipeline, images_at_once, load_pipeline
 from support import costs
-from support.cache import Cache
-from support.data import REASONS, CaptionedImages, Samples, Shapes, collate, format_counts, micro_batches
+from support.data import (
+    REASONS, CaptionedImages, Samples, Shapes, collate, format_counts, load_samples, micro_batches)
 from support.files import atomic_write
 from support.hub import (
-    PRECISIONS, PRESETS, ArgumentParser, local_folder, model_name, nonempty, number, path, preset,
-    resolve_device, resolve_dtype, run)
+    PRECISIONS, PRESETS, ArgumentParser, local_folder, model_name, nonempty, number, path, peak_memory,
+    preset, resolve_device, resolve_dtype, run)
 from support.plots import loss_curves
 from support.run import (
-    Log, StopSignal, check_agreement, complete_model, count_step, fingerprint, first_on_machine, ignore_signals,
+    Log, StopSignal, complete_model, count_step, fingerprint, first_on_machine, ignore_signals,
     lock_run_dir, process_ranks, resume, save_checkpoint, say)
-from support.vae import VAEConfig
-from toy import judging, shapes
+from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
 # Which feature of the student learns from which of the teacher
@@ -117,9 +116,9 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    equation (1)  task    || eps - eps_S ||^2            the noise that was added, or v; the student's prediction
-    equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction, the student's
-    equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the features of the teacher, of the student
+    equation (1)  task    || eps - eps_S ||^2            the noise that was added (or v), the student's
+    equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction of it, the student's
+    equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the teacher's features, the student's
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, but features of different
     shapes cannot be added; here it is outside, as in BK-SDM's code. Features of some modules are ten times
@@ -136,7 +135,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Of a difference, which is all that the backward pass keeps; `mse_loss` would keep both of its inputs."""
+    """Of a difference: all that the backward pass keeps. `mse_loss` would keep both of its inputs."""
     return x.square().mean()
 
 
@@ -239,9 +238,9 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
 
 def sum_over_processes(terms: Tensor, norm: Tensor, counts: Tensor) -> tuple[list[float], float, list[int]]:
     """
-    The means over all processes of task, outKD and featKD (3,) and of the gradients' norm, and sums of counts.
+    Means of task, outKD, featKD (3,) and of the gradients' norm over all processes, and sums of counts.
 
-    Here, and only here, a step waits for the device.
+    A step waits for the device here, and only here.
     """
     sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
     if dist.is_initialized():
@@ -261,7 +260,6 @@ def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNe
     scaler.load_state_dict(state["scaler"])
     if state["step"] > args.steps:
         raise ValueError(f"{args.out} is at step {state['step']}; give more --steps, or another --out")
-    check_agreement(f"step {state['step']}, {identity}")
     if state["step"] and process_ranks().rank == 0:
         print(f"resumed at step {state['step']}")
     return state
@@ -286,10 +284,11 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
     accumulate = args.batch // (args.micro_batch * world)
     first_pass = min(args.steps, math.ceil(len(samples.source) / args.batch))  # the step that ends it
-    loader = read_ahead(args, samples, state["step"], device)
-    log = Log(args.out / "log.csv", state["step"]) if rank == 0 else None
-    bar = tqdm(range(state["step"], args.steps), args.out.name, args.steps, initial=state["step"],
-               unit="step", disable=rank > 0)
+    first_step = state["step"]
+    loader = read_ahead(args, samples, first_step, device)
+    log = Log(args.out / "log.csv", first_step) if rank == 0 else None
+    bar = tqdm(range(first_step, args.steps), args.out.name, args.steps, initial=first_step, unit="step",
+               disable=rank > 0)
 
     with StopSignal() as stop:
         for step in bar:
@@ -299,10 +298,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
                 loaded = next(loader)
                 skipped += loaded["skipped"].bincount(minlength=len(skipped))
                 batch = make_batch(loaded, pipeline, encode)
-                exchange = world == 1 or i == accumulate - 1     # at the last, processes average their gradients
-                with contextlib.nullcontext() if exchange else networks.student.no_sync():
+                average = world == 1 or i == accumulate - 1      # processes average gradients at the last one
+                with contextlib.nullcontext() if average else networks.student.no_sync():
                     task, out_kd, feat_kd = distill_batch(batch, networks, dtype, args.normalize_features)
-                    # Terms of weight 0 stay in the sum: DistributedDataParallel needs gradients of all layers.
+                    # Terms of weight 0 stay in the sum: DDP needs gradients of all layers.
                     loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
                     scaler.scale(loss / accumulate).backward()
                 terms += torch.stack([task, out_kd, feat_kd]).detach() / accumulate
@@ -311,7 +310,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
             skipped[0] = bool(stop.received)                     # in the place of those that were not skipped
             terms, norm, (stopping, *skipped) = sum_over_processes(terms, norm, skipped)
             optimizer.param_groups[0]["lr"] = lr
-            if math.isfinite(norm):                              # in all processes: their gradients are the same
+            if math.isfinite(norm):                              # the same in all processes
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
@@ -323,6 +322,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
                 total = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
                 log.write(bar, state, {"task": task, "outKD": out_kd, "featKD": feat_kd}, args.batch,
                           time.perf_counter() - start, total=total, lr=lr, norm=norm)
+                if step == first_step and device.startswith("cuda"):
+                    say(bar, f"peak memory of a step: {peak_memory(device):.1f} GB")
                 if done % args.save_every == 0 or finished or stopping:
                     save_checkpoint(args.out, identity, state, student, optimizer,
                                     lambda folder: model.save_unet(student, folder / "unet"))
@@ -342,73 +343,62 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
 
 KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # SA at every stage that has it, and LF at the others (Table 3d)
 RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, and a quick one for the toy
-    "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0,
-              "features": KOALA_FEATURES, "normalize_features": False, "save_every": 500, "preview_every": 1000},
-    "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0,
-           "features": "SA", "normalize_features": False, "save_every": 500, "preview_every": 1000},
-    "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5,
-            "features": KOALA_FEATURES, "normalize_features": True, "save_every": 100, "preview_every": 300},
+    "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0, "save_every": 500,
+              "preview_every": 1000, "features": KOALA_FEATURES, "normalize_features": False},
+    "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0, "save_every": 500,
+           "preview_every": 1000, "features": "SA", "normalize_features": False},
+    "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5, "save_every": 100,
+            "preview_every": 300, "features": KOALA_FEATURES, "normalize_features": True},
 }
 MAX_NORM = 1.0  # of the gradients: not published; the usual choice, and one bad batch then does little harm
-# What changes the mathematics of a run; a resumed run must have it in common with its checkpoint.
-IDENTITY = ("student", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd", "feat_kd",
-            "batch", "lr", "decay", "seed")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
 
-    def add(flag: str, meaning: str, **options):
-        name = flag[2:].replace("-", "_")
-        if name in RECIPES["paper"]:
-            meaning += f" [{', '.join(f'{recipe} {RECIPES[recipe][name]}' for recipe in RECIPES)}]"
-        parser.add_argument(flag, help=meaning, **{"metavar": None if "choices" in options else "N"} | options)
+    def add(flag: str, kind, default, meaning: str, metavar: str = "N"):
+        if flag[2:].replace("-", "_") in RECIPES["paper"]:
+            own = [f"{name} {recipe[flag[2:].replace('-', '_')]}" for name, recipe in RECIPES.items()]
+            meaning += f" [{', '.join(own)}]"
+        how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
+        parser.add_argument(flag, default=default, help=meaning, metavar=metavar, **how)
 
-    add("--student", "KOALA's 1b, 700m of SDXL; BK-SDM's base, small, tiny of Stable Diffusion",
-        default="700m", choices=list(model.SURGERIES), metavar="NAME")
-    add("--teacher", "a name such as toy or sdxl, a hub id or a folder; none: the task loss alone",
-        default="toy", type=partial(model_name, words=("none",)), metavar="MODEL")
-    add("--vae", "another VAE, such as the paper's, madebyollin/sdxl-vae-fp16-fix", type=model_name,
-        metavar="MODEL")
-    add("--init", "first weights: teacher, random, or a model, as --teacher", default="teacher",
-        type=partial(model_name, words=("teacher", "random")), metavar="MODEL")
-    add("--features", "of SA, CA, Res, FFN, LF, everywhere or @STAGE (LF alone is BK-SDM); or none",
-        metavar="LIST")
-    add("--sa-blocks", "which blocks of a deeper teacher: bottom, interleave or up (Table 3c)",
-        choices=["bottom", "interleave", "up"], default="bottom", metavar="NAME")
-    add("--data", "shapes; or a folder: images with .txt files or metadata.jsonl, .tar shards", type=nonempty,
-        default="shapes", metavar="FOLDER")
-    add("--caption", "one caption for all images, as in DreamBooth", type=nonempty, metavar="TEXT")
-    add("--cache", "keep latents and text there; fixes each image's crop", type=path, metavar="FOLDER")
-    add("--task", "weight of the task loss (equation 1)", type=number(float, 0, 1e9), default=1.0)
-    add("--out-kd", "weight of outKD (equation 2)", type=number(float, 0, 1e9), default=1.0)
-    add("--feat-kd", "weight of featKD (equation 3)", type=number(float, 0, 1e9), default=1.0)
-    parser.add_argument("--normalize-features", action=argparse.BooleanOptionalAction,
-                        help="divide each feature's loss by its teacher's mean square [for the toy]")
-    add("--steps", "optimizer steps", type=number(int, 1, 10**8 - 1))
-    add("--batch", "images in a step, over all processes", type=number(int, 1, 10**6))
-    add("--micro-batch", "images on a GPU at a time; the rest is gradient accumulation",
-        type=number(int, 1, 10**6))
-    add("--lr", "learning rate of AdamW", type=number(float, 1e-12, 1))
-    add("--decay", "last share of the steps, over which that rate falls to 0", type=number(float, 0, 1))
-    add("--size", "height and width of training images; 0: the teacher's own", type=number(int, 0, 4096, 8),
-        default=0)
-    add("--workers", "processes that read data, for each GPU [half of the cores, at most 8]",
-        type=number(int, 0, 1000))
-    add("--save-every", "steps between checkpoints", type=number(int, 1, 10**9))
-    add("--preview-every", "steps between previews, 0 for none", type=number(int, 0, 10**9))
-    add("--judge", "captions that the toy is judged on at the end, 0 for none", type=number(int, 0, 10**5),
-        default=64)
-    add("--seed", "of data order and noise", type=number(int, 0, 2**31 - 1), default=0)
-    add("--precision", "fp32, fp16 or bf16 [bf16 on a GPU, fp32 elsewhere]", choices=list(PRECISIONS),
-        metavar="NAME")
-    parser.add_argument("--checkpointing", action="store_true",
-                        help="recompute activations in the backward pass: less memory, a third more work")
-    parser.add_argument("--compile", action="store_true", help="torch.compile teacher and student")
-    add("--device", "[a GPU if there is one]", type=nonempty, metavar="DEVICE")
-    add("--out", "[runs/TEACHER-STUDENT]", type=path, metavar="FOLDER")
-    parser.add_argument("--dry-run", action="store_true",
-                        help="print settings, matched features and costs; reads no data and no weights")
+    def add_switch(flag: str, meaning: str, action="store_true"):
+        parser.add_argument(flag, action=action, help=meaning)
+
+    weight, count = number(float, 0, 1e9), number(int, 1, 10**8)
+    teacher, init = (partial(model_name, words=words) for words in (("none",), ("teacher", "random")))
+    add("--student", list(model.SURGERIES), "700m", "1b, 700m; BK-SDM's base, small, tiny", "NAME")
+    add("--teacher", teacher, "toy", "a name such as sdxl, a hub id, a folder; none: task alone", "MODEL")
+    add("--vae", model_name, None, "another VAE, such as madebyollin/sdxl-vae-fp16-fix, the paper's", "MODEL")
+    add("--init", init, "teacher", "first weights: teacher, random, or a model as --teacher", "MODEL")
+    add("--features", str, None, "SA, CA, Res, FFN, LF, each optionally @STAGE (SA,LF@DW-1), or none", "LIST")
+    add("--sa-blocks", ["bottom", "interleave", "up"], "bottom", "blocks to learn from (Table 3c)", None)
+    add("--data", nonempty, "shapes", "shapes; a folder: images with .txt, metadata.jsonl, .tar", "FOLDER")
+    add("--caption", nonempty, None, "one caption for all images, as in DreamBooth", "TEXT")
+    add("--cache", path, None, "keep latents and text there; fixes the crop of each image", "FOLDER")
+    add("--task", weight, 1.0, "weight of the task loss (equation 1)")
+    add("--out-kd", weight, 1.0, "weight of outKD (equation 2)")
+    add("--feat-kd", weight, 1.0, "weight of featKD (equation 3)")
+    add_switch("--normalize-features", "divide a feature's loss by its teacher's mean square [for the toy]",
+               argparse.BooleanOptionalAction)
+    add("--steps", count, None, "optimizer steps")
+    add("--batch", count, None, "images in a step, over all processes")
+    add("--micro-batch", count, None, "images on a GPU at a time; the rest is gradient accumulation")
+    add("--lr", number(float, 1e-12, 1), None, "learning rate of AdamW")
+    add("--decay", number(float, 0, 1), None, "last share of the steps, over which the rate falls to 0")
+    add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's own")
+    add("--workers", number(int, 0, 1000), None, "that read data, per GPU [half of the cores, at most 8]")
+    add("--save-every", count, None, "steps between checkpoints")
+    add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
+    add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
+    add("--seed", number(int, 0, 2**31 - 1), 0, "of data order and noise")
+    add("--precision", list(PRECISIONS), None, "fp32, fp16, bf16 [bf16 on a GPU, fp32 elsewhere]", "NAME")
+    add("--device", nonempty, None, "[a GPU if there is one]", "NAME")
+    add("--out", path, None, "[runs/TEACHER-STUDENT]", "FOLDER")
+    add_switch("--checkpointing", "recompute activations for the backward pass: less memory, more work")
+    add_switch("--compile", "torch.compile teacher and student")
+    add_switch("--dry-run", "print settings, matched features and costs; read no data and no weights")
     args = parser.parse_args(argv)
     fill_in(args)
     check_args(args, parser)
@@ -423,8 +413,7 @@ def fill_in(args: argparse.Namespace):
     for name, value in RECIPES[recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    _, world, _ = process_ranks()
-    args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // process_ranks().world))
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
         args.workers = min(8, (os.cpu_count() or 2) // 2 // on_machine)
@@ -450,7 +439,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
-    if args.data != "shapes" and Path(args.data).resolve() in [args.out.resolve(), *args.out.resolve().parents]:
+    if args.data != "shapes" and Path(args.data).resolve() in args.out.resolve().parents:
         parser.error(f"--out {args.out} is in --data, so the run would train on its own previews")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have their own")
@@ -483,38 +472,15 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
     return student.to(device, memory_format=torch.channels_last)
 
 
-def make_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pipeline: Pipeline,
-                 config: model.UNetConfig) -> tuple[Samples, Callable[[dict], dict[str, Tensor]]]:
-    """Training samples for a student of this configuration, and what encodes a batch of them."""
-    downscale, encode_samples = pipeline.vae_config.downscale, partial(encode, pipeline)
-    size = args.size or config.sample_size * downscale
-    shape = (config.in_channels, size // downscale, size // downscale)
-    if args.data == "shapes" and size != shapes.SIZE:
-        raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
-    if not args.cache:
-        return Samples(source, size, shape, args.seed), encode_samples
-    identity = {"data": source.fingerprint, "size": size, "caption": args.caption,
-                "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
-    cache = Cache(args.cache, identity, encode_samples, shape, (pipeline.text.length, config.context_dim),
-                  config.pooled_dim, pipeline.dtype)
-    return Samples(source, size, shape, args.seed, cache.read), cache.encode
-
-
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
     texts, vae, config = costs.read_configs(model_source(args))
-    student_config = config
-    if args.init in ("teacher", "random"):
-        student_config = model.student_config(config, args.student)
+    new = args.init in ("teacher", "random")
+    student_config = model.student_config(config, args.student) if new else costs.read_configs(args.init)[2]
     with torch.device("meta"):
         student, teacher = model.UNet(student_config), model.UNet(config) if args.teacher != "none" else None
-    for name in sorted(vars(args).keys() - {"dry_run"}):
-        print(f"{name:18} {getattr(args, name)}")
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
-    print(f"\n{len(matched)} features, student <- teacher")
-    for path, source in matched.items():
-        print(f"  {path} <- {source}")
-    costs.print_step(args, texts, vae, config if teacher else None, student_config)
+    costs.print_plan(args, matched, texts, vae, teacher, student)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -531,36 +497,31 @@ def main(argv: list[str] | None = None) -> int:
     if world > 1:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
                                 device_id=torch.device(device) if on_gpu else None)
+    if world > 1 and args.compile:
         torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
     _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends
 
-    with first_on_machine():                                     # which downloads and indexes for the others
+    with first_on_machine():                                     # downloads and indexes for the others
         source = Shapes()
         if args.data != "shapes":
             source = CaptionedImages(args.data, args.out / "index", args.caption)
-        pipeline = load_pipeline(model_source(args), dtype=resolve_dtype(args.precision, device, on_gpu="bf16"),
-                                 device=device, compile=args.compile, vae=args.vae)
+        dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
+        pipeline = load_pipeline(model_source(args), None, dtype, device, compile=args.compile, vae=args.vae)
+        student = new_student(args, pipeline.unet.config, device)
     for network in (pipeline.vae, pipeline.text, pipeline.unet):
         network.requires_grad_(False)
+    student.set_checkpointing(args.checkpointing)
     config, teacher = pipeline.unet.config, pipeline.unet if args.teacher != "none" else None
     pipeline.unet = None
-    student = new_student(args, config, device)
-    student.set_checkpointing(args.checkpointing)
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
     networks = Networks(teacher if args.out_kd or matched else None, student,
-                        model.Features(teacher, list(matched.values())), model.Features(student, list(matched)))
-    samples, encode_samples = make_samples(args, source, pipeline, student.config)
-    identity = {name: getattr(args, name) for name in IDENTITY} | {
-        "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
-        "size": samples.size, "precision": str(pipeline.dtype), "cached": bool(args.cache),
-        "data": source.fingerprint, "teacher": fingerprint(teacher) if teacher else None,
-        "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
+                        model.Features(teacher, [*matched.values()]), model.Features(student, [*matched]))
+    samples, encode_samples = load_samples(args, source, pipeline, student.config, partial(encode, pipeline))
     if rank == 0:
-        count = costs.count_parameters(student)
-        change = f" ({count / costs.count_parameters(teacher) - 1:+.0%})" if teacher else ""
-        print(f"{args.out}: a student of {count:,} parameters{change}, {len(matched)} features, "
-              f"{pipeline.dtype} on {world} x {device}")
-        print(f"{len(source):,} pairs; left out: {format_counts(source.skipped)}")
+        print(f"{args.out}: a student of {costs.count_parameters(student):,} parameters, "
+              f"{len(matched)} features; {dtype} on {world} x {device}")
+        print(f"{args.data}: {len(source):,} pairs; left out: {format_counts(source.skipped)}")
+    identity = run_identity(args, samples, pipeline, teacher)
     signal_number = train(args, pipeline, networks, samples, encode_samples, identity)
     if world > 1:
         dist.destroy_process_group()
@@ -569,20 +530,30 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; rerun the same command to resume")
         return 128 + signal_number
     if rank == 0:
-        finish(args, pipeline, config, teacher, student)
+        finish(args, pipeline, {"teacher": teacher, "student before": new_student(args, config, device),
+                                "student after": student})
     return 0
 
 
-def finish(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig, teacher: model.UNet | None,
-           student: model.UNet):
+def run_identity(args: argparse.Namespace, samples: Samples, pipeline: Pipeline,
+                 teacher: model.UNet | None) -> dict:
+    """What changes the mathematics of a run: a resumed run must have it in common with its checkpoint."""
+    flags = ("student", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd", "feat_kd",
+             "batch", "lr", "decay", "seed")
+    return {name: getattr(args, name) for name in flags} | {
+        "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
+        "size": samples.size, "precision": str(pipeline.dtype), "cached": bool(args.cache),
+        "data": samples.source.fingerprint, "teacher": fingerprint(teacher) if teacher else None,
+        "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
+
+
+def finish(args: argparse.Namespace, pipeline: Pipeline, unets: dict[str, model.UNet | None]):
     """Makes the run's folder a whole model, draws its losses and, on the toy's pictures, judges it."""
     complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
     atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
     if args.data == "shapes" and args.judge:
-        unets = {"teacher": teacher, "student before": new_student(args, config, pipeline.device),
-                 "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
-        print(f"{args.out / 'judged.png'} shows what it draws, {args.out / 'scores.csv'} has the table")
+        print(f"look at {args.out / 'judged.png'}; {args.out / 'scores.csv'} has these numbers")
     print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
 
 

@@ -414,7 +414,7 @@ def main(argv: list[str] | None = None):
             sampler += f" (its file has {schedule.file_class})"
         print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
               f"guidance {used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
-              f"{seconds:.1f} s, peak {peak_memory(device):.2f} GB")
+              f"{seconds:.1f} s" + (f", peak {peak:.2f} GB" if (peak := peak_memory(device)) == peak else ""))
         columns.append(images)
         settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
         del pipeline                                             # before the next is loaded

@@ -6,6 +6,7 @@ the sample at position p of the endless, shuffled order comes from a generator s
 the same for any batch size, any number of processes, and however often a run was stopped.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -26,7 +27,10 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from model import UNetConfig
+from support.cache import Cache
 from support.files import atomic_write
+from support.run import fingerprint
 from toy import shapes
 
 REASONS = {  # why a sample is not used
@@ -83,11 +87,11 @@ class CaptionedImages:
     """
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is left out:
-    hidden images, files without a partner, shards that are cut. With `caption` all images have this one. The
-    folder `index` keeps where each pair is, a line of JSON each, as millions of objects would take gigabytes in
-    each process; that of shards is used again while they do not change. Raises FileNotFoundError or ValueError
-    if there is no pair.
+    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is left
+    out: hidden images, files without a partner, shards that are cut. With `caption` all images have this one.
+    The folder `index` keeps where each pair is, as a line of JSON, because millions of objects would take
+    gigabytes in each process; that of shards is used again while they do not change. Raises FileNotFoundError
+    or ValueError if there is no pair.
     """
 
     def __init__(self, folder: str | Path, index: Path, caption: str | None = None):
@@ -138,7 +142,7 @@ class CaptionedImages:
                     yield Path(folder, name).relative_to(self.root).as_posix()
 
     def group(self, names: list[str]) -> Iterator[dict[str, str]]:
-        """The files of each pair, by kind: those whose names differ only in their ending. Counts the others."""
+        """The files of each pair, whose names differ only in their ending, by kind. Counts the others."""
         for _, group in groupby(sorted(names, key=os.path.splitext), lambda name: os.path.splitext(name)[0]):
             files = {}
             for name in group:
@@ -162,7 +166,7 @@ class CaptionedImages:
         """A whole shard ends in a block of zeros, which tarfile does not check."""
         members, end, path = {}, 0, self.root / shard
         size = path.stat().st_size
-        with contextlib.suppress(tarfile.TarError, ArithmeticError, ValueError, MemoryError):  # a damaged header
+        with contextlib.suppress(tarfile.TarError, ArithmeticError, ValueError, MemoryError):  # a bad header
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // 512) * 512
@@ -260,7 +264,8 @@ class CaptionedImages:
             with contextlib.suppress(ValueError, KeyError, TypeError, Skip):
                 info = json.loads(self.read(*pair["json"]))
                 original = [min(max(int(info[f"original_{side}"]), 1), 2**16) for side in ("height", "width")]
-                height, width = original if image.size == stored.size else reversed(original)  # EXIF turned it
+                turned = image.size != stored.size               # by EXIF; the sidecar is from before
+                height, width = reversed(original) if turned else original
         return image, caption, (height, width)
 
     def read_caption(self, pair: dict[str, list]) -> str:
@@ -364,9 +369,9 @@ class Samples(Dataset):
             return {"error": f"--data: no sample can be used: {reasons}"}
         rng = np.random.default_rng((self.seed, 2, p))
         noise, latent_noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        first_reason = next(iter(skipped), None)
+        reason = next(iter(skipped), None)                       # of the item of this position
         return sample | {
-            "index": index, "skipped": [None, *REASONS].index(first_reason), "timestep": int(rng.integers(1000)),
+            "index": index, "skipped": [None, *REASONS].index(reason), "timestep": int(rng.integers(1000)),
             "dropped": bool(rng.random() < self.DROPPED), "noise": torch.from_numpy(noise),
             "latent_noise": torch.from_numpy(latent_noise)}
 
@@ -392,7 +397,7 @@ class Samples(Dataset):
 
 def collate(samples: list[dict]) -> dict[str, Tensor | list]:
     """
-    One entry for each of the samples': tensors stacked, in memory that processes share, and a list of captions.
+    One entry for each of the samples': stacked tensors, in memory that processes share, and a list of captions.
 
     `new` (B,) says which samples have pixels; the others are cached, and their entries are stacked apart.
     """
@@ -412,3 +417,27 @@ def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int
     for step in range(start, stop):
         for first in range(step * batch + rank * micro_batch, (step + 1) * batch, world * micro_batch):
             yield list(range(first, first + micro_batch))
+
+
+Encode = Callable[[dict], dict[str, Tensor]]
+
+
+def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pipeline, config: UNetConfig,
+                 encode: Encode) -> tuple[Samples, Encode]:
+    """
+    Training samples for a student of this configuration, and what encodes a batch: `encode`, or a cache of it.
+
+    Raises ValueError if the data or the cache does not fit the run.
+    """
+    downscale, text = pipeline.vae_config.downscale, pipeline.text
+    size = args.size or config.sample_size * downscale
+    shape = (config.in_channels, size // downscale, size // downscale)
+    if args.data == "shapes" and size != shapes.SIZE:
+        raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
+    if not args.cache:
+        return Samples(source, size, shape, args.seed), encode
+    identity = {"data": source.fingerprint, "size": size, "caption": args.caption,
+                "encoders": fingerprint(pipeline.vae, text.encoders)}
+    cache = Cache(args.cache, identity, encode, shape, (text.length, config.context_dim), config.pooled_dim,
+                  pipeline.dtype)
+    return Samples(source, size, shape, args.seed, cache.read), cache.encode

@@ -228,18 +228,11 @@ def reset_peak_memory(device: str):
     """Starts a new measurement for `peak_memory`."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats(device)
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: str) -> float:
-    """Peak GB since `reset_peak_memory`: allocated on a GPU, or else of the whole process; nan if unknown."""
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    if not os.access("/proc/self/status", os.R_OK):
-        return math.nan
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return 1024 * int(found[1]) / 1e9 if found else math.nan
+    """Peak GB allocated on a GPU since `reset_peak_memory`; nan elsewhere."""
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.startswith("cuda") else math.nan
 
 
 # ------------------------------------------------------------------------------------------------------------

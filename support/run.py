@@ -1,7 +1,7 @@
 """
 A training run: a folder that can be left at any moment and resumed, and the processes that work on it.
 
-    runs/NAME/step-00000500/    a checkpoint: unet/, optimizer.safetensors, and state.json with their checksums
+    runs/NAME/step-00000500/    a checkpoint: unet/, optimizer.safetensors, state.json with their checksums
     runs/NAME/log.csv           one row for each step
 """
 
@@ -114,7 +114,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
         (folder / "state.json").write_text(f"{content}\n{zlib.crc32(content.encode())}\n", encoding="utf-8")
 
     folder = run / f"step-{state['step']:08d}"
-    shutil.rmtree(folder, ignore_errors=True)                    # a damaged one, or the run would start from it
+    shutil.rmtree(folder, ignore_errors=True)                    # it is damaged, or the run would go on from it
     atomic_write(folder, write)
     show_unet(run, folder)
     kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
@@ -124,20 +124,14 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
 
 
 def show_unet(run: Path, checkpoint: Path):
-    """Shows unet/ of a checkpoint in the run's folder, as hard links where possible."""
-    def link_or_copy(source: Path, target: Path):
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
-
+    """Copies unet/ of a checkpoint to the run's folder."""
     for path in checkpoint.glob("unet/*"):
-        atomic_write(run / path.relative_to(checkpoint), partial(link_or_copy, path))
+        atomic_write(run / "unet" / path.name, partial(shutil.copyfile, path))
 
 
 def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
     """
-    Folder and content (`identity`, `state`) of the newest undamaged checkpoint; None if there is no checkpoint.
+    Folder and content (`identity`, `state`) of the newest undamaged checkpoint; None if there is none.
 
     Raises ValueError if all are damaged.
     """
@@ -178,18 +172,19 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
     moments = read_tensors(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
         if f"{MOMENTS[0]}.{name}" in moments:
-            updates = torch.tensor(float(content["state"]["updates"]), device=parameter.device)
-            optimizer.state[parameter] = {"step": updates} | {
-                moment: torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}")) for moment in MOMENTS}
+            restored = {"step": torch.tensor(float(content["state"]["updates"]), device=parameter.device)}
+            for moment in MOMENTS:
+                restored[moment] = torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}"))
+            optimizer.state[parameter] = restored
     show_unet(run, folder)
     return content["state"]
 
 
 def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int], scaler: torch.amp.GradScaler):
     """
-    Brings a run's state up to a step whose gradients were `finite`, or else it was skipped, as some samples were.
+    Brings a run's state up to a step, which changed nothing unless its gradients were finite.
 
-    Raises FloatingPointError after 20 such steps in a row.
+    Raises FloatingPointError after 20 steps in a row that changed nothing.
     """
     state["step"], state["updates"], state["scaler"] = step, state["updates"] + finite, scaler.state_dict()
     state["skipped_steps"] += not finite
@@ -197,8 +192,8 @@ def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int], sc
     for reason, count in skipped.items():
         state["skipped"][reason] += count
     if state["skipped_in_a_row"] >= 20:
-        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run with "
-                                 "--init and the unet/ of this one, and --precision bf16 or a lower --lr")
+        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run, with "
+                                 "--init for the unet/ of this one, and --precision bf16 or a lower --lr")
 
 
 def check_settings(where: str, before: dict, now: dict, flag: str):
@@ -217,9 +212,9 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     """
     load_text(teacher, torch.float32).save(run)
     save_vae(load_vae(vae, torch.float32), run / "vae")
-    names = [path.relative_to(teacher) for part in ("scheduler", *TOKENIZERS) for path in teacher.glob(f"{part}/*.*")]
-    for name in [Path("model_index.json"), *names]:
-        atomic_write(run / name, partial(shutil.copyfile, teacher / name))
+    for part in ("scheduler", *TOKENIZERS, "."):
+        for path in [*teacher.glob(f"{part}/*.json"), *teacher.glob(f"{part}/*.txt")]:
+            atomic_write(run / path.relative_to(teacher), partial(shutil.copyfile, path))
     sampling = preset._asdict()
     del sampling["source"], sampling["student"]
     write_json(run / "preset.json", sampling)
@@ -238,7 +233,7 @@ class Log:
         self.path, self.file = path, open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
-    def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more: float):
+    def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more):
         """Writes the row of a step of so many images, and shows its losses beside the progress bar."""
         shown = losses | {"images_per_s": images / seconds}
         row = shown | more | {
@@ -282,16 +277,6 @@ def first_on_machine():
     yield
     if world > 1 and local == 0:
         dist.barrier()
-
-
-def check_agreement(status: str):
-    """Raises ValueError if the processes' statuses differ, as when folders differ between machines."""
-    if dist.is_initialized():
-        statuses = [""] * dist.get_world_size()
-        dist.all_gather_object(statuses, status)
-        if len(set(statuses)) > 1:
-            raise ValueError(f"processes disagree, by rank: {statuses}; --out and --data must be the same "
-                             f"folders on all machines")
 
 
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]

@@ -26,6 +26,8 @@ class TextEncoders(nn.Module):
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
         self.length = tokenizers[0].model_max_length             # L
         self.words = small_vocabulary(tokenizers[0])
+        self.widths = (sum(encoder.config.hidden_size for encoder in encoders),
+                       encoders[1].config.projection_dim if len(encoders) > 1 else 0)  # D, P
 
     def tokenize(self, tokenizer, prompts: list[str]) -> Tensor:
         """Token ids (B, L). Raises ValueError for words that a small vocabulary lacks."""
