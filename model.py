@@ -74,7 +74,7 @@ class UNetConfig:
 
     @classmethod
     def from_diffusers(cls, config: dict) -> "UNetConfig":
-        """Reads the official unet/config.json. Raises ValueError for entries that this U-Net does not support."""
+        """Reads the official unet/config.json. Raises ValueError for what this U-Net does not support."""
         levels = len(config["block_out_channels"])
         has_attention = ["CrossAttn" in block for block in config["down_block_types"]]
         depths = per_level(config.get("transformer_layers_per_block", 1), levels)
@@ -99,10 +99,9 @@ class UNetConfig:
             out_channels=config.get("out_channels", 4),
             sample_size=sample_size,
         )
-        # Not compared: what was read above in another form; and `upcast_attention`, as fused attention is exact.
-        other_forms = ("transformer_layers_per_block", "attention_head_dim", "upcast_attention", "sample_size")
-        check_fixed({key: value for key, value in config.items() if key not in other_forms},
-                    result.to_diffusers())
+        # These have other forms too; and fused attention is exact without `upcast_attention`.
+        free = ("transformer_layers_per_block", "attention_head_dim", "sample_size", "upcast_attention")
+        check_fixed({key: config[key] for key in config if key not in free}, result.to_diffusers())
         return result
 
     def to_diffusers(self) -> dict:
@@ -466,17 +465,20 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
 
     Of an encoder stage's two pairs the surgery keeps 0, of a decoder stage's three 0 and 2 (section 4.1). So
     pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads
-    the skip from the level above. If the innermost level is dropped (BK-SDM's tiny), decoder stages count
-    from the teacher's second one, and the student's last encoder stage has no downsampler: what leaves it
-    corresponds to what leaves the teacher's last pair there. Everything else keeps its name, so of ten
-    transformer blocks the student has the first.
+    the skip from the level above. Everything else keeps its name, so of ten transformer blocks the student
+    has the first. Where the innermost level is dropped (BK-SDM's tiny), decoder stages count from the teacher's
+    second one; and the student's last encoder stage has no downsampler, so that what leaves it corresponds to
+    what leaves the teacher's last pair there.
     """
-    path = re.sub(r"^(up_blocks\.\d+\.(?:resnets|attentions)\.)1\b", r"\g<1>2", path)
-    levels = len(student.channels)
-    dropped = len(teacher.channels) - levels
-    if dropped and path == f"down_blocks.{levels - 1}":
-        return f"{path}.attentions.{teacher.pairs - 1}"
-    return re.sub(r"^up_blocks\.(\d+)", lambda found: f"up_blocks.{int(found[1]) + dropped}", path)
+    dropped = len(teacher.channels) - len(student.channels)
+    parts = path.split(".")                                      # such as up_blocks, 0, resnets, 1, conv1, weight
+    if parts[0] == "up_blocks":
+        parts[1] = str(int(parts[1]) + dropped)
+        if parts[2:4] in (["resnets", "1"], ["attentions", "1"]):
+            parts[3] = "2"
+    elif dropped and parts == ["down_blocks", str(len(student.channels) - 1)]:
+        parts += ["attentions", str(teacher.pairs - 1)]
+    return ".".join(parts)
 
 
 def inherit(student: UNet, teacher: UNet):
@@ -602,9 +604,10 @@ def read_config(folder: Path, parse: Callable[[dict], object]):
     config = read_json(folder / "config.json")
     try:
         return parse(config)
-    except (LookupError, TypeError, ValueError) as error:
-        reason = str(error) if isinstance(error, ValueError) else f"not a config of this kind of network ({error!r})"
-        raise ValueError(f"{folder / 'config.json'}: {reason}") from None
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"{folder / 'config.json'} is of another kind of network ({error!r})") from None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from None
 
 
 def per_level(value: int | list, levels: int) -> list:
@@ -693,7 +696,7 @@ def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
     path, temporary = folder / f"{stem}.safetensors", folder / f".writing-{os.getpid()}"
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask; safetensors makes files that only their owner can read
+        mode = temporary.stat().st_mode  # by the umask, where safetensors lets only the owner read
         save_file(weights, temporary, {"format": "pt"})  # transformers asks for this entry
         temporary.chmod(mode)
         os.replace(temporary, path)

@@ -9,6 +9,7 @@ Several models give one picture: a column per model, a row per prompt and seed, 
 (Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
 """
 
+import argparse
 import itertools
 import json
 import math
@@ -24,8 +25,8 @@ from tqdm import tqdm
 import model
 from support.files import atomic_write
 from support.hub import (
-    PARTS, PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, local_folder, model_name, nonempty,
-    number, peak_memory, png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
+    PARTS, PRECISIONS, PRESETS, SAMPLERS, SPACINGS, ArgumentParser, Preset, local_folder, model_name,
+    nonempty, number, peak_memory, png_path, preset, reset_peak_memory, resolve_device, resolve_dtype, run)
 from support.plots import image_grid
 from support.text import TextEncoders, encoder_names, load_text
 from support.vae import VAE, VAEConfig, load_vae
@@ -73,7 +74,8 @@ class NoiseSchedule:
             raise ValueError(f"scheduler_config.json is of {self.file_class!r}, which is not supported")
         self.config = config = DEFAULTS | SAMPLER_DEFAULTS[sampler] | config
         self.check_entries(NOISE)
-        betas = torch.linspace(config["beta_start"]**0.5, config["beta_end"]**0.5, 1000, dtype=torch.float64) ** 2
+        start, end = config["beta_start"], config["beta_end"]
+        betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)             # (1000,)
         if config["rescale_betas_zero_snr"]:                     # Lin et al., arXiv 2305.08891, Algorithm 1
             alphas = self.alphas_cumprod.sqrt()
@@ -89,9 +91,10 @@ class NoiseSchedule:
     def check_entries(self, supported: dict):
         """Raises ValueError for an entry of the file that would change pictures, and is not implemented."""
         for name, value in supported.items():
-            if self.config.get(name, value) != value:
-                raise ValueError(f"scheduler_config.json has {name}={self.config[name]!r}, and {self.sampler} has "
-                                 f"only {value!r} here: use another --sampler, or edit the file")
+            found = self.config.get(name, value)
+            if (found or None) != (value or None):               # null, false and absent are the same
+                raise ValueError(f"scheduler_config.json has {name}={found!r}, and {self.sampler} has only "
+                                 f"{value!r} here: use another --sampler, or edit the file")
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
@@ -155,10 +158,10 @@ def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, sc
 
     `predict(z_t, t)` is the network. Its prediction gives the noise eps in z_t, and so the clean latents z; a
     step to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For x = z_t / alpha_t, that is
-    for z + sigma * eps, the step is x + (next_sigma - sigma) * eps: Euler's method (Karras et al., Algorithm 1
-    without churn). DDIM (Song et al., arXiv 2010.02502, eta 0) differs only in where it ends. DPM-Solver++ (Lu
-    et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are numbers on the
-    host, so nothing here waits for the device.
+    for z + sigma * eps, the step is x + (next_sigma - sigma) * eps: Euler's method (Karras et al., Algorithm
+    1 without churn). DDIM (Song et al., arXiv 2010.02502, eta 0) differs only in where it ends. DPM-Solver++
+    (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are numbers on
+    the host, so nothing here waits for the device.
     """
     levels = schedule.levels(steps)
     z_t = noise * schedule.init_noise_std(levels[0][1])
@@ -214,7 +217,7 @@ class Pipeline:
         # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
         self.zero_negative = index.get("force_zeros_for_empty_prompt", len(encoder_names(folder)) > 1)
         scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
-        if len(encoder_names(folder)) == 1:                      # as diffusers' pipeline, whatever the file says
+        if len(encoder_names(folder)) == 1:                      # whatever the file says, as in diffusers
             scheduler |= {"steps_offset": 1, "clip_sample": False}
         self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler, device)
         self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
@@ -226,7 +229,8 @@ class Pipeline:
         return load_text(self.folder, self.dtype, self.device)
 
     def load_unet(self) -> model.UNet:
-        unet = model.load_unet(self.unet_folder, self.dtype, self.device).to(memory_format=torch.channels_last)
+        unet = model.load_unet(self.unet_folder, self.dtype, self.device)
+        unet.to(memory_format=torch.channels_last)
         if self.compile:
             unet.compile()
         return unet
@@ -234,7 +238,7 @@ class Pipeline:
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
         if dtype == torch.bfloat16 and self.device.startswith("cuda"):
-            dtype = torch.float16                                # ten times as exact, and made not to overflow
+            dtype = torch.float16                                # ten times as exact, and it does not overflow
         return load_vae(self.vae_folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -266,8 +270,8 @@ class Pipeline:
     def encode(self, text: TextEncoders, prompts: list[str], negative: str | None,
                guidance: float) -> tuple[Tensor, Tensor]:
         """
-        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N rows, N unconditional
-        ones and then N conditional ones.
+        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N rows, first N
+        unconditional and then N conditional ones.
         """
         text.warn_of_cuts(prompts + ([negative] if negative else []))
         cond = text(prompts)
@@ -290,12 +294,12 @@ class Pipeline:
         context, pooled = (part.to(dtype) for part in conditions)
         if (config.context_dim, config.pooled_dim) != (context.shape[2], pooled.shape[1]):
             raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, "
-                             f"the text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong to "
-                             f"different models")
+                             f"the text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong "
+                             f"to different models")
         channels = self.vae_config.latent_channels
         if (config.in_channels, config.out_channels) != (channels, channels):
-            raise ValueError(f"the U-Net reads {config.in_channels} channels and predicts {config.out_channels}, "
-                             f"the VAE's latents have {channels}: it is not for text to image alone")
+            raise ValueError(f"the U-Net has {config.in_channels} channels in and {config.out_channels} out, the "
+                             f"VAE's latents have {channels}: it is not for text to image alone")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -322,7 +326,7 @@ class Pipeline:
         return torch.cat(latents)
 
     def decode(self, vae: VAE, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (N, 4, H, W); in batches as in `denoise`, or with `low_memory` in tiles."""
+        """Images of scaled latents (N, 4, H, W); in batches as in `denoise`, with `low_memory` in tiles."""
         latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
         batch = 1 if self.low_memory else images_at_once(latents[0, 0].numel() * vae.config.downscale**2)
         images = []
@@ -330,7 +334,7 @@ class Pipeline:
             with torch.autocast(self.device.split(":")[0], enabled=False):  # which previews use
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
-                raise ValueError("the image is not finite: use --precision fp32, or check the U-Net's weights")
+                raise ValueError("the image is not finite: use --precision fp32, or look at the weights")
             pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
             images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return images
@@ -351,12 +355,11 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
     chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
-    unet_source, vae_source = preset(unet).unet if unet else chosen.student, preset(vae).source if vae else None
-    others = {part: source for part, source in (("unet", unet_source), ("vae", vae_source)) if source}
-    folder = local_folder(chosen.source, tuple(part for part in PARTS if part not in others), half)
-    unet_folder, vae_folder = (local_folder(others[part], (part,), half) if part in others else folder
-                               for part in ("unet", "vae"))
-    return Pipeline(folder, unet_folder, vae_folder, chosen, dtype, device, low_memory, compile)
+    others = {"unet": preset(unet).unet if unet else chosen.student, "vae": preset(vae).source if vae else None}
+    folder = local_folder(chosen.source, tuple(part for part in PARTS if not others.get(part)), half)
+    for part, source in others.items():
+        others[part] = local_folder(source, (part,), half) if source else folder
+    return Pipeline(folder, others["unet"], others["vae"], chosen, dtype, device, low_memory, compile)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -364,23 +367,61 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
 
 
 def main(argv: list[str] | None = None):
+    args = parse_args(argv)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
+    seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
+    device = resolve_device(args.device)
+    dtype = resolve_dtype(args.precision, device)
+    precision = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
+    columns, settings = [], []
+    for name in args.model:
+        reset_peak_memory(device)
+        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae,
+                                 args.sampler, args.spacing)
+        schedule, chosen = pipeline.schedule, pipeline.preset
+        start = time.perf_counter()
+        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width, name)
+        seconds, peak = time.perf_counter() - start, peak_memory(device)
+        args.width, args.height = images[0].size                 # for all columns, as they share their noise
+        used = vars(args) | {
+            "model": [name], "steps": args.steps or chosen.steps, "precision": precision, "device": device,
+            "guidance": chosen.guidance if args.guidance is None else args.guidance}
+        sampler = schedule.sampler
+        if schedule.file_class != CLASSES[sampler]:
+            sampler += f" (its file has {schedule.file_class})"
+        print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {used['steps']} steps, guidance "
+              f"{used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: {seconds:.1f} s "
+              f"with warm-up" + (f", peak {peak:.2f} GB" if math.isfinite(peak) else ""))
+        columns.append(images)
+        settings.append({key: value for key, value in used.items() if key != "out"})
+        del pipeline                                             # before the next is loaded
+    if len(columns) == 1:
+        rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
+    else:
+        rows = [list(row) for row in zip(*columns)]
+    text = PngImagePlugin.PngInfo()
+    text.add_text("settings", json.dumps(settings))
+    atomic_write(args.out, lambda path: image_grid(rows).save(path, pnginfo=text))
+    print(args.out)
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, "%(prog)s --prompt TEXT [options]")
     size = number(int, 8, 8192, multiple=8)
     add = parser.add_argument
-    add("--prompt", type=nonempty, nargs="+", required=True, metavar="TEXT", help="what to draw; several: rows")
+    add("--prompt", type=nonempty, nargs="+", required=True, metavar="TEXT", help="several: rows")
     add("--model", type=model_name, nargs="+", default=["toy"], metavar="NAME",
         help=f"{', '.join(PRESETS)}, a hub id or a folder; several: columns [toy]")
     add("--unet", type=model_name, metavar="FOLDER", help="take the U-Net from here")
-    add("--vae", type=model_name, metavar="FOLDER",
-        help="take the VAE from here, such as madebyollin/sdxl-vae-fp16-fix for half precision")
-    add("--negative", metavar="TEXT", help="what not to draw")
-    add("--steps", type=number(int, 1, 1000), metavar="N", help="network calls [the model's preset]")
+    add("--vae", type=model_name, metavar="FOLDER", help="take the VAE from here")
+    add("--negative", metavar="TEXT", help="negative prompt")
+    add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps [the model's preset]")
     add("--sampler", choices=SAMPLERS, help="dpm is DPM-Solver++(2M) [the model's preset]")
     add("--spacing", choices=SPACINGS, help="of the timesteps [the model's preset, or its scheduler file's]")
-    add("--guidance", type=number(float, 0), metavar="X", help="scale, 1 for none [the model's preset]")
+    add("--guidance", type=number(float, 0), metavar="X", help="scale; 0 or 1: none [the model's preset]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
-        help="pictures of each prompt, seeds counting up")
+        help="images per prompt (seeds seed, seed+1, ...)")
     add("--height", type=size, metavar="N", help="in pixels [the first model's own]")
     add("--width", type=size, metavar="N", help="in pixels [the first model's own]")
     add("--precision", choices=list(PRECISIONS), help="[fp16 on a GPU, fp32 elsewhere]")
@@ -391,41 +432,7 @@ def main(argv: list[str] | None = None):
     args = parser.parse_args(argv)
     if args.unet and len(args.model) > 1:
         parser.error("--unet is for one --model")
-
-    prompts = [prompt for prompt in args.prompt for _ in range(args.count)]
-    seeds = [args.seed + i for _ in args.prompt for i in range(args.count)]
-    device = resolve_device(args.device)
-    dtype = resolve_dtype(args.precision, device)
-    precision = next(name for name in PRECISIONS if PRECISIONS[name] == dtype)
-    height, width, columns, settings = args.height, args.width, [], []
-    for name in args.model:
-        reset_peak_memory(device)
-        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae,
-                                 args.sampler, args.spacing)
-        schedule = pipeline.schedule
-        start = time.perf_counter()
-        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, height, width, name)
-        seconds = time.perf_counter() - start
-        width, height = images[0].size                           # for all columns, as they share their noise
-        used = {"model": [name], "steps": args.steps or pipeline.preset.steps, "height": height, "width": width,
-                "guidance": args.guidance or pipeline.preset.guidance, "precision": precision, "device": device}
-        sampler = schedule.sampler
-        if schedule.file_class != CLASSES[sampler]:
-            sampler += f" (its file has {schedule.file_class})"
-        print(f"{name}: {len(images)} image(s), {width} x {height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
-              f"{seconds:.1f} s" + (f", peak {peak:.2f} GB" if (peak := peak_memory(device)) == peak else ""))
-        columns.append(images)
-        settings.append({key: value for key, value in (vars(args) | used).items() if key != "out"})
-        del pipeline                                             # before the next is loaded
-    if len(columns) == 1:
-        rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
-    else:
-        rows = [list(row) for row in zip(*columns)]
-    text = PngImagePlugin.PngInfo()
-    text.add_text("settings", json.dumps(settings))
-    atomic_write(args.out, lambda path: image_grid(rows).save(path, pnginfo=text))
-    print(args.out)
+    return args
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ class Cache:
     def __init__(self, folder: Path, identity: dict, encode_new: Callable[[dict], dict[str, Tensor]],
                  latent: tuple[int, ...], context: tuple[int, int], pooled: int, dtype: torch.dtype):
         self.path, self.encode_new, self.full = folder / "records.bin", encode_new, False
-        self.layout = {"mean": (latent, torch.float32), "std": (latent, torch.float32), "context": (context, dtype),
-                       "pooled": ((pooled,), dtype), "time_ids": ((6,), torch.float32)}
+        self.layout = {"mean": (latent, torch.float32), "std": (latent, torch.float32),
+                       "context": (context, dtype), "pooled": ((pooled,), dtype),
+                       "time_ids": ((6,), torch.float32)}
         self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values()]
         identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in self.layout.items()}
         settings = folder / "cache.json"

@@ -397,7 +397,7 @@ class Samples(Dataset):
 
 def collate(samples: list[dict]) -> dict[str, Tensor | list]:
     """
-    One entry for each of the samples': stacked tensors, in memory that processes share, and a list of captions.
+    Stacks each entry of the samples, in memory that processes share; captions are a list.
 
     `new` (B,) says which samples have pixels; the others are cached, and their entries are stacked apart.
     """
@@ -425,7 +425,7 @@ Encode = Callable[[dict], dict[str, Tensor]]
 def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pipeline, config: UNetConfig,
                  encode: Encode) -> tuple[Samples, Encode]:
     """
-    Training samples for a student of this configuration, and what encodes a batch: `encode`, or a cache of it.
+    Training samples for a student of this configuration, and what encodes a batch: `encode` or a cache.
 
     Raises ValueError if the data or the cache does not fit the run.
     """

@@ -89,8 +89,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         return Path(source)
     if Path(source).is_file():
         raise FileNotFoundError(
-            f"{source} is a file, not a folder in diffusers' layout; diffusers converts it: StableDiffusionXLPipeline"
-            f".from_single_file('{source}').save_pretrained('FOLDER'), or StableDiffusionPipeline for 1 and 2")
+            f"{source} is a file, not a folder in diffusers' layout; diffusers converts it: "
+            f"StableDiffusionXLPipeline.from_single_file('{source}').save_pretrained('FOLDER')")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source)):
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     import huggingface_hub as hub                                # slow to import, and seldom needed
@@ -102,11 +102,12 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         folder = Path(hub.snapshot_download(source, allow_patterns=["model_index.json", *configs]))
         for place in places:
             if weights and Path(folder, place, "config.json").is_file():
-                download_weights(source, folder, place, half and place != "vae")  # SDXL's overflows in float16
+                # SDXL's VAE overflows in float16, so it is taken in float32.
+                download_weights(source, folder, place, half and place != "vae")
     except Exception as error:                                   # every HTTP library has its own kinds
         raise FileNotFoundError(
-            f"no folder {source}, and the hub does not give it ({error_summary(error)}); elsewhere run: "
-            f"hf download {source}, then give its folder or set HF_HOME; a private one needs HF_TOKEN") from None
+            f"no folder {source}, and the hub does not give it ({error_summary(error)}); elsewhere run: hf "
+            f"download {source}, then give its folder or set HF_HOME; a private one needs HF_TOKEN") from None
     return folder
 
 
@@ -114,7 +115,8 @@ def download_weights(source: str, folder: Path, place: str, half: bool):
     """Downloads a network's float16 variant if `half`, else the plain one; the other if there is none."""
     import huggingface_hub as hub
 
-    names = [os.path.normpath(f"{place}/{stem}*.safetensors") for stem in ("model", "diffusion_pytorch_model")]
+    stems = ("model", "diffusion_pytorch_model")
+    names = [os.path.normpath(f"{place}/{stem}*.safetensors") for stem in stems]
     fp16 = {"allow_patterns": [name.replace("*", "*fp16*") for name in names]}
     plain = {"allow_patterns": names, "ignore_patterns": ["*fp16*", "*non_ema*"]}
     for variant in (fp16, plain) if half else (plain, fp16):
@@ -212,7 +214,7 @@ def resolve_device(device: str | None) -> str:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)                        # first, or each process would open GPU 0 too
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:              # which of the two depends on the build of torch
+    except (RuntimeError, AssertionError) as error:              # which one depends on the build of torch
         raise ValueError(f"the device {device} cannot be used: {error_summary(error)}") from None
     return device
 
@@ -262,6 +264,6 @@ def run(main: Callable[[], int | None], memory_advice: str):
         else:
             raise
     finally:
-        for reader in multiprocessing.active_children():         # Python would wait for it, and it ignores SIGTERM
+        for reader in multiprocessing.active_children():         # they ignore SIGTERM, and Python would wait
             reader.kill()
     sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes

@@ -114,7 +114,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
         (folder / "state.json").write_text(f"{content}\n{zlib.crc32(content.encode())}\n", encoding="utf-8")
 
     folder = run / f"step-{state['step']:08d}"
-    shutil.rmtree(folder, ignore_errors=True)                    # it is damaged, or the run would go on from it
+    shutil.rmtree(folder, ignore_errors=True)                    # damaged, or it would have been resumed
     atomic_write(folder, write)
     show_unet(run, folder)
     kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
@@ -192,8 +192,8 @@ def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int], sc
     for reason, count in skipped.items():
         state["skipped"][reason] += count
     if state["skipped_in_a_row"] >= 20:
-        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run, with "
-                                 "--init for the unet/ of this one, and --precision bf16 or a lower --lr")
+        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run from "
+                                 "this one's unet/ (--init), with --precision bf16 or a lower --lr")
 
 
 def check_settings(where: str, before: dict, now: dict, flag: str):
