@@ -493,10 +493,12 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
-        torch.backends.cudnn.benchmark = True                    # all images have one size
+        # All images have one size, so that the fastest convolutions are looked for once.
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if world > 1:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2),
-                                device_id=torch.device(device) if on_gpu else None)
+        own_gpu = on_gpu and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2),
+                                device_id=torch.device(device) if own_gpu else None)
     if world > 1 and args.compile:
         torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
     _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends

@@ -43,11 +43,6 @@ PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, secon
     "700m": {"U-Net": (782, 3.0, 1.257)} | SHARED}
 
 
-def paper_numbers(name: str, network: str) -> tuple[float, float, float]:
-    """What PAPER says of a model's network; nan if nothing."""
-    return PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
-
-
 def read_configs(name: str) -> tuple[list[dict], VAEConfig, model.UNetConfig]:
     """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json."""
     if name in model.CONFIGS:
@@ -65,15 +60,15 @@ def read_configs(name: str) -> tuple[list[dict], VAEConfig, model.UNetConfig]:
 # Counting
 
 
-def count_parameters(*networks: nn.Module) -> int:
-    return sum(parameter.numel() for network in networks for parameter in network.parameters())
+def count_parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
 def count_clip(config: dict, projection: bool) -> tuple[int, int]:
     """Parameters of a CLIP text encoder, and multiply-adds of one prompt."""
     width, inner = config["hidden_size"], config["intermediate_size"]
-    tokens = config["max_position_embeddings"]
-    layers, head = config["num_hidden_layers"], width * config["projection_dim"] if projection else 0
+    tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+    head = width * config["projection_dim"] if projection else 0
     weights = 4 * width**2 + 2 * width * inner                   # of a layer: attention and MLP
     biases = 4 * width + inner + width + 4 * width               # theirs, and two layer norms
     embeddings = (config["vocab_size"] + tokens) * width
@@ -105,8 +100,8 @@ def build_networks(clips: list[dict], vae: VAEConfig, unet: model.UNetConfig, si
         coder = VAE(vae)
         image, latent = torch.zeros(1, 3, size, size), torch.zeros(1, vae.latent_channels, side, side)
         return {"U-Net": (model.UNet(unet), unet_inputs(unet, tokens, side, batch)),
-                "VAE encoder": (nn.Sequential(coder.encoder, coder.quant_conv), [image]),
-                "VAE decoder": (nn.Sequential(coder.post_quant_conv, coder.decoder), [latent])}
+                "VAE decoder": (nn.Sequential(coder.post_quant_conv, coder.decoder), [latent]),
+                "VAE encoder": (nn.Sequential(coder.encoder, coder.quant_conv), [image])}
 
 
 def count_network(network: nn.Module, inputs: list[Tensor], backward: bool = False) -> tuple[int, int]:
@@ -122,18 +117,15 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
     """Parameters and multiply-adds of a pass, by stage ("rest": outside of all) and kind of block."""
     with FlopCounterMode(display=False) as counter:
         unet(*inputs)
-    kinds, parts = {"resnets": "residual", "attentions": "transformer"}, defaultdict(dict)
+    flops, counts = counter.get_flop_counts(), {}
     for stage, stage_path in model.stages(unet.config).items():
         for name, blocks in unet.get_submodule(stage_path).named_children():
-            for i, block in enumerate(blocks):
-                parts[stage, kinds.get(name, "rest")][f"UNet.{stage_path}.{name}.{i}"] = block
-    for name, child in unet.named_children():
-        if "block" not in name:
-            parts["rest", "rest"][f"UNet.{name}"] = child
-    flops = {path: sum(by_op.values()) for path, by_op in counter.get_flop_counts().items()}
-    counts = {}
-    for part, modules in parts.items():
-        counts[part] = count_parameters(*modules.values()), sum(flops.get(path, 0) for path in modules) // 2
+            kind = {"resnets": "residual", "attentions": "transformer"}.get(name, "rest")
+            work = sum(sum(flops[f"UNet.{stage_path}.{name}.{i}"].values()) for i in range(len(blocks)))
+            if len(blocks):                                      # DW-1 and UP-3 have no transformers
+                counts[stage, kind] = count_parameters(blocks), work // 2
+    parameters, macs = (sum(column) for column in zip(*counts.values()))
+    counts["rest", "rest"] = count_parameters(unet) - parameters, counter.get_total_flops() // 2 - macs
     return counts
 
 
@@ -154,7 +146,7 @@ def count_step(teacher: model.UNetConfig | None, student: model.UNetConfig, vae:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Within `with`, attention is fused as on a GPU; the meta device's keeps maps (B, heads, T, T)."""
+    """Within `with`, attention is fused, as on a GPU; the meta device's keeps maps (B, heads, T, T)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -166,9 +158,9 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
     """
     The bytes that a U-Net on the meta device keeps for its backward pass, as under a GPU's autocast to bf16.
 
-    It leaves out what does not grow with the batch (weights, their bf16 copies, gradients, Adam's moments, the
-    teacher), and what lives for a moment only: a recomputed block, float32 copies of the features that are
-    compared, gradients of activations, workspaces.
+    It leaves out what does not grow with the batch (weights, their bf16 copies, gradients, Adam's moments,
+    the teacher), float32 copies of features that are compared, and what lives for a moment (a block that is
+    recomputed, gradients of activations, workspaces).
     """
     unet, saved = copy.deepcopy(unet).to(torch.bfloat16), {}
     unet.set_checkpointing(checkpointing)
@@ -211,7 +203,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
         rows += [[name, network, "", "", *counts] for network, counts in others.items()]
         totals = {"U-Net": [sum(column) for column in zip(*parts.values())]} | others
         for network, (parameters, macs) in totals.items():
-            millions, gigabytes, _ = paper_numbers(name, network)
+            millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
             table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
                           4 * parameters / 1e9, gigabytes])
         for stage in (*STAGES, "rest"):
@@ -274,39 +266,38 @@ def time_network(network: nn.Module, inputs: list[Tensor], passes: int, repeat: 
 
 def describe_device(device: str, dtype: torch.dtype) -> str:
     """The device and precision that a time was measured with."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else (
-        f"a CPU, {torch.get_num_threads()} threads")
+    name = f"a CPU with {torch.get_num_threads()} threads"
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
     return f"{name}, {str(dtype).removeprefix('torch.')}"
 
 
 @torch.inference_mode()
 def latency(args: argparse.Namespace) -> Image.Image:
     """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
-    device = resolve_device(args.device)
-    dtype, rows, bars, rate = resolve_dtype(args.precision, device), [], {}, None
-    for name, network in tqdm([*product(args.model, ("text encoders", "U-Net", "VAE decoder"))], "latency"):
-        clips, vae, unet = read_configs(name)
-        size = args.size or unet.sample_size * vae.downscale
-        built, inputs = build_clips(clips) if network == "text encoders" else (
-            build_networks(clips, vae, unet, size, batch=2)[network])
-        passes, by_counting, published = 1, math.nan, paper_numbers(name, network)[2]
-        if (size, args.steps) != (1024, 25):                     # the paper's
-            published = math.nan
-        if network == "U-Net":
-            passes = args.steps
-        flops = passes * count_network(built, inputs)[1]
+    device, names = resolve_device(args.device), ["text encoders", "U-Net", "VAE decoder"]
+    dtype, rows, bars = resolve_dtype(args.precision, device), [], defaultdict(lambda: defaultdict(list))
+    for model_name, name in tqdm([*product(args.model, names)], "latency"):
+        clips, vae, unet = read_configs(model_name)
+        size, passes = args.size or unet.sample_size * vae.downscale, args.steps if name == "U-Net" else 1
+        if name == "text encoders":
+            network, inputs = build_clips(clips)
+        else:
+            network, inputs = build_networks(clips, vae, unet, size, batch=2)[name]
+        flops = passes * count_network(network, inputs)[1]
         reset_peak_memory(device)
-        seconds = time_network(built, fill(built, inputs, dtype, device), passes, args.repeat)
-        if network == "U-Net":
-            rate = rate or flops / seconds                       # of the first model
-            by_counting = flops / rate
-            bars[name] = {"measured": [seconds], "by counting": [by_counting], "paper, RTX 4090": [published]}
-        rows.append([name, network, flops / 1e9, seconds, flops / seconds / 1e9, by_counting,
-                     peak_memory(device), published])
-        del built, inputs                                        # before the next is built and measured
-    header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "by counting", "peak GB", "paper, RTX 4090"]
+        seconds = time_network(network, fill(network, inputs, dtype, device), passes, args.repeat)
+        del network, inputs                                      # before the next is built and measured
+        bars["measured"][model_name].append(seconds)
+        paper = math.nan
+        if model_name in PAPER and (size, args.steps) == (1024, 25):
+            paper = PAPER[model_name][name][2]
+            bars["paper, RTX 4090"][model_name].append(paper)
+        rows.append([model_name, name, flops / 1e9, seconds, flops / seconds / 1e9, peak_memory(device),
+                     paper])
+    header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "peak GB", "paper, RTX 4090"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
-    where = describe_device(device, dtype)
-    print(f"on {where}, {args.steps} steps with guidance; by counting: at {rate / 1e9:,.4g} GFLOP/s")
-    return bar_chart(f"The U-Net in {args.steps} steps with guidance, on {where}", [], bars, "seconds")
+    title = f"One image in {args.steps} steps with guidance, on {describe_device(device, dtype)}"
+    print(title)
+    return bar_chart(title, names, bars, "seconds")

@@ -204,12 +204,12 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 def resolve_device(device: str | None) -> str:
     """
-    The device to use; None is a GPU if there is one, or else the CPU. A GPU becomes the current one, of
-    several processes each its own. Raises ValueError if it cannot be used.
+    The device to use; None is a GPU if there is one, or else the CPU. A GPU becomes the current one; each of
+    several processes takes the next. Raises ValueError if it cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"       # torchrun numbers a machine's processes
+    if device == "cuda" and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"  # from torchrun
     try:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)                        # first, or each process would open GPU 0 too

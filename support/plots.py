@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from support.files import read_csv
 
 INK, PALE = "#222222", "#dddddd"
-COLOURS = [  # Okabe and Ito's
+COLORS = [  # Okabe and Ito's
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#f0e442", "#7f7f7f"]
 LOSSES = ("task", "outKD", "featKD")  # columns of log.csv
 WIDTH = 1600  # of a chart: twice as wide as a README shows it, and so sharp on every screen
@@ -90,11 +90,11 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float, str], height: int,
          x_name: str, y_name: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw, Callable]:
     """
-    An empty chart, a pen for it, and a function from (x, y) to pixels. `names` are the legend's, in COLOURS.
+    An empty chart, a pen for it, and a function from (x, y) to pixels. `names` are the legend's, in COLORS.
 
     Ticks reach from one end of an axis to the other. A y axis without a name has categories, and no lines.
     """
-    left, top = 56 + max(font().getlength(label) for label in y_ticks.values()), 176 if y_name else 150
+    left, top = 56 + max(font().getlength(label) for label in y_ticks.values()), 176 if y_name else 130
     right, bottom = WIDTH - 48, top + height
     picture = Image.new("RGB", (WIDTH, bottom + 110), "white")
     draw = ImageDraw.Draw(picture, "RGBA")
@@ -107,8 +107,8 @@ def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float
     draw.text((24, 142), y_name, INK, font(), "lm")
     draw.text(((left + right) // 2, bottom + 72), x_name, INK, font(), "mm")
     x = 24
-    for name, colour in zip(names, COLOURS):
-        draw.rectangle((x, 78, x + 24, 102), colour)
+    for name, color in zip(names, COLORS):
+        draw.rectangle((x, 78, x + 24, 102), color)
         draw.text((x + 36, 91), name, INK, font(), "lm")
         x += 84 + font().getlength(name)
     for value in x_ticks:
@@ -129,29 +129,31 @@ def line_chart(title: str, x_name: str, y_name: str, curves: dict[str, list[tupl
     xs, ys, spreads = np.array(sum(curves.values(), [])).T       # (points,) each
     y_ticks = {y: f"{10**y:.2g}" if log else f"{y:g}" for y in ticks(min(ys - spreads), max(ys + spreads))}
     picture, draw, place = axes(title, list(curves), ticks(min(xs), max(xs)), y_ticks, 560, x_name, y_name)
-    for curve, colour in zip(curves.values(), COLOURS):
+    for curve, color in zip(curves.values(), COLORS):
         if not curve:
-            continue                                             # but it keeps its colour
+            continue                                             # but it keeps its color
         upper = [place(x, y + spread) for x, y, spread in curve]
         lower = [place(x, y - spread) for x, y, spread in curve]
-        draw.polygon(upper + lower[::-1], colour + "28")         # mostly transparent
-        draw.line([place(x, y) for x, y, _ in curve], colour, 4, "curve")
+        draw.polygon(upper + lower[::-1], color + "28")         # mostly transparent
+        draw.line([place(x, y) for x, y, _ in curve], color, 4, "curve")
         for x, y, _ in curve if len(curve) <= 20 else []:
-            draw.circle(place(x, y), 8, colour)
+            draw.circle(place(x, y), 8, color)
     return picture
 
 
 def row_axes(title: str, names: list[str], groups: dict[str, dict[str, list]], x_ticks: list[float],
              x_name: str) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable, list[tuple[float, list]]]:
     """`axes` with a row for each label of `groups`, below its heading; and the y and content of each row."""
-    headings, y_ticks, rows = {}, {0: ""}, []
+    labels, headings, rows = [], {}, []                          # labels from the top; y grows upwards
     for heading, group in groups.items():
-        headings[-len(y_ticks)] = heading
-        y_ticks[-len(y_ticks)] = ""
+        headings[-len(labels)] = heading
+        labels.append("")
         for label, content in group.items():
-            rows.append((-len(y_ticks), content))
-            y_ticks[-len(y_ticks)] = label
-    picture, draw, place = axes(title, names, x_ticks, y_ticks, 40 * len(y_ticks), x_name)
+            rows.append((-len(labels), content))
+            labels.append(label)
+    y_ticks = {0.6: ""} | {-i: label for i, label in enumerate(labels)} | {0.4 - len(labels): ""}
+    height = max(40, 14 * len(names)) * len(labels)
+    picture, draw, place = axes(title, names, x_ticks, y_ticks, height, x_name)
     for y, heading in headings.items():
         draw.text((24, place(0, y)[1]), heading, INK, font(), "lm")
     return picture, draw, place, rows
@@ -164,8 +166,8 @@ def bar_chart(title: str, names: list[str], groups: dict[str, dict[str, list[flo
     picture, draw, place, rows = row_axes(title, names, groups, ticks(0, 1.1 * longest), x_name)
     for y, bar in rows:
         total = 0.0
-        for length, colour in zip(bar, COLOURS):
-            draw.rectangle((*place(total, y + 0.4), *place(total + length, y - 0.4)), colour)
+        for length, color in zip(bar, COLORS):
+            draw.rectangle((*place(total, y + 0.4), *place(total + length, y - 0.4)), color)
             total += length
         x, middle = place(total, y)
         draw.text((x + 12, middle), format_number(total), INK, font(), "lm")
@@ -179,12 +181,12 @@ def dot_chart(title: str, names: list[str], groups: dict[str, dict[str, list[tup
     low, high = (0.0, 1.0) if share else (np.nanmin(dots[:, 0] - dots[:, 1]), np.nanmax(dots.sum(axis=1)))
     picture, draw, place, rows = row_axes(title, names, groups, ticks(low, high), x_name)
     for y, row in rows:
-        for i, ((value, spread), colour) in enumerate(zip(row, COLOURS)):
-            y_dot = y + 0.24 * ((len(row) - 1) / 2 - i)          # dots of a row do not hide each other
+        for i, ((value, spread), color) in enumerate(zip(row, COLORS)):
+            y_dot = y + 0.7 * ((len(row) - 1) / 2 - i) / len(row)  # dots of a row do not hide each other
             if not math.isnan(value):
                 ends = max(low, value - spread), min(high, value + spread)
-                draw.line((*place(ends[0], y_dot), *place(ends[1], y_dot)), colour, 4)
-                draw.circle(place(value, y_dot), 8, colour)
+                draw.line((*place(ends[0], y_dot), *place(ends[1], y_dot)), color, 4)
+                draw.circle(place(value, y_dot), 8, color)
     return picture
 
 
