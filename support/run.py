@@ -25,8 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from model import read_tensors
-from support.files import (
-    WRITING, atomic_write, error_summary, name_in_errors, read_csv, write_csv, write_json)
+from support.files import WRITING, atomic_write, error_summary, read_csv, write_csv, write_json
 from support.hub import Preset
 from support.text import TOKENIZERS, load_text
 from support.vae import load_vae, save_vae
@@ -230,7 +229,7 @@ class Log:
         rows = read_csv(path) if path.exists() else []
         rows = [[row[name] for name in self.COLUMNS] for row in rows if int(row["step"]) <= step]
         write_csv(path, self.COLUMNS, rows)
-        self.path, self.file = path, open(path, "a", newline="", encoding="utf-8")
+        self.file = open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
     def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more):
@@ -239,10 +238,9 @@ class Log:
         row = shown | more | {
             "step": state["step"], "seconds": seconds, "images": state["step"] * images,
             "skipped_samples": sum(state["skipped"].values()), "skipped_steps": state["skipped_steps"]}
-        with name_in_errors(self.path):
-            self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
-                                  for name, value in row.items()})
-            self.file.flush()
+        self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
+                              for name, value in row.items()})
+        self.file.flush()
         bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
 
 
