@@ -27,15 +27,14 @@ from tqdm import tqdm
 
 import model
 from sample import Pipeline, load_pipeline
-from support.cli import (
-    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
 from support.costs import SA_STAGES, budget, latency
 from support.data import PROMPTS
 from support.files import atomic_write, write_csv
-from support.plots import add_title, image_grid, line_chart, loss_curves, print_table, stack
-from support.scorers import SCORERS
+from support.hub import (
+    PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
+from support.plots import image_grid, line_chart, loss_curves, print_table
 from support.table3 import ablation
-from support.table4 import all_toys, quality, read_prompt_file
+from support.table4 import SCORERS, all_toys, quality, read_prompt_file
 from toy import shapes
 
 
@@ -68,13 +67,13 @@ def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     The first `count` principal components of rows (N, M): scores (N, count), and the share of the variance
     that each explains, (count,). Signs are fixed so that each direction's largest entry is positive.
     """
-    centred = rows.double() - rows.double().mean(dim=0)
+    centered = rows.double() - rows.double().mean(dim=0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a randomised SVD: of 4096 tokens, the exact one takes ten times as long
-        _, scales, vectors = torch.svd_lowrank(centred, q=min(24, *centred.shape), niter=20)
+        torch.manual_seed(0)  # a randomized SVD: of 4096 tokens, the exact one takes ten times as long
+        _, scales, vectors = torch.svd_lowrank(centered, q=min(24, *centered.shape), niter=20)
     vectors = vectors[:, :count]                                 # (M, count)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
-    return centred @ (vectors * largest.sign()), scales[:count].square() / centred.square().sum()
+    return centered @ (vectors * largest.sign()), scales[:count].square() / centered.square().sum()
 
 
 def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | None,
@@ -132,10 +131,10 @@ def on_object(row: Tensor, target: shapes.Object | None) -> float:
     return ((row * area).sum() / area.mean()).item()
 
 
-def draw_tokens(colours: Tensor, size: int) -> Image.Image:
-    """Colours (T, 3) in 0..1 of the tokens of a square image, drawn `size` pixels wide."""
-    side = math.isqrt(len(colours))
-    pixels = (colours.float() * 255).round().byte().view(side, side, 3).numpy()
+def draw_tokens(colors: Tensor, size: int) -> Image.Image:
+    """Colors (T, 3) in 0..1 of the tokens of a square image, drawn `size` pixels wide."""
+    side = math.isqrt(len(colors))
+    pixels = (colors.float() * 255).round().byte().view(side, side, 3).numpy()
     return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
 
 
@@ -166,9 +165,8 @@ def attention(args: argparse.Namespace) -> Image.Image:
                 components[stage] = draw_tokens((scores - low) / (high - low), size)  # as red, green, blue
                 queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3), size)
             if i < args.rows:
-                image = image.resize((size, size))
-                drawn.append((i, Path(name).name, [image, *components.values()],
-                              [draw_query(image, x, y), *queries.values()]))
+                image = draw_query(image.resize((size, size)), x, y)
+                drawn.append((i, Path(name).name, [image, *components.values(), *queries.values()]))
         del pipeline                                             # before the next is loaded
     header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
@@ -177,12 +175,10 @@ def attention(args: argparse.Namespace) -> Image.Image:
         groups[name, stage].append(numbers)
     means = [[*group, *torch.tensor(numbers).nanmean(dim=0).tolist()] for group, numbers in groups.items()]
     print_table(["model", "stage", *header[4:]], means)
+    print("(a) image, with a query; (b) principal components of the maps; (c) the query's row of the maps")
     drawn.sort(key=lambda row: row[0])                           # the models of a prompt below each other
-    _, names, components, queries = zip(*drawn)
-    return add_title(
-        "Self-attention: (b) principal components of the map, (c) its row for the query in the red box",
-        image_grid(components, names, ["(a)", *(f"(b) {stage}" for stage in SA_STAGES)], gap=4),
-        image_grid(queries, names, ["query", *(f"(c) {stage}" for stage in SA_STAGES)], gap=4))
+    columns = ["(a)", *[f"(b) {stage}" for stage in SA_STAGES], *[f"(c) {stage}" for stage in SA_STAGES]]
+    return image_grid([images for _, _, images in drawn], [name for _, name, _ in drawn], columns, gap=4)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -233,15 +229,15 @@ def similarity(args: argparse.Namespace) -> Image.Image:
             index = torch.arange(1, len(means) + 1, dtype=torch.float64) / len(means)
             curves[stage] = torch.stack([index, means, spreads], dim=1).tolist()
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
-        charts.append(line_chart(
-            f"{name}: cosine similarity of each transformer block's output to the one before",
-            "normalised index of the block in its transformer",
-            "cosine, and its standard deviation over prompts", curves))
+        charts.append([line_chart(
+            f"{Path(name).name}: each transformer block's output compared to that of the block before",
+            "normalized index of the block in its transformer",
+            "cosine, and its spread over prompts", curves)])
         del pipeline
     header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
-    return stack(*charts)
+    return image_grid(charts)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -302,7 +298,7 @@ def main(argv: list[str] | None = None):
     table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
     table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")
     table4("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
-    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they are kept")
+    table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they stay")
     table4("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     for add in (times, table4):
         add("--precision", choices=PRECISIONS, metavar="P",

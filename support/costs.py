@@ -184,6 +184,30 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
     return sum(storage.nbytes() for storage in saved.values())
 
 
+def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[dict], vae: VAEConfig,
+               teacher: model.UNet | None, student: model.UNet):
+    """What `distill.py --dry-run` prints of a run: settings, matched features, and what a step costs."""
+    for name in sorted(vars(args).keys() - {"dry_run"}):
+        print(f"{name:18} {getattr(args, name)}")
+    print(f"\n{len(matched)} features, student <- teacher")
+    for path, source in matched.items():
+        print(f"  {path} <- {source}")
+    size = args.size or student.config.sample_size * vae.downscale
+    counts = count_step(teacher and teacher.config, student.config, vae, texts, size)
+    rows = [[name, parameters, flops / 1e12] for name, (parameters, flops) in counts.items()]
+    rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows)])
+    print()
+    print_table(["network", "parameters", "TFLOP an image"], rows)
+    print(f"a step of {args.batch}: {args.batch * rows[-1][2]:.4g} TFLOP")
+
+    inputs = unet_inputs(student.config, texts[0]["max_position_embeddings"], size // vae.downscale)
+    frozen = 2 * sum(parameters for name, (parameters, _) in counts.items() if name != "student")
+    fixed = (16 + 2) * counts["student"][0] + frozen             # and the student's copies in 16 bits
+    image = saved_bytes(student, inputs, args.checkpointing)
+    print(f"memory of a GPU in 16 bits, counted: {fixed / 1e9:.1f} GB and {image / 1e9:.2f} GB an image, so "
+          f"{(fixed + args.micro_batch * image) / 1e9:.1f} GB at --micro-batch {args.micro_batch}")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Figure 2, Tables 1 and 2: parameters and work
 

@@ -2,18 +2,19 @@
 Table 4: what pictures score, and what they cost, beside the paper's numbers.
 
 `python analysis.py quality` draws each prompt with each model from the same noise, keeps the pictures, and
-scores them: means, their standard errors, and the share of prompts on which each model is best.
+scores them by HPSv2 or another CLIP, or the toy's by its judge. T2I-CompBench's own scripts read the pictures
+too; of its prompts, their commands are printed, and `--scorer compbench` leaves the scores to them.
 """
 
 import argparse
 import json
 import math
-import os
+import re
 import statistics
 import time
-import zlib
+from collections import defaultdict
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 from urllib.parse import quote
 
 import numpy as np
@@ -23,15 +24,18 @@ from tqdm import tqdm
 
 import model
 from sample import load_pipeline
-from support.cli import preset, resolve_device, resolve_dtype
 from support.costs import count_parameters, describe_device, read_configs
 from support.data import PROMPTS
-from support.files import atomic_write, local_folder, write_csv
-from support.plots import draw_table, format_score, print_table
-from support.scorers import find_scorer
-from support.text import CLIPTokenizer
+from support.files import atomic_write, write_csv
+from support.hub import local_folder, preset, resolve_device, resolve_dtype
+from support.plots import dot_chart, format_score, print_table
 from toy import shapes
 
+CLIPS = {
+    "hpsv2": "adams-story/HPSv2-hf",                             # xswu/HPSv2 as a CLIPModel
+    "pickscore": "yuvalkirstain/PickScore_v1",
+    "clip": "openai/clip-vit-large-patch14"}
+SCORERS = (*CLIPS, "compbench", "judge")
 COLUMNS = {  # of Table 4, named as the benchmarks' files are
     "hpsv2": ("anime", "concept-art", "paintings", "photo"),
     "compbench": ("color", "shape", "texture", "spatial", "non_spatial", "complex")}
@@ -48,12 +52,22 @@ PAPER = {  # millions of parameters of the U-Net; HPSv2 and T2I-CompBench in the
     "KOALA-700M":    (782,  27.65, 27.28, 27.58, 27.21, 0.5068, 0.4731, 0.4674, 0.1535, 0.3008, 0.3731),
     "BK-SDXL-1B":    (1161, 27.52, 26.90, 27.17, 26.87, 0.4876, 0.4498, 0.4578, 0.1551, 0.3035, 0.3777),
     "KOALA-1B":      (1161, 27.73, 27.26, 27.61, 27.16, 0.5223, 0.5108, 0.4864, 0.1563, 0.3019, 0.3697)}
+BLIP = "(cd BLIPvqa_eval && python BLIP_vqa.py --out_dir {0})"
+COMPBENCH = {  # the commands by which T2I-CompBench (Huang et al., arXiv 2307.06350) scores a category
+    "color": BLIP, "shape": BLIP, "texture": BLIP,
+    "spatial": "(cd UniDet_eval && python 2D_spatial_eval.py --outpath {0})",
+    "non_spatial": "python CLIPScore_eval/CLIP_similarity.py --outpath {0}",
+    "complex": f"""{BLIP}
+(cd UniDet_eval && python 2D_spatial_eval.py --outpath {{0}} --complex True)
+python CLIPScore_eval/CLIP_similarity.py --outpath {{0}} --complex True
+(cd 3_in_1_eval && python 3_in_1.py --outpath {{0}})  # ten pictures a prompt: give each ten times"""}
 
 
-def paper_scores(name: str, scorer: str) -> dict[str, float]:
-    """The published scores of a row of PAPER, by column; none of a scorer that the paper does not use."""
+def paper_scores(name: str, scorer: str, columns: Iterable[str]) -> dict[str, float]:
+    """The published scores of a row of PAPER in those of these columns that it has, and their average."""
     scores = dict(zip(sum(COLUMNS.values(), ()), PAPER[name][1:]))
-    return {column: scores[column] for column in COLUMNS.get(scorer, ())}
+    scores = {column: scores[column] for column in COLUMNS.get(scorer, ()) if column in columns}
+    return scores | {"average": statistics.fmean(scores.values())} if scores else {}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -65,15 +79,11 @@ def read_prompt_file(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
         lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        if not isinstance(lines, list):
-            raise TypeError
         prompts = [line.strip() for line in lines if line.strip()]
-    except UnicodeDecodeError:
-        raise ValueError(f"--prompts {path} is not a text in UTF-8") from None
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"--prompts {path} is not a JSON list of prompts") from None
-    if not prompts:
-        raise ValueError(f"--prompts {path} has no prompts")
+    except (ValueError, TypeError, AttributeError):
+        prompts = lines = []
+    if not prompts or not isinstance(lines, list):
+        raise ValueError(f"--prompts {path} has no prompts, or is neither UTF-8 nor a JSON list")
     return prompts
 
 
@@ -85,194 +95,196 @@ def read_prompt_groups(path: Path, limit: int | None) -> dict[str, list[str]]:
     """
     files = [path]
     if path.is_dir():
-        lists = ([*path.glob(pattern)] for pattern in ("*.json", "*_val.txt", "*.txt"))
-        files = sorted(next((found for found in lists if found), []))
+        files = sorted(path.glob("*.json")) or sorted(path.glob("*_val.txt")) or sorted(path.glob("*.txt"))
         if not files:
             raise FileNotFoundError(f"--prompts {path} has no .json or .txt files")
     return {file.stem.removesuffix("_val"): read_prompt_file(file)[:limit] for file in files}
 
 
 def all_toys(names: list[str]) -> bool:
-    """Whether all these models have a small vocabulary, as the toy has, and so read only its captions."""
+    """Whether all these models have a vocabulary of fewer than 1,000 tokens, and so read only captions."""
     for name in names:
-        if CLIPTokenizer(local_folder(preset(name).source, ("tokenizer",)) / "tokenizer").words is None:
+        vocabulary = local_folder(preset(name).source, ("tokenizer",)) / "tokenizer" / "vocab.json"
+        if not vocabulary.is_file() or len(model.read_json(vocabulary)) >= 1000:
             return False
     return True
-
-
-def read_groups(args: argparse.Namespace, toys: bool) -> dict[str, list[str]]:
-    """The prompts by file; without --prompts, captions that the toy was not trained on, or PROMPTS."""
-    if args.prompts:
-        return read_prompt_groups(args.prompts, args.limit)
-    if toys:
-        return {"captions": shapes.judge_captions(args.limit or 256)}
-    return {"prompts": PROMPTS[:args.limit]}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Pictures
-
-
-def save_picture(path: Path, image: Image.Image, settings: dict, cost: dict):
-    """Writes a PNG that says how it was drawn, and at what cost."""
-    text = PngImagePlugin.PngInfo()
-    text.add_text("drawn", json.dumps(settings | cost | {"pixels": zlib.crc32(image.tobytes())}))
-    atomic_write(path, lambda path: image.save(path, pnginfo=text, compress_level=1))
-
-
-def load_picture(path: Path, settings: dict) -> tuple[Image.Image, dict] | None:
-    """A picture, and its settings and cost; None if it is absent or damaged, or has other settings."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            drawn = json.loads(image.info["drawn"])
-            intact = drawn["pixels"] == zlib.crc32(image.tobytes())
-            same = all(drawn[key] == value for key, value in settings.items())
-    except (OSError, ValueError, LookupError, TypeError, SyntaxError):
-        return None                                              # a SyntaxError is Pillow's, for a broken PNG
-    return (image, drawn) if intact and same else None
-
-
-class Pictures:
-    """The pictures of one model for groups of prompts; prompt i of each group has the seed `--seed` + i."""
-
-    def __init__(self, name: str, args: argparse.Namespace, groups: dict[str, list[str]]):
-        self.name, self.device, self.low_memory = name, resolve_device(args.device), args.low_memory
-        self.dtype, chosen = resolve_dtype(args.precision, self.device), preset(name)
-        steps = args.steps or chosen.steps
-        unet = model.part_folder(local_folder(chosen.unet, ("unet",), self.dtype in model.HALF), "unet")
-        weights = []                                             # identified without reading them
-        for file in sorted(unet.glob("*.safetensors")):
-            status = os.stat(file)
-            weights.append(f"{file.name} {status.st_size} {status.st_mtime_ns}")
-        folder = args.pictures / f"{quote(name, safe='')}-{steps}"
-        shared = {"steps": steps, "guidance": chosen.guidance, "dtype": str(self.dtype), "unet": weights}
-        self.targets = {}                                        # paths and settings of each group's pictures
-        for group, prompts in groups.items():
-            self.targets[group] = []
-            for i, prompt in enumerate(prompts):
-                settings = {"prompt": prompt, "seed": args.seed + i} | shared
-                self.targets[group].append((folder / f"{group}-{i:05}.png", settings))
-
-    def complete(self):
-        """Draws what is missing, damaged or of other settings, 32 at a time: a kill loses at most 32."""
-        missing = [one for one in sum(self.targets.values(), []) if load_picture(*one) is None]
-        if not missing:
-            return
-        pipeline = load_pipeline(self.name, None, self.dtype, self.device, self.low_memory)
-        where = describe_device(self.device, self.dtype)
-        bar = tqdm(total=len(missing), desc=f"drawing {self.name}")
-        for first in range(0, len(missing), 32):
-            part, start = missing[first:first + 32], time.perf_counter()
-            images = pipeline([settings["prompt"] for _, settings in part], steps=part[0][1]["steps"],
-                              seed=[settings["seed"] for _, settings in part])
-            cost = {"seconds": (time.perf_counter() - start) / len(part), "where": where}
-            for image, (path, settings) in zip(images, part):
-                save_picture(path, image, settings, cost)
-            bar.update(len(part))
-        bar.close()
-
-    def score(self, scorer: Callable) -> tuple[list[np.ma.MaskedArray], list[dict]]:
-        """Scores (N, K) of each group, masked where they do not apply; each picture's settings and cost."""
-        scores, drawn = [], []
-        for group, targets in self.targets.items():
-            rows = []
-            for path, settings in tqdm(targets, f"scoring {self.name}, {group}"):
-                image, facts = load_picture(path, settings)
-                rows.append(scorer(image, settings["prompt"], group))
-                drawn.append(facts)
-            scores.append(np.ma.masked_invalid(np.array(rows)))
-        return scores, drawn
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def bootstrap(groups: list[np.ma.MaskedArray], resamples: int = 1000) -> tuple[np.ndarray, float]:
+def find_clip(name: str) -> Path:
     """
-    Standard errors of the mean of each column, and of the average of these means.
-
-    Each group is the scores (N, K) of its N prompts in its K columns, masked where one does not apply.
-    Resamples prompts within each group, with replacement; one seed gives all models the same prompts.
+    The folder of a key of CLIPS, or of another CLIPModel. HPSv2 (Wu et al., arXiv 2306.09341) and PickScore
+    (Kirstain et al., arXiv 2305.01569) are CLIPs that were trained on what people prefer.
     """
-    rng, means = np.random.default_rng(0), []
-    for scores in groups:
-        picks = rng.integers(len(scores), size=(resamples, len(scores)))
-        means.append(scores[picks].mean(axis=1))                 # (resamples, K)
-    means = np.ma.concatenate(means, axis=1)
-    return means.std(axis=0, ddof=1).filled(math.nan), float(means.mean(axis=1).std(ddof=1))
+    if name not in CLIPS and "/" not in name and not Path(name).is_dir():
+        raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor a hub id or folder")
+    return local_folder(CLIPS.get(name, name), ("scorer",))
 
 
-def shares_of_wins(models: list[list[np.ma.MaskedArray]]) -> list[float]:
+def load_clip(folder: Path, device: str) -> Callable[[Image.Image, str], list[float]]:
+    """What gives 100 x the cosine of a picture and its prompt. Raises FileNotFoundError or ValueError."""
+    import transformers  # slow to import, and seldom needed
+    transformers.logging.set_verbosity_error()                   # no warnings about other packages
+    transformers.logging.disable_progress_bar()
+
+    processor_folder = folder
+    if not any(folder.glob("*processor_config.json")):           # a conversion; OpenAI's is the same for all
+        processor_folder = local_folder(CLIPS["clip"], ("scorer",), weights=False)
+    processor = transformers.AutoProcessor.from_pretrained(processor_folder)
+    network, report = transformers.CLIPModel.from_pretrained(
+        None, config=transformers.CLIPConfig.from_pretrained(folder), dtype=torch.float32,
+        state_dict=model.read_weights(folder, "model", torch.float32), output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(f"{folder} lacks tensors of a CLIPModel, such as {min(report['missing_keys'])}")
+    network.eval().to(device)
+
+    @torch.inference_mode()
+    def score(image: Image.Image, prompt: str) -> list[float]:
+        length = network.config.text_config.max_position_embeddings
+        inputs = processor(images=image, text=prompt, truncation=True, max_length=length, return_tensors="pt")
+        output = network(**inputs.to(device))
+        return [100 * (output.image_embeds * output.text_embeds).sum().item()]
+    return score
+
+
+def judge(image: Image.Image, caption: str) -> list[float]:
+    """The toy's judge: colour, shape and spatial, 0 or 1, or nan. Raises ValueError for other prompts."""
+    return [math.nan if score is None else score for score in shapes.judge(image, caption).values()]
+
+
+def mean_and_error(scores: np.ndarray) -> tuple[float, float]:
+    """The mean of those scores that are not nan, and its standard error."""
+    scores = scores[~np.isnan(scores)]
+    if not len(scores):
+        return math.nan, math.nan
+    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
+    return float(scores.mean()), float(error)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def picture_path(folder: Path, index: int, prompt: str) -> Path:
     """
-    The share of the prompts on which each model alone scores best, by the mean of a prompt's columns.
-
-    Groups are as in `bootstrap`; nan for a model without others.
+    Where T2I-CompBench's scripts look for a picture: they read its prompt and its number from its name, which
+    they split at _. What a file name cannot hold is left out.
     """
-    if len(models) < 2:
-        return [math.nan]
-    means = []
-    for groups in models:
-        means.append(np.ma.concatenate([scores.mean(axis=1) for scores in groups]))
-    prompts = np.ma.stack(means)                                 # (models, prompts)
-    best = (prompts == prompts.max(axis=0)).filled(False)
-    return (best & (best.sum(axis=0) == 1)).mean(axis=1).tolist()
+    name = re.sub(r'[\\/:*?"<>|_\s]+', " ", prompt).encode()[:200].decode(errors="ignore")
+    return folder / "samples" / f"{name}_{index:06}.png"
 
 
-def summarise(scores: list[np.ma.MaskedArray]) -> tuple[list[float], list[float]]:
-    """Means of all columns and, last, their average; and the standard errors of both."""
-    means = np.ma.concatenate([group.mean(axis=0) for group in scores])  # (columns,)
-    errors, error = bootstrap(scores)
-    return [*means.filled(math.nan).tolist(), float(means.mean())], [*errors.tolist(), error]
+def read_texts(path: Path) -> dict[str, str]:
+    """The texts in a PNG; none if there is no such file."""
+    if not path.is_file():
+        return {}
+    with Image.open(path) as image:
+        return dict(image.info)
 
 
-def published_rows(scorer: str, columns: tuple[str, ...], others: list[str], digits: int) -> list[list]:
-    """The paper's rows for a table of these columns, averaged over the same; none if it has none of them."""
-    rows = []
-    for name, (parameters, *_) in PAPER.items():
-        published = paper_scores(name, scorer)
-        numbers = [published.get(column, math.nan) for column in columns[:-1]]
-        if published.keys() & {*columns}:
-            numbers += [statistics.fmean(numbers), *(published.get(other, math.nan) for other in others)]
-            cells = [format_score(number, digits=digits) for number in numbers]
-            rows.append([f"{name}, published", parameters, math.nan, math.nan, *cells])
-    return rows
+def draw_pictures(name: str, args: argparse.Namespace,
+                  groups: dict[str, list[str]]) -> dict[str, list[Path]]:
+    """
+    The pictures of one model, by group; prompt i of each group has the seed `--seed` + i.
+
+    Those that are there with the same settings stay; others are drawn 32 at a time: a stop loses no more.
+    """
+    device, chosen = resolve_device(args.device), preset(name)
+    dtype, steps = resolve_dtype(args.precision, device), args.steps or chosen.steps
+    unet = model.part_folder(local_folder(chosen.unet, ("unet",), dtype in model.HALF), "unet")
+    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(unet.glob("*.safetensors"))]
+    folder, paths, missing = args.pictures / f"{quote(name, safe='')}-{steps}", defaultdict(list), []
+    for group, prompts in groups.items():
+        for i, prompt in enumerate(prompts):
+            path, seed = picture_path(folder / group, i, prompt), args.seed + i
+            settings = json.dumps([prompt, seed, steps, chosen.guidance, str(dtype), weights])
+            paths[group].append(path)
+            if read_texts(path).get("settings") != settings:
+                missing.append((path, prompt, seed, settings))
+    pipeline = load_pipeline(name, None, dtype, device, args.low_memory) if missing else None
+    for first in tqdm(range(0, len(missing), 32), f"drawing {name}", unit="batch"):
+        files, prompts, seeds, settings = zip(*missing[first:first + 32])
+        start = time.perf_counter()
+        images = pipeline(list(prompts), steps=steps, seed=list(seeds))
+        seconds = (time.perf_counter() - start) / len(images)
+        for path, image, own in zip(files, images, settings):
+            for old in path.parent.glob(f"*{path.name[-11:]}"):  # of this number, perhaps of another prompt
+                old.unlink()
+            info = PngImagePlugin.PngInfo()
+            info.add_text("settings", own)
+            info.add_text("seconds", str(seconds))
+            info.add_text("device", describe_device(device, dtype))
+            atomic_write(path, lambda path: image.save(path, pnginfo=info))
+    return paths
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def score_pictures(score: Callable | None, groups: dict[str, list[str]],
+                   paths: dict[str, list[Path]]) -> dict[str, tuple[float, float]]:
+    """
+    Mean and standard error of each column, and the average of the means; nan if `score` is None.
+
+    The judge has a column for each of its scores, others have one for each group.
+    """
+    scores = defaultdict(list)
+    for group, prompts in groups.items():
+        columns = shapes.SCORES if score is judge else [group]
+        for path, prompt in zip(tqdm(paths[group], f"scoring {group}"), prompts):
+            with Image.open(path) as image:
+                values = score(image.convert("RGB"), prompt) if score else [math.nan]
+            for column, value in zip(columns, values):
+                scores[column].append(value)
+    results = {column: mean_and_error(np.array(values)) for column, values in scores.items()}
+    return results | {"average": (statistics.fmean(mean for mean, _ in results.values()), math.nan)}
 
 
 def quality(args: argparse.Namespace) -> Image.Image:
     """Draws with all models, and only then loads the scorer: the two are never in memory together."""
     toys = all_toys(args.model)
-    groups, scorer_name = read_groups(args, toys), args.scorer or ("judge" if toys else "hpsv2")
-    scorer = find_scorer(scorer_name, groups)                    # fails now, and not after hours of drawing
-    scored = {group: prompts for group, prompts in groups.items() if scorer.columns(group)}
-    others = [group for group in groups if group not in scored]
-    if not scored:
-        raise ValueError(f"--prompts: {', '.join(others)}: UniDet scores these, and is not here; give others")
-    models = [Pictures(one, args, scored) for one in args.model]
-    for pictures in models:
-        pictures.complete()
-    scorer.load(models[0].device)
-    results = [pictures.score(scorer) for pictures in models]
+    groups = {"prompts": PROMPTS[:args.limit]}
+    if args.prompts:
+        groups = read_prompt_groups(args.prompts, args.limit)
+    elif toys:
+        groups = {"captions": shapes.judge_captions(args.limit or 256)}
+    scorer, score = args.scorer or ("judge" if toys else "hpsv2"), None
+    clip = find_clip(scorer) if scorer not in ("judge", "compbench") else None  # fails now, not after hours
+    pictures = {name: draw_pictures(name, args, groups) for name in args.model}
+    if scorer != "compbench":
+        score = load_clip(clip, resolve_device(args.device)) if clip else judge
 
-    columns = (*sum((scorer.columns(group) for group in scored), ()), "average")
-    rows, cells, places = [], [], {}
-    wins = shares_of_wins([scores for scores, _ in results])
-    for name, (scores, drawn), share in zip(args.model, results, wins):
-        means, errors = summarise(scores)
+    rows, table, drawn, published = [], [], {}, {}
+    digits = {"judge": 3, "compbench": 4}.get(scorer, 2)
+    for name, paths in pictures.items():
+        results = score_pictures(score, groups, paths)
+        texts = [read_texts(path) for path in sum(paths.values(), [])]
+        seconds = statistics.median(float(text["seconds"]) for text in texts)
         with torch.device("meta"):
             parameters = count_parameters(model.UNet(read_configs(name)[2]))
-        seconds = statistics.median(facts["seconds"] for facts in drawn)
-        places |= dict.fromkeys(facts["where"] for facts in drawn)
-        rows += [[name, *numbers, parameters, seconds, share] for numbers in zip(columns, means, errors)]
-        with_errors = [format_score(*numbers, scorer.digits) for numbers in zip(means, errors)]
-        cells.append([name, parameters / 1e6, seconds, share, *with_errors, *[""] * len(others)])
-    cells += published_rows(scorer_name, columns, others, scorer.digits)
+        rows += [[name, column, *result, parameters, seconds] for column, result in results.items()]
+        cells = [format_score(*result, digits) for result in results.values()]
+        table.append([name, parameters / 1e6, seconds, *cells])
+        drawn[name] = [(mean, np.nan_to_num(error)) for mean, error in results.values()][:-1]
+        for group in groups.keys() & COMPBENCH.keys():
+            print(COMPBENCH[group].format(paths[group][0].parents[1].resolve()))
+    columns = list(results)                                      # the last is the average
+    for row in PAPER:
+        scores = paper_scores(row, scorer, columns)
+        if scores:
+            means = [scores.get(column, math.nan) for column in columns]
+            cells = [format_score(mean, digits=digits) for mean in means]
+            table.append([f"{row}, published", PAPER[row][0], math.nan, *cells])
+            published[row] = [(mean, 0.0) for mean in means[:-1]]
     write_csv(args.out.with_suffix(".csv"),
-              ["model", "column", "mean", "standard error", "parameters", "seconds", "best on"], rows)
-    header = ["model", "M parameters", "s a picture", "best on", *columns,
-              *(f"{other} (no UniDet)" for other in others)]
-    print_table(header, cells)
-    title = f"Table 4 by {scorer_name}: {len(drawn)} prompts, on {' and '.join(places)}"
+              ["model", "column", "mean", "standard error", "parameters", "seconds"], rows)
+    print_table(["model", "M parameters", "s a picture", *columns], table)
+    title = f"Table 4 by {scorer}: {len(texts)} prompts, on {texts[0]['device']}"
     print(f"{title}; parameters are the U-Net's, ± is a standard error over prompts")
-    return draw_table(title, header, cells)
+    charts = {"drawn here": drawn} | ({"published": published} if published else {})
+    return dot_chart(title, columns[:-1], charts, "mean, and its standard error over prompts",
+                     share=scorer in ("judge", "compbench"))

@@ -1,18 +1,19 @@
 """Table 3 in miniature: each different run is done once, and findings are judged by the spread over seeds."""
 
-import argparse
+import math
 import subprocess
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
 from common import UNETS
+from PIL import Image
 
 import analysis
 import distill
 from model import UNet, UNetConfig
 from support import table3
-from support.cli import PRESETS, preset
 from support.files import read_csv
 from support.table3 import FINDINGS, TABLE, verdict
 
@@ -23,18 +24,21 @@ def run(*words):
 
 def test_every_row_is_a_different_run_of_distill():
     student, teacher = (UNet(UNetConfig.from_diffusers(UNETS[name])) for name in ("1b", "sdxl"))
-    settings = {}
-    for table in TABLE.values():
-        for _, features, blocks, normalize in table.values():
-            distill.parse_args(["--features", features, "--sa-blocks", blocks, "--student", "1b"])
-            matched = distill.match_features(student, teacher, features, blocks)
-            settings.setdefault((*matched.items(), normalize), set()).add((features, blocks))
-    assert all(len(same) == 1 for same in settings.values())
+    args, settings = SimpleNamespace(steps=1, batch=1, distill=["--seed", "7", "--micro-batch", "1"]), {}
+    for row in (row for table in TABLE.values() for row in table.values()):
+        parsed = distill.parse_args(table3.distill_flags(args, row, 2))
+        assert (parsed.seed, parsed.out_kd, parsed.micro_batch) == (2, 0, 1)  # the table's flags win
+        matched = distill.match_features(student, teacher, parsed.features, parsed.sa_blocks)
+        settings.setdefault((*matched.items(), parsed.normalize_features), set()).add(row[1:])
+    assert all(len(same) == 1 for same in settings.values()) and len(settings) == 19
 
 
-def test_findings_are_about_rows_of_their_table():
+def test_the_papers_numbers():
+    assert [row.hpsv2 for row in TABLE["3a"].values()] == [26.74, 26.63, 26.48, 26.27, 26.11, 25.53]
     for table, (_, better, worse) in FINDINGS.items():
         assert set(sum(worse, better)) <= TABLE[table].keys()
+        scores = {name: np.full((1, 3), row.hpsv2) + [[0, 0.01, 0]] for name, row in TABLE[table].items()}
+        assert table3.check_finding(better, worse, scores, ["HPSv2"]) == "by HPSv2 agrees", table
 
 
 def test_a_verdict_is_by_the_spread():
@@ -54,41 +58,24 @@ def test_a_finding_compares_means_of_rows_seed_by_seed():
     assert table3.check_finding(["c"], [["a"]], {"a": first, "c": low}) == "by distance disagrees"
 
 
-class NoThreads:
-    """In the place of a ThreadPoolExecutor, as distill.py hears signals in the main thread alone."""
-
-    def __init__(self, jobs):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    map = staticmethod(map)
-
-
-def test_ablation_does_each_run_once_and_resumes(tmp_path, monkeypatch, capsys):
+def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch, capsys):
     started = []
 
     def run_here(command, **rest):
         started.append(command[2:])
         return subprocess.CompletedProcess(command, distill.main(command[2:]))
 
-    monkeypatch.setattr(table3, "ThreadPoolExecutor", NoThreads)
+    # In this thread: distill.py hears signals in the main thread alone.
+    monkeypatch.setattr(table3, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(table3.subprocess, "run", run_here)
-    monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(steps=3))
     command = ("--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2, "--jobs", 2,
-               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png")
+               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png", "--", "--teacher", teacher)
     run(*command)
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
-    folder = tmp_path / "runs" / "SA-up-1-0"                       # a complete model, sampled as its teacher is
-    assert preset(str(folder)) == preset("toy")._replace(source=str(folder)) and preset("toy").guidance != 7.5
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
-    assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width >= 960
+    assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width == 1600
     monkeypatch.setattr(table3, "draw", None)                    # nothing is drawn again
     run(*command)
     assert read_csv(tmp_path / "t.csv") == rows
@@ -105,25 +92,9 @@ def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch
         return subprocess.CompletedProcess(command, status)
 
     monkeypatch.setattr(table3.subprocess, "run", fail)
-    with pytest.raises(ValueError, match=f"none-bottom-200-0: .*{message}"):
+    with pytest.raises(ValueError, match=f"SA-bottom-200-0: .*{message}"):
         run("--runs", tmp_path, "--out", tmp_path / "t.png")
     assert len(started) == 1
-
-
-@pytest.mark.parametrize("flags, teacher", [
-    ([], "toy"), (["--teacher", "sdxl"], "sdxl"), (["--teacher=a/b"], "a/b"), (["--micro-batch", "8"], "toy")])
-def test_the_teacher_is_read_as_distill_reads_it(flags, teacher):
-    assert table3.parse_teacher(argparse.Namespace(steps=1, batch=16, distill=flags)) == teacher
-
-
-@pytest.mark.parametrize("words", [
-    "--seed 7", "--steps=9", "--out runs/x", "--feat-kd 0", "--no-normalize-features", "--dry-run",
-    "--teacher none --init random"])
-def test_flags_that_the_table_sets_itself_are_refused(tmp_path, monkeypatch, words):
-    monkeypatch.setattr(table3.subprocess, "run", None)          # no run is started
-    with pytest.raises(ValueError, match=words.split("=")[0].split()[0]):
-        run("--runs", tmp_path, "--out", tmp_path / "t.png", "--", *words.split())
-    assert not list(tmp_path.iterdir())
 
 
 def test_flags_for_distill_are_checked_before_any_run(tmp_path, monkeypatch):
@@ -132,8 +103,12 @@ def test_flags_for_distill_are_checked_before_any_run(tmp_path, monkeypatch):
         run("--runs", tmp_path, "--out", tmp_path / "t.png", "--", "--micro-batch", "0")
 
 
-@pytest.mark.parametrize("damage", [b"colour,shape\n1\n", b"\xff\xfe\x00"])
-def test_a_damaged_table_of_scores_is_named(tmp_path, damage):
-    (tmp_path / "score-1-1.csv").write_bytes(damage)
-    with pytest.raises(ValueError, match="score-1-1.csv"):
-        table3.score(tmp_path, 1, "toy", ("a red circle",))
+def test_a_run_is_scored_by_a_clip_too(tmp_path, monkeypatch):
+    drawn = {None: Image.new("RGB", (8, 8)), tmp_path / "unet": Image.new("RGB", (8, 8), "white")}
+    monkeypatch.setattr(table3, "draw", lambda teacher, prompts, unet=None: 2 * [drawn[unet]])
+    monkeypatch.setattr(table3, "find_clip", lambda name: name)
+    monkeypatch.setattr(table3, "all_toys", lambda names: False)
+    monkeypatch.setattr(table3, "load_clip", lambda name, device: lambda image, prompt: [len(prompt)])
+    *judged, distance, clip = table3.score(tmp_path, 1, "sdxl", ("a", "abc"), "a/clip")
+    assert (distance, clip) == (1, 2) and all(math.isnan(score) for score in judged)
+    assert len(table3.score(tmp_path, 1, "sdxl", ("a", "abc"))) == 4  # another file

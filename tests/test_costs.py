@@ -1,0 +1,148 @@
+"""What networks cost: the paper's totals, transformers' own counts, and what autograd keeps."""
+
+import math
+
+import pytest
+import torch
+from bundles import bundle
+from common import UNETS, VAES
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+import analysis
+import model
+from support import costs
+from support.files import read_csv
+from support.vae import VAE, VAEConfig
+
+PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724}  # Table 2
+CLIP = costs.SDXL_CLIPS[0] | {
+    "hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 28, "num_hidden_layers": 3,
+    "projection_dim": 12, "vocab_size": 50, "max_position_embeddings": 9}
+
+
+def run(*words):
+    analysis.main([str(word) for word in words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return bundle(tmp_path_factory.mktemp("sdxl"), "sdxl")
+
+
+@pytest.mark.parametrize("config", [*costs.SDXL_CLIPS, CLIP])
+@pytest.mark.parametrize("kind", [CLIPTextModel, CLIPTextModelWithProjection])
+def test_a_clip_is_counted_as_transformers_has_it(config, kind):
+    with torch.device("meta"):
+        network = kind(CLIPTextConfig(**config))
+        with FlopCounterMode(display=False) as counter:
+            network(torch.zeros(1, config["max_position_embeddings"], dtype=torch.long))
+    expected = costs.count_parameters(network), counter.get_total_flops() // 2
+    assert costs.count_clip(config, kind is CLIPTextModelWithProjection) == expected
+
+
+def test_budget_is_the_papers(tmp_path):
+    run("budget", "--out", tmp_path / "budget.png")
+    rows = read_csv(tmp_path / "budget.csv")
+
+    def total(key: str, **parts: str) -> int:
+        return sum(int(row[key]) for row in rows if parts.items() <= row.items())
+
+    for name, teraflops in (("sdxl", 6.761), ("1b", 3.432), ("700m", 2.702)):
+        assert total("parameters", model=name, network="U-Net") == PARAMETERS[name]
+        work = 2 * total("multiply-adds", model=name, network="U-Net") / 1e12
+        assert work == pytest.approx(teraflops, rel=2e-3)        # counted in another way, at 1024 px
+        # The paper's seconds of 25 steps with guidance imply the same rate for all three.
+        assert 50 * work / costs.PAPER[name]["U-Net"][2] == pytest.approx(107.5, rel=6e-3)
+    assert total("parameters", model="sdxl", kind="transformer") > 0.8 * PARAMETERS["sdxl"]  # section 3
+    assert total("parameters", model="700m", stage="Mid") == 0
+    assert total("parameters", model="sdxl", network="text encoders") // 10**6 == 817   # Table 1
+    vae = [total("parameters", model="sdxl", network=f"VAE {part}") for part in ("encoder", "decoder")]
+    assert sum(vae) == 83_653_863
+
+
+def test_the_counts_of_all_parts_are_those_of_the_whole(folder):
+    unet, inputs = costs.build_networks(*costs.read_configs(str(folder)), 128)["U-Net"]
+    parameters, macs = zip(*costs.count_unet(unet, inputs).values())
+    assert (sum(parameters), 2 * sum(macs)) == costs.count_network(unet, inputs)
+
+
+def test_a_step_is_a_teacher_forward_and_a_student_both_ways():
+    teacher, student = (model.UNetConfig.from_diffusers(UNETS[name]) for name in ("sdxl", "700m"))
+    vae, texts = VAEConfig.from_diffusers(VAES["vae"]), [CLIP, CLIP]
+    counts = costs.count_step(teacher, student, vae, texts, 64)
+    with sdpa_kernel(SDPBackend.MATH):                           # real networks, not on the meta device
+        inputs = costs.unet_inputs(teacher, 9, 8)
+        assert counts["teacher"] == costs.count_network(model.UNet(teacher), inputs)
+        assert counts["student"] == costs.count_network(model.UNet(student), inputs, backward=True)
+        encoder = nn.Sequential(VAE(vae).encoder, VAE(vae).quant_conv)
+        assert counts["VAE encoder"] == costs.count_network(encoder, [torch.zeros(1, 3, 64, 64)])
+    parameters = [costs.count_clip(CLIP, projection)[0] for projection in (False, True)]
+    assert counts["text encoders"][0] == sum(parameters) and parameters[1] - parameters[0] == 20 * 12
+    del counts["teacher"]
+    assert costs.count_step(None, student, vae, texts, 64) == counts
+
+
+class Layers(nn.Module):
+    """A norm, SiLU and two linear layers, the second of which may be recomputed."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.first, self.second = nn.LayerNorm(8), nn.Linear(8, 16), nn.Linear(16, 16)
+
+    def set_checkpointing(self, checkpointing: bool):
+        self.checkpointing = checkpointing
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.silu(self.first(self.norm(x)))
+        if self.checkpointing:
+            return torch.utils.checkpoint.checkpoint(self.second, h, use_reentrant=False)
+        return self.second(h).sin()
+
+
+def test_saved_bytes_are_those_of_autocast():
+    with torch.device("meta"):
+        layers, x = Layers(), torch.zeros(5, 8)
+    # In float32 the norm's input, mean and 1 / deviation; in bf16 the inputs of first, SiLU, second and sin.
+    norm, first = 4 * 5 * (8 + 1 + 1), 2 * 5 * 8
+    assert costs.saved_bytes(layers, [x], False) == norm + first + 2 * 5 * (16 + 16 + 16)
+    assert costs.saved_bytes(layers, [x], True) == norm + first + 2 * 5 * (16 + 16)
+    assert next(layers.parameters()).dtype == torch.float32      # a copy was counted
+
+
+def test_saved_bytes_grow_with_the_batch_and_shrink_with_checkpointing():
+    with torch.device("meta"):
+        unet = model.UNet(model.CONFIGS["700m"])
+        one, two = (costs.unet_inputs(unet.config, 77, 128, batch) for batch in (1, 2))
+    kept = costs.saved_bytes(unet, one, False)
+    assert 3.2e9 < kept < 3.6e9 and costs.saved_bytes(unet, one, True) < 0.5e9
+    assert costs.saved_bytes(unet, two, False) == pytest.approx(2 * kept, rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_latency_on_any_machine(folder, tmp_path, precision):
+    run("latency", "--model", folder, "--steps", 2, "--repeat", 1, "--size", 64, "--device", "cpu",
+        "--precision", precision, "--out", tmp_path / "l.png")
+    rows = read_csv(tmp_path / "l.csv")
+    clips, vae, unet = costs.read_configs(str(folder))
+    networks = costs.build_networks(clips, vae, unet, 64)
+    flops = {"text encoders": 2 * costs.count_clips(clips)[1],
+             "U-Net": 2 * 2 * costs.count_network(*networks["U-Net"])[1],  # two steps, with guidance
+             "VAE decoder": costs.count_network(*networks["VAE decoder"])[1]}
+    assert [row["network"] for row in rows] == list(flops)
+    for row in rows:
+        assert float(row["GFLOP"]) == pytest.approx(flops[row["network"]] / 1e9)
+        assert float(row["seconds"]) > 0 and math.isnan(float(row["paper, RTX 4090"]))
+
+
+def test_seconds_are_the_median_after_a_run_to_warm_up(monkeypatch):
+    ticks, calls = iter([0, 9, 0, 3, 0, 1, 0, 2]), []
+
+    def network(x: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return x
+
+    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ticks))
+    assert costs.time_network(network, [torch.ones(2, 3)], 5, 3) == 2 and len(calls) == 4 * 5
