@@ -200,7 +200,8 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     print_table(["network", "parameters", "TFLOP an image"], rows)
     print(f"a step of {args.batch}: {args.batch * rows[-1][2]:.4g} TFLOP")
 
-    inputs = unet_inputs(student.config, texts[0]["max_position_embeddings"], size // vae.downscale)
+    with torch.device("meta"):
+        inputs = unet_inputs(student.config, texts[0]["max_position_embeddings"], size // vae.downscale)
     frozen = 2 * sum(parameters for name, (parameters, _) in counts.items() if name != "student")
     fixed = (16 + 2) * counts["student"][0] + frozen             # and the student's copies in 16 bits
     image = saved_bytes(student, inputs, args.checkpointing)
