@@ -20,7 +20,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Iterator, NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ import model
 from sample import Pipeline, images_at_once, load_pipeline
 from support import costs
 from support.data import (
-    REASONS, CaptionedImages, Samples, Shapes, collate, format_counts, load_samples, micro_batches)
+    REASONS, CaptionedImages, Encode, Samples, Shapes, collate, format_counts, load_samples, micro_batches)
 from support.files import atomic_write
 from support.hub import (
     PRECISIONS, PRESETS, ArgumentParser, local_folder, model_name, nonempty, number, path, peak_memory,
@@ -166,11 +166,11 @@ def encode(pipeline: Pipeline, samples: dict) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def make_batch(samples: dict, pipeline: Pipeline, encode: Callable[[dict], dict[str, Tensor]]) -> Batch:
+def make_batch(samples: dict, pipeline: Pipeline, encode_samples: Encode) -> Batch:
     """Encodes and noises samples of `support.data.collate`, and drops captions."""
     samples = {name: value.to(pipeline.device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in samples.items()}
-    encoded = {name: value.float() for name, value in encode(samples).items()}
+    encoded = {name: value.float() for name, value in encode_samples(samples).items()}
     noise, timesteps, keep = samples["noise"], samples["timestep"], ~samples["dropped"]
     latents = encoded["mean"] + encoded["std"] * samples["latent_noise"]  # drawn from the VAE's distribution
     latents = latents * pipeline.vae.config.scaling_factor
@@ -236,18 +236,20 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
         raise RuntimeError("DataLoader worker died as it handed over samples") from error
 
 
-def sum_over_processes(terms: Tensor, norm: Tensor, counts: Tensor) -> tuple[list[float], float, list[int]]:
+def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
+                 stop: bool) -> tuple[list[float], float, list[int], bool]:
     """
-    Means of task, outKD, featKD (3,) and of the gradients' norm over all processes, and sums of counts.
-
-    A step waits for the device here, and only here.
+    As numbers, over all processes: the mean task, outKD and featKD (3,), the gradients' norm, how many samples
+    were skipped by reason, and whether one is to stop. A step waits for the device here, and only here.
     """
+    counts = torch.tensor([*skipped, stop])
     sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
     if dist.is_initialized():
         dist.all_reduce(sums)
         world = dist.get_world_size()
-    task, out_kd, feat_kd, norm, *counts = sums.tolist()
-    return [task / world, out_kd / world, feat_kd / world], norm / world, [int(count) for count in counts]
+    *means, norm = (sums[:4] / world).tolist()
+    *skipped, stop = sums[4:].tolist()
+    return means, norm, [int(count) for count in skipped], stop > 0
 
 
 def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
@@ -266,7 +268,7 @@ def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNe
 
 
 def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samples: Samples,
-          encode: Callable[[dict], dict[str, Tensor]], identity: dict) -> int:
+          encode_samples: Encode, identity: dict) -> int:
     """
     Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
 
@@ -293,11 +295,12 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     with StopSignal() as stop:
         for step in bar:
             start, lr = time.perf_counter(), learning_rate(args, step)
+            optimizer.param_groups[0]["lr"] = lr
             terms, skipped = torch.zeros(3, device=device), torch.zeros(len(REASONS) + 1)
             for i in range(accumulate):
                 loaded = next(loader)
                 skipped += loaded["skipped"].bincount(minlength=len(skipped))
-                batch = make_batch(loaded, pipeline, encode)
+                batch = make_batch(loaded, pipeline, encode_samples)
                 average = world == 1 or i == accumulate - 1      # processes average gradients at the last one
                 with contextlib.nullcontext() if average else networks.student.no_sync():
                     task, out_kd, feat_kd = distill_batch(batch, networks, dtype, args.normalize_features)
@@ -307,9 +310,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
                 terms += torch.stack([task, out_kd, feat_kd]).detach() / accumulate
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM)
-            skipped[0] = bool(stop.received)                     # in the place of those that were not skipped
-            terms, norm, (stopping, *skipped) = sum_over_processes(terms, norm, skipped)
-            optimizer.param_groups[0]["lr"] = lr
+            terms, norm, skipped, stopping = read_results(terms, norm, skipped[1:], stop.received > 0)
             if math.isfinite(norm):                              # the same in all processes
                 scaler.step(optimizer)
             scaler.update()

@@ -175,7 +175,8 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
             for moment in MOMENTS:
                 restored[moment] = torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}"))
             optimizer.state[parameter] = restored
-    show_unet(run, folder)
+    if process_ranks().rank == 0:
+        show_unet(run, folder)
     return content["state"]
 
 
