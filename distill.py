@@ -247,9 +247,9 @@ def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
     if dist.is_initialized():
         dist.all_reduce(sums)
         world = dist.get_world_size()
-    *means, norm = (sums[:4] / world).tolist()
-    *skipped, stop = sums[4:].tolist()
-    return means, norm, [int(count) for count in skipped], stop > 0
+    task, out_kd, feat_kd, norm, *skipped, stop = sums.tolist()
+    means = [task / world, out_kd / world, feat_kd / world]
+    return means, norm / world, [int(count) for count in skipped], stop > 0
 
 
 def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
