@@ -146,16 +146,17 @@ def test_ticks_are_round_and_enclose():
     assert plots.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
 
 
-def pixels_of(picture: Image.Image, colour: str) -> np.ndarray:
-    """Where a picture, below its title and legend, has exactly this colour: (N, 2), y and x."""
-    found = (np.asarray(picture) == ImageColor.getrgb(colour)).all(axis=2)
+def pixels_of(picture: Image.Image, color: str) -> np.ndarray:
+    """Where a picture, below its title and legend, has exactly this color: (N, 2), y and x."""
+    found = (np.asarray(picture) == ImageColor.getrgb(color)).all(axis=2)
     return np.argwhere(found[110:]) + (110, 0)
 
 
 def test_bars_are_as_long_as_their_numbers():
     picture = plots.bar_chart("t", ["first", "second"], {"g": {"a": [1.0, 2.0], "b": [4.0]}}, "x")
-    widths = [np.ptp(pixels_of(picture, colour)[:, 1]) for colour in plots.COLORS[:2]]
-    assert widths[0] / widths[1] == pytest.approx(2, rel=0.02)
+    first, second = (pixels_of(picture, color)[:, 1] for color in plots.COLORS[:2])
+    assert np.ptp(first) / np.ptp(second) == pytest.approx(2, rel=0.02)
+    assert second.min() - first.min() == pytest.approx(np.ptp(first) / 4, rel=0.02)  # beside each other
 
 
 def test_a_curve_goes_up_where_its_numbers_do():
@@ -167,7 +168,7 @@ def test_a_curve_goes_up_where_its_numbers_do():
 def test_dots_are_at_their_numbers_and_a_share_ends_at_one():
     groups = {"g": {"a": [(0.0, 0.0), (math.nan, 0.0), (1.0, 0.5)]}}
     picture = plots.dot_chart("t", ["x", "y", "z"], groups, "score", share=True)
-    low, none, high = (pixels_of(picture, colour) for colour in plots.COLORS[:3])
+    low, none, high = (pixels_of(picture, color) for color in plots.COLORS[:3])
     zero, one = low[:, 1].min() + 8, high[:, 1].max() - 8        # dots have a radius of 8
     assert np.ptp(low[:, 1]) == 16 and not len(none)
     assert high[:, 1].min() == pytest.approx((zero + one) / 2, abs=3)  # a spread of 0.5, to the left alone
@@ -186,7 +187,7 @@ def test_curves_draw_every_loss_that_a_run_has(tmp_path):
     run("curves", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "c.png")
     both = Image.open(tmp_path / "c.png").convert("RGB")
     assert both.size == plots.loss_curves([tmp_path / "a"]).size  # two charts: outKD is 0 throughout
-    first, second = (pixels_of(both, colour) for colour in plots.COLORS[:2])
+    first, second = (pixels_of(both, color) for color in plots.COLORS[:2])
     assert len(first) > 500 and second[:, 0].mean() > first[:, 0].mean() + 50  # the lower loss is lower
     write_csv(tmp_path / "new" / "log.csv", header, [])
     with pytest.raises(ValueError, match="log.csv"):

@@ -174,11 +174,13 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
     run(*command)
     changed = [i for i, path in enumerate(kept) if path.stat().st_mtime_ns != before[i]]
     assert changed == [1, 6]
+    run(*command, "--seed", 5)                                   # other settings are other pictures
+    assert all(path.stat().st_mtime_ns != time for path, time in zip(kept, before)) and len(pipelines) == 4
 
     write_json(folder / "anime.json", ["a blue sky", "my sky"])  # another prompt takes the first one's place
     run(*command)
     names = [path.name for path in sorted((tmp_path / "kept").glob("*/anime/samples/*"))]
-    assert names == 2 * ["a blue sky_000000.png", "my sky_000001.png"] and len(pipelines) == 4
+    assert names == 2 * ["a blue sky_000000.png", "my sky_000001.png"] and len(pipelines) == 6
 
 
 def test_t2i_compbench_reads_the_pictures(models, tmp_path, capsys):
