@@ -29,6 +29,7 @@ Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width
 width. This file stands alone: it needs torch and safetensors, and no other file of the project.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -698,7 +699,8 @@ def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
         temporary.touch()
         mode = temporary.stat().st_mode  # by the umask, where safetensors lets only the owner read
         save_file(weights, temporary, {"format": "pt"})  # transformers asks for this entry
-        temporary.chmod(mode)
+        with contextlib.suppress(OSError):  # not every file system has modes
+            temporary.chmod(mode)
         os.replace(temporary, path)
         temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         os.replace(temporary, folder / "config.json")

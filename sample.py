@@ -213,6 +213,9 @@ class Pipeline:
         self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
         self.vae_folder = model.part_folder(vae_folder, "vae")
         self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
+        if not (folder / "model_index.json").exists() and (folder / "unet").exists():
+            raise FileNotFoundError(f"{folder} is not a whole model; is it a run that goes on? Then give its "
+                                    f"teacher as --model, and --unet {folder / 'unet'}")
         index = model.read_json(folder / "model_index.json")
         # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
         self.zero_negative = index.get("force_zeros_for_empty_prompt", len(encoder_names(folder)) > 1)
@@ -221,6 +224,11 @@ class Pipeline:
             scheduler |= {"steps_offset": 1, "clip_sample": False}
         self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler, device)
         self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
+        if vae_folder != folder and (folder / "vae").exists():
+            own = model.read_config(folder / "vae", VAEConfig.from_diffusers)
+            if own.scaling_factor != self.vae_config.scaling_factor:
+                raise ValueError(f"--vae: its scaling_factor {self.vae_config.scaling_factor} is not the model's "
+                                 f"{own.scaling_factor}: it is for other latents")
         self.text = self.unet = self.vae = None
         if not low_memory:
             self.text, self.unet, self.vae = self.load_text(), self.load_unet(), self.load_vae()
@@ -357,6 +365,8 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
     others = {"unet": preset(unet).unet if unet else chosen.student, "vae": preset(vae).source if vae else None}
     folder = local_folder(chosen.source, tuple(part for part in PARTS if not others.get(part)), half)
+    if vae:
+        local_folder(chosen.source, ("vae",), weights=False)     # its config, for Pipeline to compare
     for part, source in others.items():
         others[part] = local_folder(source, (part,), half) if source else folder
     return Pipeline(folder, others["unet"], others["vae"], chosen, dtype, device, low_memory, compile)

@@ -221,9 +221,10 @@ def resolve_device(device: str | None) -> str:
 
 def resolve_dtype(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
     """The dtype of a key of PRECISIONS; None is `on_gpu` on a GPU, if it can, and float32 elsewhere."""
-    if on_gpu == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        on_gpu = "fp16"
-    return PRECISIONS[precision or (on_gpu if device.startswith("cuda") else "fp32")]
+    default = on_gpu if device.startswith("cuda") else "fp32"
+    if default == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        default = "fp16"
+    return PRECISIONS[precision or default]
 
 
 def reset_peak_memory(device: str):

@@ -106,7 +106,8 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
         folder.mkdir()
         save_weights(folder)
         save_file(moments, folder / "optimizer.safetensors")
-        (folder / "optimizer.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
+        with contextlib.suppress(OSError):                       # not every file system has modes
+            (folder / "optimizer.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
         files = {path.relative_to(folder).as_posix(): file_checksum(path)
                  for path in sorted(folder.rglob("*")) if path.is_file()}
         content = json.dumps({"identity": identity, "state": state, "files": files})
