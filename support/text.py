@@ -5,6 +5,7 @@ SDXL has two encoders, OpenAI's and OpenCLIP's; Stable Diffusion 1 and 2 have on
 tokens (77 in the official models), D token width of all encoders together, P pooled width.
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -68,6 +69,9 @@ class TextEncoders(nn.Module):
         """Writes the encoders in the official layout."""
         for name, encoder in zip(ENCODERS, self.encoders):
             encoder.save_pretrained(folder / name)
+            mode = (folder / name / "config.json").stat().st_mode  # where safetensors lets only the owner read
+            with contextlib.suppress(OSError):
+                (folder / name / "model.safetensors").chmod(mode)
 
 
 def small_vocabulary(tokenizer) -> list[str]:

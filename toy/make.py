@@ -1,154 +1,113 @@
 """
 How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
 
-    OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m toy.make        # hours on two cores; rerun it to resume
-    python -m toy.make                                               # the same, in one process
+    python -m toy.make                                               # hours; rerun it to resume
     python -m toy.make judge --captions 256
-    python -m toy.make publish                                       # copies it to toy/checkpoint, in float16
-    python -m toy.make publish --out runs/1b                         # a student by distill.py, to toy/students/1b
+    python -m toy.make publish                                       # to toy/checkpoint, in float16
+    python -m toy.make publish --out runs/1b                         # a run of distill.py, to toy/students/1b
 
 First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text
-is the second-to-last layers of two CLIP encoders, side by side; the second's pooled output and six size numbers
+is the second-to-last layers of two CLIP encoders, side by side; the second's pooled text and six size numbers
 are further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the plain loss.
 """
 
 import argparse
 import copy
 import shutil
-from collections import Counter, defaultdict
 from dataclasses import replace
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_model, save_file, save_model
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import model
 from sample import SDXL_SCHEDULER, NoiseSchedule, load_pipeline
-from support.checkpoint import lock_run_dir, process_ranks, resume, save_checkpoint
-from support.cli import PRESETS, STUDENTS, TOY, ArgumentParser, number, path, run
-from support.data import micro_batches
-from support.files import atomic_write, write_json
+from support.files import write_json
+from support.hub import PRESETS, STUDENTS, TOY, ArgumentParser, number, path, run
 from support.plots import image_grid
-from support.text import ENCODERS, TOKENIZERS, CLIP, CLIPConfig, CLIPTokenizer, load_clip, save_clip
+from support.run import lock_run_dir, resume, save_checkpoint
+from support.text import TOKENIZERS, TextEncoders, load_text
 from support.vae import VAE, VAEConfig, load_vae, save_vae
 from toy import shapes
 
 VAE_CONFIG = VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False, sample_size=shapes.SIZE)
-TEXT_WIDTHS, TEXT_LENGTH = dict(zip(ENCODERS, (32, 64))), 16
-UNET_CONFIG = model.UNetConfig(
-    channels=(16, 32, 64), heads=(1, 2, 4), context_dim=sum(TEXT_WIDTHS.values()),
-    pooled_dim=TEXT_WIDTHS[ENCODERS[1]], size_dim=32, groups=8, sample_size=shapes.SIZE // VAE_CONFIG.downscale)
-# Stronger noise than SDXL's: shapes are so coarse that they still show at its last timestep, sigma 14.6, and a
-# sample's initial noise, not its caption, would decide where things are. Here sigma is 73.
+UNET_CONFIG = model.UNetConfig(  # the text encoders have widths 32 and 64
+    channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32, groups=8,
+    sample_size=shapes.SIZE // VAE_CONFIG.downscale)
+# Stronger noise than SDXL's: shapes are so coarse that they still show at its last timestep, sigma 14.6, and
+# a sample's initial noise, not its caption, would decide where things are. Here sigma is 73.
 SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction", "beta_start": 0.008, "beta_end": 0.0091}
 SAVE_EVERY = 100  # steps
-INDEX = {
-    "_class_name": "StableDiffusionXLPipeline", "_diffusers_version": "0.19.0.dev0",
-    "force_zeros_for_empty_prompt": True,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"], "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Text
-
-
-def byte_pairs(words: tuple[str, ...]) -> tuple[dict[str, int], list[str]]:
-    """A byte-pair vocabulary in which each of the words is one token, and the merges that lead there."""
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    tokens, merges = ["!", *sorted({letter for word in spelled for letter in word})], []
-    while any(len(word) > 1 for word in spelled):
-        pairs = Counter(pair for word in spelled for pair in zip(word, word[1:]))
-        pair = max(pairs, key=lambda pair: (pairs[pair], pair))
-        merges.append(" ".join(pair))
-        tokens.append("".join(pair))
-        for word in spelled:
-            for i in reversed(range(len(word) - 1)):
-                if tuple(word[i:i + 2]) == pair:
-                    word[i:i + 2] = ["".join(pair)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]  # last: CLIP pools where the largest id is
-    return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, merges
-
-
-def write_tokenizers(folder: Path):
-    """Writes tokenizer/ and tokenizer_2/, which pads with another token, as SDXL's does."""
-    vocabulary, merges = byte_pairs(shapes.WORDS)
-    for name, pad in zip(TOKENIZERS, ("<|endoftext|>", "!")):
-        special = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
-                   "pad_token": pad}
-        write_json(folder / name / "vocab.json", vocabulary)
-        write_json(folder / name / "special_tokens_map.json", special)
-        write_json(folder / name / "tokenizer_config.json", {
-            "tokenizer_class": "CLIPTokenizer", "model_max_length": TEXT_LENGTH, **special})
-        lines = "\n".join(["#version: 0.2", *merges, ""])
-        atomic_write(folder / name / "merges.txt", lambda path: path.write_text(lines))
 
 
 class Toy(nn.Module):
-    """What is trained together: the U-Net and both text encoders."""
+    """What is trained together: the text encoders and the U-Net."""
 
-    def __init__(self, tokenizer: CLIPTokenizer):
+    def __init__(self, text: TextEncoders, unet: model.UNet):
         super().__init__()
-        for name, width in TEXT_WIDTHS.items():
-            config = CLIPConfig(
-                vocab_size=tokenizer.end + 1, max_position_embeddings=TEXT_LENGTH, num_hidden_layers=2,
-                hidden_size=width, intermediate_size=4 * width, num_attention_heads=width // 16,
-                projection_dim=width, bos_token_id=tokenizer.start, eos_token_id=tokenizer.end)
-            self.add_module(name, CLIP(config, projection=name == ENCODERS[1]))
-        self.unet = model.UNet(UNET_CONFIG).to(memory_format=torch.channels_last)
-        for name, parameter in self.named_parameters():
-            if name.endswith("position_embedding.weight"):
-                nn.init.normal_(parameter, std=0.3)  # large, so that the order of two objects shows
-            if name.endswith("token_embedding.weight"):
-                nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
-            if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
-                nn.init.zeros_(parameter)  # as SDXL's own code starts: every block adds nothing at first
+        self.text, self.unet = text, unet.to(memory_format=torch.channels_last)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor, ids_2: Tensor, kept: Tensor) -> Tensor:
-        """v for latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
-        (first, _), (second, pooled) = self.text_encoder(ids), self.text_encoder_2(ids_2)
-        context = torch.cat([first, second], dim=2) * kept[:, None, None]
+    def forward(self, noisy: Tensor, timesteps: Tensor, captions: list[str], kept: Tensor) -> Tensor:
+        """v for noisy latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
+        outputs = []
+        for encoder, tokenizer in zip(self.text.encoders, self.text.tokenizers):
+            ids = self.text.tokenize(tokenizer, captions)        # (B, L)
+            outputs.append(encoder(ids, output_hidden_states=True))
+        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=2)  # (B, L, D)
+        pooled = outputs[1].text_embeds                          # (B, P)
         time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]] * len(noisy))
-        return self.unet(noisy, timesteps, context, pooled * kept[:, None], time_ids)
+        return self.unet(noisy, timesteps, context * kept[:, None, None], pooled * kept[:, None], time_ids)
+
+    def save(self, bundle: Path):
+        """Makes a folder with a VAE a whole model in the official layout."""
+        for name in TOKENIZERS:
+            shutil.copytree(TOY / name, bundle / name, dirs_exist_ok=True)
+        self.text.save(bundle)
+        model.save_unet(self.unet, bundle / "unet")
+        write_json(bundle / "scheduler" / "scheduler_config.json", SCHEDULER)
+        shutil.copyfile(TOY / "model_index.json", bundle / "model_index.json")
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Training
+def new_toy() -> Toy:
+    """A toy with random weights. Configs and tokenizers of its text encoders are those of toy/checkpoint."""
+    toy = Toy(load_text(TOY, torch.float32), model.UNet(UNET_CONFIG))
+    for module in toy.text.modules():
+        if isinstance(module, (nn.Linear, nn.LayerNorm)):
+            module.reset_parameters()
+    for name, parameter in toy.named_parameters():
+        if name.endswith("token_embedding.weight"):
+            nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
+        if name.endswith("position_embedding.weight"):
+            nn.init.normal_(parameter, std=0.3)  # large, so that the order of two objects shows
+        if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
+            nn.init.zeros_(parameter)  # as in SDXL's code: at first no block adds anything
+    return toy
 
 
-def pixels(images: Sequence[Image.Image]) -> Tensor:
-    """(B, 3, H, W) in [-1, 1]."""
+def pixels(images: list) -> Tensor:
+    """PIL images to (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def pictures(indices: list[int]) -> tuple[Tensor, list[str]]:
+def pictures(indices: range) -> tuple[Tensor, list[str]]:
     """Training pictures (B, 3, 64, 64) and their captions."""
     images, captions = zip(*(shapes.sample(shapes.TRAIN_SEED, index) for index in indices))
     return pixels(images), list(captions)
 
 
 def train_vae(steps: int) -> VAE:
-    """The VAE on its own."""
+    """The VAE, trained in batches of 16. Its scaled latents have unit variance."""
     torch.manual_seed(0)
     vae = VAE(VAE_CONFIG).to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    bar = tqdm(micro_batches(0, steps, 16, 16, 0, 1), "VAE", steps, unit="step")
-    for indices in bar:
-        images, _ = pictures(indices)
+    for step in tqdm(range(steps), "VAE", unit="step"):
+        images, _ = pictures(range(16 * step, 16 * (step + 1)))
         mean, logvar = vae.encode(images)
         error = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)) - images
         divergence = (mean.square() + logvar.exp() - 1 - logvar).mean() / 2
@@ -157,31 +116,26 @@ def train_vae(steps: int) -> VAE:
         loss.backward()
         optimizer.step()
         rate.step()
-        bar.set_postfix(mse=f"{error.square().mean():.4f}")
+    with torch.no_grad():
+        mean, _ = vae.encode(pictures(range(512))[0])
+    vae.config = replace(vae.config, scaling_factor=round(1 / mean.std().item(), 5))
     return vae
-
-
-@torch.no_grad()
-def set_scaling_factor(vae: VAE, count: int = 512):
-    """Gives the scaled latents of training pictures unit variance."""
-    std = vae.encode(pictures(range(count))[0])[0].std().item()
-    vae.config = replace(vae.config, scaling_factor=round(1 / std, 5))
 
 
 class MeanPictures:
     """
     The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
 
-    There only the caption says what lies where, and one picture says little about the mean. From single
-    pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side; from means,
-    once it could draw, it learned the side in three hundred.
+    From single pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side;
+    from means, once it could draw, it learned the side in three hundred.
     """
 
     def __init__(self, vae: VAE, count: int = 600):
-        places = defaultdict(list)                               # where objects lie, by their caption's form
-        for scene in (shapes.scene(shapes.TRAIN_SEED, index) for index in range(count)):
+        places = {}                                              # where objects lie, by their caption's form
+        for index in range(count):
+            scene = shapes.scene(shapes.TRAIN_SEED, index)
             for i, o in enumerate(scene.objects):
-                places[len(scene.objects), scene.relation, i].append(o)
+                places.setdefault((len(scene.objects), scene.relation, i), []).append(o)
         # Objects do not overlap: nearly, a picture's latents are the empty one's and what each object adds.
         self.empty, self.added = self.mean(vae, [[]]), {}
         for place, objects in tqdm(places.items(), "mean pictures"):
@@ -204,8 +158,7 @@ class MeanPictures:
         return torch.stack(latents)
 
 
-def examples(indices: list[int], vae: VAE,
-             means: MeanPictures | None) -> tuple[Tensor, Tensor, list[str]]:
+def examples(indices: range, vae: VAE, means: MeanPictures | None) -> tuple[Tensor, Tensor, list[str]]:
     """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
     if means:
         captions = [shapes.caption(shapes.TRAIN_SEED, index) for index in indices]
@@ -214,14 +167,6 @@ def examples(indices: list[int], vae: VAE,
     mean, logvar = vae.encode(images)
     latents = (mean + (logvar / 2).exp() * torch.randn_like(mean)) * vae.config.scaling_factor
     return latents, torch.randint(0, 1000, (len(captions),)), captions
-
-
-def prepare(bundle: Path, init: Path | None, vae_steps: int):
-    """Writes tokenizers and VAE into a bundle; the VAE is that of `init` if given, else trained."""
-    write_tokenizers(bundle)
-    vae = load_vae(init, torch.float32) if init else train_vae(vae_steps)
-    set_scaling_factor(vae)
-    save_vae(vae, bundle / "vae")
 
 
 def on_means(args: argparse.Namespace, step: int) -> bool:
@@ -235,76 +180,35 @@ def learning_rate(args: argparse.Namespace, step: int) -> float:
     return args.lr * min(1, (step + 1) / 100, (args.cycle - step) / (args.decay * args.cycle))
 
 
-def save(folder: Path, toy: Toy, average: Toy):
-    for name, network in (("weights", toy), ("average", average)):
-        tensors = {path: tensor.contiguous() for path, tensor in network.state_dict().items()}
-        save_file(tensors, folder / f"{name}.safetensors")
-
-
-def load(folder: Path, toy: Toy, average: Toy):
-    toy.load_state_dict(model.read_tensors(folder / "weights.safetensors"))
-    average.load_state_dict(model.read_tensors(folder / "average.safetensors"))
-
-
-def write_bundle(folder: Path, toy: Toy):
-    """Writes U-Net and text encoders beside the VAE and the tokenizers: a model in the official layout."""
-    model.save_unet(toy.unet, folder / "unet")
-    for name in TEXT_WIDTHS:
-        save_clip(getattr(toy, name), folder / name)
-    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER)
-    write_json(folder / "model_index.json", INDEX)
-
-
-def judge(args: argparse.Namespace) -> dict[str, float]:
-    """The judge's scores of the bundle on captions not trained on; writes some pictures to grid.png."""
-    seeds = list(range(args.captions))
-    captions = shapes.judge_captions(args.captions)
-    pipeline = load_pipeline(args.out / "bundle")
-    images = pipeline(captions, guidance=args.guidance, seed=seeds, progress="judging")
-    rows = [images[i:i + 8] for i in range(0, min(args.captions, 48) // 8 * 8, 8)]
-    image_grid(rows or [images], gap=4).save(args.out / "grid.png")
-    return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
-
-
 def train(args: argparse.Namespace):
     """Trains the VAE, if there is none yet, and then the U-Net and the text encoders; resumes."""
-    rank, world, _ = process_ranks()
-    if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(hours=2))
-    bundle = args.out / "bundle"
-    _lock = lock_run_dir(args.out, other="log.csv") if rank == 0 else None  # held until the process ends
-    if rank == 0 and not (bundle / "vae" / "config.json").exists():
-        prepare(bundle, args.init, args.vae_steps)
-    if world > 1:
-        dist.barrier()
+    _lock, bundle = lock_run_dir(args.out), args.out / "bundle"  # held until the process ends
+    if not (bundle / "vae" / "config.json").exists():
+        vae = load_vae(args.init, torch.float32) if args.init else train_vae(args.vae_steps)
+        save_vae(vae, bundle / "vae")
     vae = load_vae(bundle, torch.float32).requires_grad_(False)
-    tokenizers = [CLIPTokenizer(bundle / name) for name in TOKENIZERS]
 
     torch.manual_seed(0)
-    toy, schedule = Toy(tokenizers[0]), NoiseSchedule(SCHEDULER)
+    toy = new_toy()
     if args.init:
-        toy.unet.load_state_dict(model.load_unet(args.init, torch.float32).state_dict())
-        for name in TEXT_WIDTHS:
-            getattr(toy, name).load_state_dict(load_clip(args.init / name, torch.float32).state_dict())
+        toy = Toy(load_text(args.init, torch.float32), model.load_unet(args.init, torch.float32))
     average = copy.deepcopy(toy)
+    both = nn.ModuleDict({"toy": toy, "average": average})
     optimizer = torch.optim.AdamW(toy.parameters(), lr=args.lr, betas=(0.9, 0.99), fused=True)
     identity = {name: getattr(args, name) for name in ("cycle", "mean_steps", "batch", "lr", "decay")}
-    state = resume(args.out, identity, toy, optimizer, lambda folder: load(folder, toy, average))
-    first_step = state.get("step", 0)
-    means = MeanPictures(vae) if any(on_means(args, step) for step in range(first_step, args.steps)) else None
-    # The last layer of a text encoder has no part in the second-to-last's output.
-    ddp = DistributedDataParallel(toy, find_unused_parameters=True) if world > 1 else toy
-    positions = micro_batches(first_step, args.steps, args.batch, args.batch // world, rank, world)
-    bar = tqdm(range(first_step, args.steps), "U-Net", args.steps, initial=first_step, unit="step",
-               disable=rank > 0)
+    state = resume(args.out, identity, {"step": 0}, toy, optimizer,
+                   lambda folder: load_model(both, folder / "weights.safetensors"))
+    steps, schedule = range(state["step"], args.steps), NoiseSchedule(SCHEDULER)
+    means = MeanPictures(vae) if any(on_means(args, step) for step in steps) else None
+    bar = tqdm(steps, "U-Net", args.steps, initial=state["step"], unit="step")
 
-    for step, indices in zip(bar, positions):
-        torch.manual_seed(step * world + rank)
+    for step in bar:
+        torch.manual_seed(step)
+        indices = range(step * args.batch, (step + 1) * args.batch)
         latents, timesteps, captions = examples(indices, vae, means if on_means(args, step) else None)
         noise = torch.randn_like(latents)
-        ids = [tokenizer(captions) for tokenizer in tokenizers]
-        kept = (torch.rand(len(latents)) >= 0.1).float()
-        prediction = ddp(schedule.add_noise(latents, noise, timesteps), timesteps, *ids, kept)
+        kept = (torch.rand(len(latents)) >= 0.1).float()         # dropped captions are for guidance
+        prediction = toy(schedule.add_noise(latents, noise, timesteps), timesteps, captions, kept)
         loss = F.mse_loss(prediction, schedule.target(latents, noise, timesteps))
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         optimizer.zero_grad()
@@ -314,69 +218,68 @@ def train(args: argparse.Namespace):
         done = step + 1
         with torch.no_grad():
             weight = 1 - min(0.996, done / (done + 9))
-            torch._foreach_lerp_(list(average.parameters()), list(toy.parameters()), weight)
+            for mean, parameter in zip(average.parameters(), toy.parameters()):
+                mean.lerp_(parameter, weight)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if rank == 0 and (done % SAVE_EVERY == 0 or done == args.steps):
+        if done % SAVE_EVERY == 0 or done == args.steps:
             save_checkpoint(args.out, identity, {"step": done, "updates": done}, toy, optimizer,
-                            lambda folder: save(folder, toy, average))
-        if rank == 0 and (done % args.judge_every == 0 or done == args.steps):
-            write_bundle(bundle, average)
+                            lambda folder: save_model(both, folder / "weights.safetensors"))
+        if done % args.judge_every == 0 or done == args.steps:
+            average.save(bundle)
             bar.write(f"step {done}: {judge(args)}")
 
 
-def publish(bundle: Path, target: Path):
-    """Copies the bundle to `target`, weights in float16. A damaged one raises before anything is written."""
-    unet, vae = model.load_unet(bundle).half(), load_vae(bundle).half()
-    encoders = {name: load_clip(bundle / name, torch.float16) for name in TEXT_WIDTHS}
-    shutil.copytree(bundle, target, dirs_exist_ok=True)
-    model.save_unet(unet, target / "unet")
-    save_vae(vae, target / "vae")
-    for name, clip in encoders.items():
-        save_clip(clip, target / name)
+# ------------------------------------------------------------------------------------------------------------
+# The program
 
 
-def publish_student(run: Path, target: Path):
-    """Copies the U-Net of a run of distill.py to `target`, in float16, and its log."""
-    model.save_unet(model.load_unet(run).half(), target)
-    shutil.copyfile(run / "log.csv", target / "log.csv")
+def judge(args: argparse.Namespace) -> dict[str, float]:
+    """The judge's scores of the bundle on captions not trained on; writes some pictures to grid.png."""
+    captions, seeds = shapes.judge_captions(args.captions), list(range(args.captions))
+    pipeline = load_pipeline(args.out / "bundle")
+    images = pipeline(captions, guidance=PRESETS["toy"].guidance, seed=seeds, progress="judging")
+    rows = [images[i:i + 8] for i in range(0, min(args.captions, 48), 8)]
+    image_grid(rows, gap=4).save(args.out / "grid.png")
+    return {name: round(score, 3) for name, score in shapes.scores(images, captions).items()}
+
+
+def publish(folder: Path, target: Path):
+    """Copies a model or a network in float16. A damaged one raises before anything is written."""
+    weights = {path.relative_to(folder): model.read_tensors(path) for path in folder.rglob("*.safetensors")}
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+    for name, tensors in weights.items():
+        save_file({key: tensor.half() for key, tensor in tensors.items()}, target / name, {"format": "pt"})
 
 
 def main(argv: list[str] | None = None):
-    parser = ArgumentParser(__doc__, "%(prog)s [train | judge | publish] [options]",
-                            prog="python -m toy.make")
-    parser.add_argument("command", nargs="?", choices=["train", "judge", "publish"], default="train",
-                        help="what to do")
-
-    def add(flag: str, kind, default, meaning: str, metavar: str = "N"):
-        parser.add_argument(flag, type=kind, default=default, help=meaning, metavar=metavar)
-
-    count = number(int, 1)
-    add("--steps", count, 12000, "of U-Net and text encoders; a finished run goes on if asked for more")
-    add("--cycle", count, 6000, "steps after which the learning rate starts again")
-    add("--mean-steps", number(int, 0), 400, "the first ones of each half of a cycle, on mean pictures")
-    add("--vae-steps", count, 900, "of the VAE, in batches of 16")
-    add("--batch", count, 16, "images in a step, over all processes")
-    add("--lr", number(float, 0), 1e-3, "learning rate of AdamW")
-    add("--decay", number(float, 1e-9, 1), 0.5, "last share of a cycle, over which it falls to 0")
-    add("--init", path, None, "first weights, such as toy/checkpoint [random]", "FOLDER")
-    add("--judge-every", count, 1000, "steps between judgements while training")
-    add("--captions", count, 64, "to judge on")
-    add("--guidance", number(float, 1), PRESETS["toy"].guidance, "guidance scale of what is judged")
-    add("--out", path, Path("runs/toy"), "of the run", "FOLDER")
+    parser = ArgumentParser(__doc__, "python -m toy.make [train | judge | publish] [options]")
+    add, count = parser.add_argument, number(int, 1)
+    add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
+    add("--steps", type=count, default=12000, metavar="N", help="a finished run goes on if given more")
+    add("--cycle", type=count, default=6000, metavar="N", help="steps until the rate starts again")
+    add("--mean-steps", type=number(int, 0), default=400, metavar="N", help="of half a cycle: mean pictures")
+    add("--vae-steps", type=count, default=900, metavar="N", help="of the VAE, in batches of 16")
+    add("--batch", type=count, default=16, metavar="N", help="images in a step")
+    add("--lr", type=number(float, 0), default=1e-3, metavar="X", help="AdamW's rate")
+    add("--decay", type=number(float, 1e-9, 1), default=0.5, metavar="X",
+        help="last share of a cycle, over which it falls to 0")
+    add("--init", type=path, metavar="FOLDER", help="first weights, such as toy/checkpoint [random]")
+    add("--judge-every", type=count, default=1000, metavar="N", help="steps between judgements")
+    add("--captions", type=count, default=64, metavar="N", help="to judge on")
+    add("--out", type=path, default=Path("runs/toy"), metavar="FOLDER", help="of the run")
     args = parser.parse_args(argv)
-    if args.batch % process_ranks().world:
-        parser.error(f"--batch {args.batch} is not a multiple of the number of processes")
-    of_student = args.command == "publish" and (args.out / "unet").is_dir()
-    if args.command != "train" and not of_student and not Path(args.out, "bundle", "model_index.json").is_file():
-        parser.error(f"{args.out} has no model to {args.command}: train it first")
+    bundle, student = args.out / "bundle", args.out / "unet"     # as this program and distill.py leave them
     if args.command == "train":
         train(args)
+    elif args.command == "publish" and student.is_dir():
+        publish(student, STUDENTS / args.out.name)
+        shutil.copyfile(args.out / "log.csv", STUDENTS / args.out.name / "log.csv")
+    elif not (bundle / "model_index.json").is_file():
+        parser.error(f"{args.out} has no model to {args.command}: train it first")
     elif args.command == "judge":
         print(judge(args))
-    elif of_student:
-        publish_student(args.out, STUDENTS / args.out.name)
     else:
-        publish(args.out / "bundle", TOY)
+        publish(bundle, TOY)
 
 
 if __name__ == "__main__":
