@@ -30,7 +30,7 @@ from torch.utils.data import Dataset, default_collate
 from model import UNetConfig
 from support.cache import Cache
 from support.files import atomic_write
-from support.run import fingerprint
+from support.run import fingerprint, process_ranks
 from toy import shapes
 
 REASONS = {  # why a sample is not used
@@ -101,16 +101,15 @@ class CaptionedImages:
             raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
         shards = [name for name in self.walk() if name.endswith(".tar")]
         has_metadata = (self.root / "metadata.jsonl").is_file()
-        if has_metadata:
-            self.write_index(self.from_metadata(), None)
-        elif not shards:
-            self.write_index(self.loose_pairs(), None)
-        else:
+        state, pairs = None, self.from_metadata() if has_metadata else self.loose_pairs()
+        if shards and not has_metadata:
             status = [(self.root / name).stat() for name in shards]
             state = [str(self.root), caption is None,
                      *([name, file.st_size, file.st_mtime_ns] for name, file in zip(shards, status))]
-            if not self.read_index(state):
-                self.write_index((pair for name in shards for pair in self.shard_pairs(name)), state)
+            pairs = (pair for name in shards for pair in self.shard_pairs(name))
+        keep = state or process_ranks().local                    # of which the first has just made the index
+        if not (keep and self.read_index(state)):
+            self.write_index(pairs, state)
         if has_metadata or shards:
             images = sum(file_kind(name) == "image" for name in self.walk())
             self.skipped["hidden"] = max(0, images - has_metadata * len(self))
@@ -218,11 +217,13 @@ class CaptionedImages:
         """Takes the index that is there; False if there is none, or if it is of other shards."""
         try:
             facts = json.loads((self.index / "index.json").read_text(encoding="utf-8"))
-            self.length = len(np.load(self.index / "starts.npy", mmap_mode="r")) - 1
-        except (OSError, ValueError):
+            length = len(np.load(self.index / "starts.npy", mmap_mode="r")) - 1
+        except (OSError, ValueError, EOFError):
             return False
-        self.skipped, self.fingerprint = Counter(facts["skipped"]), facts["fingerprint"]
-        return facts["state"] == state
+        if facts["state"] != state:
+            return False
+        self.length, self.skipped, self.fingerprint = length, Counter(facts["skipped"]), facts["fingerprint"]
+        return True
 
     def pair(self, index: int) -> dict[str, list]:
         """Where the files of a pair are, by kind: a path, and in a shard the first byte and the size."""
@@ -239,7 +240,7 @@ class CaptionedImages:
             with open(self.root / path, "rb") as file:
                 file.seek(start)
                 content = file.read(min(size, LARGEST_FILE + 1))
-        except OSError:
+        except (OSError, ValueError):                            # a name with a zero byte
             raise Skip("unreadable") from None
         if len(content) > LARGEST_FILE:
             raise Skip("too_large")
@@ -257,11 +258,13 @@ class CaptionedImages:
             image = to_rgb(ImageOps.exif_transpose(stored))
         except Skip:
             raise
+        except Image.DecompressionBombError:
+            raise Skip("too_large") from None
         except Exception:                                        # damaged files make decoders raise anything
             raise Skip("bad_image") from None
         height, width = image.height, image.width
         if "json" in pair:                                       # img2dataset shrank it: sizes before that
-            with contextlib.suppress(ValueError, KeyError, TypeError, Skip):
+            with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, Skip):
                 info = json.loads(self.read(*pair["json"]))
                 original = [min(max(int(info[f"original_{side}"]), 1), 2**16) for side in ("height", "width")]
                 turned = image.size != stored.size               # by EXIF; the sidecar is from before

@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import signal
 import sys
 from difflib import get_close_matches
 from pathlib import Path
@@ -102,8 +103,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         folder = Path(hub.snapshot_download(source, allow_patterns=["model_index.json", *configs]))
         for place in places:
             if weights and Path(folder, place, "config.json").is_file():
-                # SDXL's VAE overflows in float16, so it is taken in float32.
-                download_weights(source, folder, place, half and place != "vae")
+                vae = place == "vae" or parts == ("vae",)        # SDXL's overflows in float16
+                download_weights(source, folder, place, half and not vae)
     except Exception as error:                                   # every HTTP library has its own kinds
         raise FileNotFoundError(
             f"no folder {source}, and the hub does not give it ({error_summary(error)}); elsewhere run: hf "
@@ -256,8 +257,10 @@ def run(main: Callable[[], int | None], memory_advice: str):
     except (OSError, ValueError, FloatingPointError) as error:
         message = error_summary(error)
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):                    # it may have been killed for memory too
-            message = f"{error_summary(error)}; rerun the same command to resume, or use --workers 0"
+        if "DataLoader worker" in str(error):
+            message = (f"a process that reads data failed ({str(error).strip().splitlines()[-1]}). It may lack memory, "
+                       f"shared memory (/dev/shm) or open files (ulimit -n): rerun the same command to resume, "
+                       f"or use --workers 0")
         elif out_of_memory(error):
             message = f"out of memory; {memory_advice}"
         elif "torch._dynamo" in f"{type(error).__mro__}":        # which is slow to import
@@ -265,6 +268,8 @@ def run(main: Callable[[], int | None], memory_advice: str):
         else:
             raise
     finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # PyTorch's handler raises when a reader ends
         for reader in multiprocessing.active_children():         # they ignore SIGTERM, and Python would wait
             reader.kill()
     sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes

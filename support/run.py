@@ -228,7 +228,7 @@ class Log:
                "skipped_samples", "skipped_steps", "images_per_s")
 
     def __init__(self, path: Path, step: int):
-        rows = read_csv(path) if path.exists() else []
+        rows = read_csv(path, self.COLUMNS) if path.exists() else []
         rows = [[row[name] for name in self.COLUMNS] for row in rows if int(row["step"]) <= step]
         write_csv(path, self.COLUMNS, rows)
         self.file = open(path, "a", newline="", encoding="utf-8")
