@@ -317,15 +317,16 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
             optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
 
             done, finished = step + 1, step + 1 == args.steps
-            count_step(state, done, math.isfinite(norm), dict(zip(REASONS, skipped)), scaler)
+            count_step(state, done, math.isfinite(norm), dict(zip(REASONS, skipped)))
             if rank == 0:
                 task, out_kd, feat_kd = terms
                 total = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
                 log.write(bar, state, {"task": task, "outKD": out_kd, "featKD": feat_kd}, args.batch,
                           time.perf_counter() - start, total=total, lr=lr, norm=norm)
-                if step == first_step and device.startswith("cuda"):
-                    say(bar, f"peak memory of a step: {peak_memory(device):.1f} GB")
+                if done == first_step + 2 and device.startswith("cuda"):  # Adam's moments are there by now
+                    say(bar, f"peak memory: {peak_memory(device):.1f} GB")
                 if done % args.save_every == 0 or finished or stopping:
+                    state["scaler"] = scaler.state_dict()
                     save_checkpoint(args.out, identity, state, student, optimizer,
                                     lambda folder: model.save_unet(student, folder / "unet"))
                     say(bar, f"saved {args.out} at step {done}")
@@ -394,7 +395,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
     add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
     add("--seed", number(int, 0, 2**31 - 1), 0, "of data order and noise")
-    add("--precision", list(PRECISIONS), None, "fp32, fp16, bf16 [bf16 on a GPU, fp32 elsewhere]", "NAME")
+    add("--precision", list(PRECISIONS), None, "fp32 (on a GPU TF32), fp16, bf16 [bf16 on a GPU]", "NAME")
     add("--device", nonempty, None, "[a GPU if there is one]", "NAME")
     add("--out", path, None, "[runs/TEACHER-STUDENT]", "FOLDER")
     add_switch("--checkpointing", "recompute activations for the backward pass: less memory, more work")
@@ -497,7 +498,8 @@ def main(argv: list[str] | None = None) -> int:
         # All images have one size, so that the fastest convolutions are looked for once.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if world > 1:
-        own_gpu = on_gpu and torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+        enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+        own_gpu = on_gpu and enough and args.device in (None, "cuda")
         dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2),
                                 device_id=torch.device(device) if own_gpu else None)
     if world > 1 and args.compile:
@@ -533,8 +535,7 @@ def main(argv: list[str] | None = None) -> int:
             print("stopped; rerun the same command to resume")
         return 128 + signal_number
     if rank == 0:
-        finish(args, pipeline, {"teacher": teacher, "student before": new_student(args, config, device),
-                                "student after": student})
+        finish(args, pipeline, config, teacher, student)
     return 0
 
 
@@ -550,11 +551,14 @@ def run_identity(args: argparse.Namespace, samples: Samples, pipeline: Pipeline,
         "encoders": fingerprint(pipeline.vae, pipeline.text.encoders)}
 
 
-def finish(args: argparse.Namespace, pipeline: Pipeline, unets: dict[str, model.UNet | None]):
+def finish(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig, teacher: model.UNet | None,
+           student: model.UNet):
     """Makes the run's folder a whole model, draws its losses and, on the toy's pictures, judges it."""
     complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
     atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
     if args.data == "shapes" and args.judge:
+        unets = {"teacher": teacher, "student before": new_student(args, config, pipeline.device),
+                 "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
         print(f"look at {args.out / 'judged.png'}; {args.out / 'scores.csv'} has these numbers")
     print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")

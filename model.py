@@ -693,7 +693,7 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
 def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
     """Writes a network's config.json and weights, each beside its place and then renamed. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     path, temporary = folder / f"{stem}.safetensors", folder / f".writing-{os.getpid()}"
     try:
         temporary.touch()

@@ -52,16 +52,15 @@ class Cache:
 
     def encode(self, batch: dict) -> dict[str, Tensor]:
         """What `encode_new` makes of a batch of samples; it is called for the new ones only, and kept."""
-        device = batch["noise"].device
-        records = torch.empty(len(batch["new"]), sum(self.sizes), dtype=torch.uint8, device=device)
-        if "record" in batch:
-            records[~batch["new"]] = batch["record"]
+        records = batch.get("record")                            # (B, bytes) if all are cached
         if "pixels" in batch:
-            encoded = self.encode_new(batch)
-            new = torch.cat([encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
-                             for name, (_, dtype) in self.layout.items()], dim=1)
-            records[batch["new"]] = new
-            self.write(batch["index"][batch["new"]].tolist(), new.cpu())
+            encoded, new = self.encode_new(batch), [i for i, is_new in enumerate(batch["new"]) if is_new]
+            parts = [encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
+                     for name, (_, dtype) in self.layout.items()]
+            made = torch.cat(parts, dim=1)
+            old = [i for i in range(len(batch["new"])) if i not in new]
+            records = made if not old else torch.cat([made, records])[torch.tensor(new + old).argsort()]
+            self.write([batch["index"][i] for i in new], made.cpu())
         tensors, parts = {}, records.split(self.sizes, dim=1)
         for part, (name, (shape, dtype)) in zip(parts, self.layout.items()):
             tensors[name] = part.clone().view(dtype).view(-1, *shape)

@@ -402,15 +402,15 @@ def collate(samples: list[dict]) -> dict[str, Tensor | list]:
     """
     Stacks each entry of the samples, in memory that processes share; captions are a list.
 
-    `new` (B,) says which samples have pixels; the others are cached, and their entries are stacked apart.
+    `new`, a list, says which samples have pixels; the others are cached, and their entries are stacked apart.
     """
     errors = [sample for sample in samples if "error" in sample]
     if errors:
         return errors[0]
-    batch = {"new": torch.tensor(["pixels" in sample for sample in samples])}
+    batch = {"new": ["pixels" in sample for sample in samples]}
     for name in dict.fromkeys(name for sample in samples for name in sample):
         values = [sample[name] for sample in samples if name in sample]
-        batch[name] = default_collate(values)                    # of texts a list
+        batch[name] = values if name == "index" else default_collate(values)  # of texts a list
     return batch
 
 

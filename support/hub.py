@@ -244,8 +244,9 @@ def peak_memory(device: str) -> float:
 
 
 def out_of_memory(error: Exception) -> bool:
-    cpu_allocator = "DefaultCPUAllocator" in str(error) or "could not create a primitive" in str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or cpu_allocator
+    """Also by the words of the CPU's allocator, oneDNN, cuBLAS and cuDNN."""
+    words = ("DefaultCPUAllocator", "could not create a primitive", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
 
 
 def run(main: Callable[[], int | None], memory_advice: str):
@@ -258,9 +259,9 @@ def run(main: Callable[[], int | None], memory_advice: str):
         message = error_summary(error)
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
-            message = (f"a process that reads data failed ({str(error).strip().splitlines()[-1]}). It may lack memory, "
-                       f"shared memory (/dev/shm) or open files (ulimit -n): rerun the same command to resume, "
-                       f"or use --workers 0")
+            message = (f"a process that reads data failed ({str(error).strip().splitlines()[-1]}). It may lack "
+                       f"memory, shared memory (/dev/shm) or open files (ulimit -n): rerun the same command to "
+                       f"resume, or use --workers 0")
         elif out_of_memory(error):
             message = f"out of memory; {memory_advice}"
         elif "torch._dynamo" in f"{type(error).__mro__}":        # which is slow to import

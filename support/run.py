@@ -94,7 +94,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that
     are not finite.
     """
-    moments = {f"{moment}.{name}": optimizer.state[parameter][moment].contiguous()
+    moments = {f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
                for name, parameter in network.named_parameters() if parameter in optimizer.state
                for moment in MOMENTS}
     tensors = [*network.parameters(), *moments.values()]
@@ -181,13 +181,13 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
     return content["state"]
 
 
-def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int], scaler: torch.amp.GradScaler):
+def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int]):
     """
     Brings a run's state up to a step, which changed nothing unless its gradients were finite.
 
     Raises FloatingPointError after 20 steps in a row that changed nothing.
     """
-    state["step"], state["updates"], state["scaler"] = step, state["updates"] + finite, scaler.state_dict()
+    state["step"], state["updates"] = step, state["updates"] + finite
     state["skipped_steps"] += not finite
     state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
     for reason, count in skipped.items():

@@ -1,0 +1,355 @@
+"""
+What only a GPU can tell: whether the toy comes out right on it, how fast it draws, and how fast it trains.
+
+    python tests/gpu.py | tee gpu.md       # for a card of 80 GB; on a smaller one, what fits
+    python tests/gpu.py --narrow           # the same with narrow networks, in a minute, on a CPU too
+
+It needs neither weights nor a network: "right" uses the embedded toy, "fast" and "training" have SDXL and
+KOALA in full size with noise for weights. Prints tables in Markdown, row by row. What does not fit in memory
+is a row that says so. Exits with 1 if any row says FAILED.
+"""
+
+import gc
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import distill
+import model
+from sample import Pipeline, load_pipeline
+from support import costs, hub
+from support.data import CaptionedImages, Samples, Shapes, collate, load_samples
+from support.files import error_summary, read_csv
+from support.plots import format_number
+from support.run import load_checkpoint
+from support.text import TextEncoders
+from support.vae import VAE, VAEConfig
+from toy import shapes
+
+CAPTION = "a red circle left of a blue square"
+FULL = {"clips": costs.SDXL_CLIPS, "vae": VAEConfig(), "unet": model.CONFIGS["sdxl"],
+        "size": 1024, "steps": 25, "batch": 32, "micro_batches": (1, 4, 8), "narrow": False}
+NARROW = {"clips": [clip | {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 2,
+                            "num_attention_heads": 1, "projection_dim": 64}
+                    for clip, width in zip(costs.SDXL_CLIPS, (32, 64))],
+          "vae": VAEConfig(channels=(16, 16, 16, 16), groups=8),
+          "unet": replace(model.CONFIGS["sdxl"], channels=(16, 32, 64), heads=(1, 2, 4), groups=8,
+                          context_dim=96, pooled_dim=64, size_dim=32, sample_size=8),
+          "size": 64, "steps": 2, "batch": 2, "micro_batches": (1, 2), "narrow": True}
+failed = []  # names of rows
+
+
+def start_table(title: str, *columns: str):
+    print(f"\n{title}\n\n| {' | '.join(columns)} |\n|---|{'---:|' * (len(columns) - 1)}")
+
+
+def print_row(*cells):
+    print(f"| {' | '.join(format_number(cell) for cell in cells)} |", flush=True)
+
+
+def row(name: str, measure: Callable[..., list], *arguments):
+    """Prints what a measurement returns, or why it has nothing to return. Frees the memory that it used."""
+    try:
+        cells = measure(*arguments)
+    except Exception as error:                                   # the other rows are worth having
+        cells = ["out of memory"]
+        if not hub.out_of_memory(error):
+            traceback.print_exc()
+            cells = ["FAILED", error_summary(error)]
+    if cells[0] == "FAILED":
+        failed.append(name)
+    print_row(name, *cells)
+    torch.compiler.reset()
+    gc.collect()
+    torch.cuda.empty_cache()                                     # does nothing without a GPU
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Right: the toy on this device
+
+BOUNDS = {  # of differences: a picture's largest and mean, of 255 levels; relative ones of losses, gradients
+    "fp32": (1, 0.01, 1e-4, 1e-3), "fp16": (16, 0.2, 0.01, 0.05), "bf16": (64, 1, 0.05, 0.2)}
+PYTHON = [sys.executable, "-c", """
+import sys, torch
+torch.use_deterministic_algorithms(True)
+import distill
+for arguments in sys.argv[1:]:
+    distill.main(arguments.split())
+"""]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+            "--no-python"]
+
+
+def connect(teacher: model.UNet, student: model.UNet) -> distill.Networks:
+    matched = distill.match_features(student, teacher, distill.KOALA_FEATURES)
+    teacher.requires_grad_(False)
+    return distill.Networks(teacher, student, model.Features(teacher, [*matched.values()]),
+                            model.Features(student, [*matched]))
+
+
+def run_toy(setup: SimpleNamespace, device: str, precision: str) -> list[Tensor]:
+    """A picture by the toy; losses and all gradients of a distillation step; on the CPU in float64."""
+    dtype = hub.PRECISIONS[precision]
+    pipeline = load_pipeline("toy", dtype=dtype, device=device)
+    picture = torch.tensor(np.array(pipeline([CAPTION], steps=setup.steps)[0]))
+    student = distill.new_student(distill.parse_args([]), pipeline.unet.config, device)
+    networks, data = connect(pipeline.unet, student), Samples(Shapes(), shapes.SIZE, (4, 32, 32), seed=0)
+    batch = distill.make_batch(collate([data[0], data[1]]), pipeline, partial(distill.encode, pipeline))
+    terms = torch.stack(distill.distill_batch(batch, networks, dtype, normalize=True))
+    terms.sum().backward()
+    gradients = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
+    return [tensor.detach().double().cpu() for tensor in (picture, terms, gradients)]
+
+
+def check_toy(setup: SimpleNamespace, precision: str, expected: list[Tensor]) -> list:
+    picture, terms, gradients = (a - b for a, b in zip(run_toy(setup, setup.device, precision), expected))
+    found = {"picture": picture.abs().max(), "its mean": picture.abs().mean(),
+             "losses": (terms / expected[1]).abs().max(), "gradients": gradients.norm() / expected[2].norm()}
+    bounds = dict(zip(found, BOUNDS[precision]))
+    return ["ok" if all(found[name] <= bounds[name] for name in found) else "FAILED",
+            ", ".join(f"{name} {found[name]:.1e} (bound {bounds[name]:g})" for name in found)]
+
+
+def distill_toy(setup: SimpleNamespace, command: list[str], runs: list[tuple[str, int, str]]):
+    """Runs distill.py, deterministic, for runs of (name, steps, precision), on one GPU, and without TF32."""
+    flags = [f"--out {setup.folder / name} --steps {steps} --precision {precision} --batch 2 --micro-batch 1 "
+             f"--device {setup.device.split(':')[0]} --decay 0 --lr 1e-4 --workers 0 --preview-every 0 "
+             f"--judge 0" for name, steps, precision in runs]
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": gpu, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0"}
+    done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, text=True, capture_output=True)
+    if done.returncode:
+        raise RuntimeError(f"{done.stderr.strip().splitlines()[-1]}\n{done.stderr}")
+
+
+def check_fp16(setup: SimpleNamespace) -> list:
+    out, steps = setup.folder / "fp16", 5 if setup.narrow else 20  # the first three scales are too large
+    distill_toy(setup, PYTHON, [(out.name, steps, "fp16")])
+    last, state = read_csv(out / "log.csv")[-1], load_checkpoint(out)[1]["state"]
+    good = state["updates"] and all(math.isfinite(float(last[name])) for name in ("total", "norm"))
+    return ["ok" if good else "FAILED", f"{state['updates']} of {steps} steps were finite; the scale ended "
+            f"at {state['scaler']['scale']:g}, the loss at {last['total']}"]
+
+
+def check_same(setup: SimpleNamespace, command: list[str], runs: list[tuple[str, int, str]]) -> list:
+    """Whether the last run's losses are those of the run "unstopped"; and bits too, of one process's runs."""
+    distill_toy(setup, command, runs)
+    folders = setup.folder / "unstopped", setup.folder / runs[-1][0]
+    logs = [read_csv(folder / "log.csv") for folder in folders]
+    ratios = [float(one[column]) / float(other[column]) for one, other in zip(*logs, strict=True)
+              for column in ("task", "outKD", "featKD", "norm")]
+    losses = (torch.tensor(ratios) - 1).abs().max()              # nan, if there is one
+    different = total = 0
+    for file in ("unet/diffusion_pytorch_model.safetensors", "optimizer.safetensors"):
+        ones, others = (model.read_tensors(load_checkpoint(folder)[0] / file) for folder in folders)
+        total += len(ones)
+        different += sum(not torch.equal(ones[key], others[key]) for key in ones)
+    good = losses < 1.1e-5 and (different == 0 or command != PYTHON)
+    return ["ok" if good else "FAILED", f"losses and norms of {len(logs[0])} steps differ by {losses:.1e} "
+            f"(bound 1e-05: log.csv has six digits), and bits in {different} of {total} tensors"]
+
+
+def right(setup: SimpleNamespace):
+    start_table("Right: the toy here, beside the CPU in fp32", "check", "verdict", "figures")
+    torch.backends.cudnn.allow_tf32 = False
+    expected = run_toy(setup, "cpu", "fp32")
+    for precision in BOUNDS:
+        row(f"a picture and a step in {precision}", check_toy, setup, precision, expected)
+    row("a run in fp16", check_fp16, setup)
+    own = "fp32" if setup.device == "cpu" else "bf16"            # distill.py's default
+    row("a run that was stopped and resumed", check_same, setup, PYTHON,
+        [("unstopped", 3, own), ("resumed", 1, own), ("resumed", 3, own)])
+    row("a run by two processes", check_same, setup, TORCHRUN + PYTHON, [("two", 3, own)])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Fast: drawing an image
+
+
+@torch.inference_mode()
+def draw(setup: SimpleNamespace, name: str, part: str, precision: str, compiled: bool) -> list:
+    unet = setup.unet if name == "sdxl" else model.student_config(setup.unet, name)
+    network, inputs = costs.build_networks(setup.clips, setup.vae, unet, setup.size, batch=2)[part]
+    passes = setup.steps if part == "U-Net" else 1
+    flops = passes * costs.count_network(network, inputs)[1]
+    inputs = costs.fill(network, inputs, hub.PRECISIONS[precision], setup.device)
+    if compiled:
+        network.compile()
+    hub.reset_peak_memory(setup.device)
+    seconds = costs.time_network(network, inputs, passes, repeat=3)
+    paper = math.nan if setup.narrow else costs.PAPER[name][part][2]
+    return [seconds, paper, hub.peak_memory(setup.device), flops / 1e12, flops / seconds / 1e12]
+
+
+def fast(setup: SimpleNamespace):
+    torch.backends.cudnn.allow_tf32 = True                       # as sample.py leaves it
+    start_table(f"Fast: an image of {setup.size} x {setup.size} in {setup.steps} steps with guidance",
+                "network", "seconds", "paper, RTX 4090", "peak GB", "TFLOP", "TFLOP/s")
+    for name in ("700m", "1b", "sdxl"):
+        for compiled in (False,) if setup.narrow else (False, True):
+            label = f"{name}, fp16" + ", compiled" * compiled
+            row(label, draw, setup, name, "U-Net", "fp16", compiled)
+    for precision in ("fp16", "fp32"):
+        row(f"VAE decoder, {precision}", draw, setup, "sdxl", "VAE decoder", precision, False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Training: distillation steps, KOALA-700M from SDXL
+
+
+def write_photos(setup: SimpleNamespace, count: int = 16):
+    """JPEGs of two megapixels, for images of 1024 pixels: coarse and fine noise in photos' measure."""
+    width, height = setup.size * 27 // 16, setup.size * 9 // 8
+    (setup.folder / "photos").mkdir()
+    for i in range(count):
+        fine, coarse = (Image.effect_noise((width // cell, height // cell), 64).resize((width, height))
+                        for cell in (1, setup.size // 16))
+        Image.blend(coarse, fine, 0.2).convert("RGB").save(setup.folder / f"photos/{i}.jpg", quality=90)
+        (setup.folder / f"photos/{i}.txt").write_text(CAPTION)
+
+
+def build(setup: SimpleNamespace) -> tuple[Pipeline, distill.Networks]:
+    """What distill.py has in bf16, noise for weights. The toy lends its tokenizers and noise schedule."""
+    with torch.device("meta"):
+        teacher, vae = model.UNet(setup.unet), VAE(setup.vae)
+        student = model.UNet(model.student_config(setup.unet, "700m"))
+    encoders, _ = costs.build_clips(setup.clips)
+    half = torch.bfloat16
+    vae_dtype = torch.float32 if setup.device == "cpu" else torch.float16  # see `Pipeline.load_vae`
+    for network, dtype in (teacher, half), (encoders, half), (vae, vae_dtype), (student, torch.float32):
+        costs.fill(network, [], dtype, setup.device)
+    pipeline = load_pipeline("toy", dtype=half, device=setup.device)
+    for tokenizer in pipeline.text.tokenizers:
+        tokenizer.model_max_length = setup.clips[0]["max_position_embeddings"]
+    pipeline.text = TextEncoders([*encoders], pipeline.text.tokenizers)
+    pipeline.unet, pipeline.vae, pipeline.vae_config = None, vae, setup.vae
+    return pipeline, connect(teacher, student.requires_grad_(True))
+
+
+def timed(function: Callable, calls: list[float]) -> Callable:
+    """The function, which adds its seconds to `calls`; a GPU has finished before and after."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else list
+
+    def call(*args, **options):
+        wait()
+        start = time.perf_counter()
+        result = function(*args, **options)
+        wait()
+        calls.append(time.perf_counter() - start)
+        return result
+    return call
+
+
+def train(setup: SimpleNamespace, counts: dict, micro_batch: int, kind: str,
+          calls: dict[str, list[float]] | None = None) -> list:
+    """Figures of the last of three steps of `distill.train`; `calls` takes the seconds of its parts."""
+    out = setup.folder / f"{micro_batch}, {kind}"
+    args = distill.parse_args([
+        "--teacher", "sdxl", "--data", f"{setup.folder}/photos", "--size", f"{setup.size}", "--steps", "3",
+        "--batch", f"{setup.batch}", "--micro-batch", f"{micro_batch}", "--out", f"{out}",
+        "--preview-every", "0", *(["--cache", f"{out}/cache"] if "cached" in kind else []),
+        *[f"--{flag}" for flag in ("checkpointing", "compile") if flag in kind]])
+    pipeline, networks = build(setup)
+    networks.student.set_checkpointing(args.checkpointing)
+    if args.compile:                                             # `distill.train` compiles the student
+        networks.teacher.compile()
+    samples, encode = load_samples(args, CaptionedImages(args.data, out / "index"), pipeline,
+                                   networks.student.config, partial(distill.encode, pipeline))
+    if args.cache:
+        for loaded in distill.read_ahead(args, samples, 0, setup.device):
+            distill.make_batch(loaded, pipeline, encode)         # writes the cache
+    parts = {"text encoders": (pipeline.text, "forward"), "VAE encoder": (pipeline.vae, "encode"),
+             "teacher": (networks.teacher, "forward"), "student, forward": (networks.student, "forward"),
+             "student, backward": (Tensor, "backward"), "clipping": (nn.utils, "clip_grad_norm_"),
+             "optimizer": (torch.optim.AdamW, "step")}
+    for name, (owner, attribute) in parts.items() if calls is not None else ():
+        setattr(owner, attribute, timed(getattr(owner, attribute), calls[name]))
+    hub.reset_peak_memory(setup.device)
+    if distill.train(args, pipeline, networks, samples, encode, {}):
+        raise KeyboardInterrupt
+    peak, reads, read = hub.peak_memory(setup.device), [], samples.__getitem__
+    for p in range(8):
+        timed(read, reads)(p)
+    rate, reader = float(read_csv(out / "log.csv")[-1]["images_per_s"]), len(reads) / sum(reads)
+    flops = sum(counts[name][1] for name in counts if not args.cache or name in ("teacher", "student"))
+    networks = costs.build_networks(setup.clips, setup.vae, networks.student.config, setup.size)
+    # As `distill.py --dry-run` counts: 18 bytes for each weight of the student, 2 for each frozen one.
+    fixed = 16 * counts["student"][0] + 2 * sum(parameters for parameters, _ in counts.values())
+    counted = fixed + micro_batch * costs.saved_bytes(*networks["U-Net"], args.checkpointing)
+    return [rate, rate * flops / 1e12, peak, counted / 1e9, reader, math.ceil(rate / reader)]
+
+
+def time_parts(setup: SimpleNamespace, counts: dict, micro_batch: int) -> list:
+    """Prints a row for each part of a step, and returns that of the rest."""
+    calls = defaultdict(list)
+    total = rest = setup.batch / train(setup, counts, micro_batch, "in parts", calls)[0]
+    flops = {name: count for name, (_, count) in counts.items()}
+    flops |= {"student, forward": flops["student"] / 3, "student, backward": flops["student"] * 2 / 3}
+    for name, times in calls.items():
+        seconds = sum(times[-len(times) // 3:])                  # of the last of three steps
+        rest -= seconds
+        print_row(name, 1000 * seconds / setup.batch, 100 * seconds / total,
+                  flops.get(name, math.nan) * setup.batch / seconds / 1e12)
+    return [1000 * rest / setup.batch, 100 * rest / total, math.nan]
+
+
+def training(setup: SimpleNamespace):
+    torch.set_float32_matmul_precision("high")                   # all three as distill.py has them
+    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
+    distill.save_checkpoint = distill.say = lambda *args: None   # no files of 10 GB, no lines between rows
+    write_photos(setup)
+    student = model.student_config(setup.unet, "700m")
+    counts = costs.count_step(setup.unet, student, setup.vae, setup.clips, setup.size)
+    start_table(f"Training: 700m from sdxl, {setup.size} x {setup.size}, steps of {setup.batch} in bf16",
+                "micro-batch", "images/s", "TFLOP/s", "peak GB", "counted GB", "images/s of a reader",
+                "readers needed")
+    for micro_batch in setup.micro_batches:
+        for kind in ("plain", "checkpointing"):
+            row(f"{micro_batch}, {kind}", train, setup, counts, micro_batch, kind)
+    for kind in ("cached", *(() if setup.narrow else ("compile", "compile, checkpointing, cached"))):
+        row(f"{micro_batch}, {kind}", train, setup, counts, micro_batch, kind)
+    start_table(f"Parts of a step, each waited for, micro-batch {setup.micro_batches[1]}",
+                "part", "ms an image", "%", "TFLOP/s")
+    row("the rest: copies, noise, losses", time_parts, setup, counts, setup.micro_batches[1])
+
+
+def main() -> int:
+    parts = {"right": right, "fast": fast, "training": training}
+    parser = hub.ArgumentParser(__doc__)
+    parser.add_argument("--narrow", action="store_true", help="narrow networks, and nothing is compiled")
+    parser.add_argument("--only", choices=parts, nargs="+", default=[*parts], help="[all]")
+    args = parser.parse_args()
+    device = hub.resolve_device(None)
+    if device == "cpu" and not args.narrow:
+        parser.error("there is no GPU; --narrow runs on a CPU")
+    print(f"{costs.describe_device(device, torch.float32).split(',')[0]}, torch {torch.__version__}"
+          + ", narrow networks, nothing compiled" * args.narrow)
+    with tempfile.TemporaryDirectory() as folder:
+        setup = SimpleNamespace(**(NARROW if args.narrow else FULL), device=device, folder=Path(folder))
+        for part in args.only:
+            parts[part](setup)
+    print(f"\n{f'FAILED: {failed}' if failed else 'nothing failed'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    hub.run(main, "end other programs on this GPU")
