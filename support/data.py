@@ -320,6 +320,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile, or of another mode
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if "sRGB" not in ImageCms.getProfileDescription(source):
+                image = image if image.mode in ("RGB", "CMYK", "L") else image.convert("RGB")
                 image = ImageCms.profileToProfile(
                     image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
     return image.convert("RGB")

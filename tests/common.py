@@ -1,15 +1,24 @@
-"""What the tests and the oracles share: small configurations, and weights and inputs made from names."""
+"""What tests and oracles share: small configurations, weights made from names, models, runs of distill.py."""
 
-import json
 import math
 import zlib
+from collections import namedtuple
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from model import UNet, UNetConfig, read_json, read_tensors, save_unet
+from support.files import read_csv, write_json
+from support.hub import TOY
+from support.run import load_checkpoint
+from support.text import ENCODERS, TOKENIZERS
+from support.vae import VAE, VAEConfig, load_vae, save_vae
+from toy import shapes
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
 STEM = "diffusion_pytorch_model"  # of the names of the weight files of a U-Net or VAE
@@ -31,22 +40,20 @@ UNETS = {
     "sdxl": SDXL,
     "1b": SDXL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 2]},
     "700m": SDXL | {"layers_per_block": 1, "transformer_layers_per_block": [1, 2, 1], "mid_block_type": None},
-    "sd1": SD1,
-    "sd2": SD1 | {"attention_head_dim": [2, 4, 6, 8], "use_linear_projection": True, "upcast_attention": True},
+    "sd1": SD1, "sd2": SD1 | {
+        "attention_head_dim": [2, 4, 6, 8], "use_linear_projection": True, "upcast_attention": True},
     "bk-sdm-tiny": SD1 | {
         "block_out_channels": [32, 64, 96], "layers_per_block": 1, "mid_block_type": None,
-        "down_block_types": ["CrossAttnDownBlock2D"] * 3, "up_block_types": ["CrossAttnUpBlock2D"] * 3},
-}
-VAES = {
-    "vae": {"block_out_channels": [16, 24, 32, 40], "layers_per_block": 2, "norm_num_groups": 8,
-            "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
-}
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3, "up_block_types": ["CrossAttnUpBlock2D"] * 3}}
+VAES = {"vae": {"block_out_channels": [16, 24, 32, 40], "layers_per_block": 2, "norm_num_groups": 8,
+                "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}}
+SMALL_RUN = SDXL | {"block_out_channels": [8, 16, 24], "attention_head_dim": [1, 2, 3],
+                    "transformer_layers_per_block": [1, 1, 1]}
+VAE_OF_RUNS = {"block_out_channels": [8, 8, 16], "down_block_types": ["DownEncoderBlock2D"] * 3,
+               "up_block_types": ["UpDecoderBlock2D"] * 3}
 SIZES = {  # latent batch, height and width; one timestep for all or one for each
-    "square": (1, 16, 16, 999),
-    "batch": (3, 8, 12, [0, 381, 999]),
-    "odd": (1, 9, 14, [650]),
-    "odd batch": (3, 13, 7, 250),
-}
+    "square": (1, 16, 16, 999), "batch": (3, 8, 12, [0, 381, 999]), "odd": (1, 9, 14, [650]),
+    "odd batch": (3, 13, 7, 250)}
 PICTURES = {"square": (1, 4, 4), "batch": (3, 3, 5), "odd": (1, 3, 2)}  # for the VAE, in latent pixels
 
 
@@ -55,17 +62,22 @@ def draw(name: str, *shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode())))
 
 
+def weights(name: str, *shape: int) -> Tensor:
+    """Numbers of a tensor of this name, so that networks with the same names have the same weights."""
+    if len(shape) > 1:
+        return draw(name, *shape) / math.sqrt(math.prod(shape[1:]))  # outputs are as large as inputs
+    return 0.2 * draw(name, *shape) + name.endswith("weight")        # of a norm, near 1; or a bias, near 0
+
+
 @torch.no_grad()
 def fill(network: nn.Module) -> nn.Module:
-    """Gives each tensor numbers from its name, so that networks with the same names have the same weights."""
     for name, tensor in network.state_dict().items():
-        numbers = draw(name, *tensor.shape)
-        if tensor.dim() > 1:
-            numbers /= math.sqrt(numbers[0].numel())  # a layer's output is as large as its input
-        else:
-            numbers = 0.2 * numbers + name.endswith("weight")  # of a norm, near 1; or a bias, near 0
-        tensor.copy_(numbers)
+        tensor.copy_(weights(name, *tensor.shape))
     return network.eval()
+
+
+def filled(config: dict) -> UNet:
+    return fill(UNet(UNetConfig.from_diffusers(config)))
 
 
 def inputs(config: dict, size: str) -> dict[str, Tensor]:
@@ -99,30 +111,170 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm()) if ours.shape == theirs.shape else math.inf
 
 
+def equal(ones: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    """Whether the names, dtypes and bits of tensors are the same."""
+    return ones.keys() == others.keys() and all(
+        ones[name].dtype == others[name].dtype and torch.equal(ones[name], others[name]) for name in ones)
+
+
 def same(network: nn.Module, weights: dict[str, Tensor]) -> bool:
-    """Whether the names, dtypes and bits of a network's tensors are these."""
-    ours = network.state_dict()
-    return ours.keys() == weights.keys() and all(
-        ours[name].dtype == tensor.dtype and torch.equal(ours[name], tensor)
-        for name, tensor in weights.items())
-
-
-def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
-    """Writes weights as three files and their index, as diffusers does; `half` gives the names of fp16."""
-    variant, names = ".fp16" * half, list(weights)
-    files = [f"{STEM}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
-    for i, file in enumerate(files):
-        save_file({name: weights[name] for name in names[i::3]}, folder / file)
-    index = {"weight_map": {name: files[i % 3] for i, name in enumerate(names)}}
-    (folder / f"{STEM}.safetensors.index{variant}.json").write_text(json.dumps(index))
-    return [folder / file for file in files]
+    """`equal` for the tensors of a network."""
+    return equal(network.state_dict(), weights)
 
 
 def refusal(call, *args, **options) -> str:
     """The one line with which a call refuses its input."""
     with pytest.raises((FileNotFoundError, ValueError)) as caught:
         call(*args, **options)
-    assert caught.type in (FileNotFoundError, ValueError)  # not a library's own kind
     message = str(caught.value)
+    assert caught.type in (FileNotFoundError, ValueError)  # not a library's own kind
     assert message and "\n" not in message
     return message
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Small models in the official layout
+
+WORDS = ("a", "blue", "box", "my", "on", "red", "sky")  # no pair of letters is in two, and none ends another
+SCHEDULER = {
+    "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,
+    "beta_schedule": "scaled_linear", "num_train_timesteps": 1000, "prediction_type": "epsilon",
+    "timestep_spacing": "leading", "steps_offset": 1, "interpolation_type": "linear",
+    "set_alpha_to_one": False, "use_karras_sigmas": False, "trained_betas": None, "skip_prk_steps": True}
+SD = ("sd1", "sd2", "bk-sdm-tiny")  # of Stable Diffusion 1 and 2: one text encoder
+INDEX = read_json(TOY / "model_index.json")
+SD_INDEX = {part: INDEX[part] for part in ("scheduler", "unet", "text_encoder", "tokenizer", "vae")} | {
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.11.1", "safety_checker": [None, None],
+    "requires_safety_checker": False, "feature_extractor": [None, None]}
+
+
+class Case(namedtuple("Case", "unet spacing prediction negative guidance steps height width zeros sampler "
+                      "zero_snr", defaults=(True, "euler", False))):
+    """Pictures that both diffusers and we draw; together the cases cover every option."""
+
+    PROMPTS, SEEDS = ("a red box", "blue sky on my box"), (3, 4)
+
+    def bundle(self, folder: Path) -> Path:
+        index = {} if self.unet in SD else {"force_zeros_for_empty_prompt": self.zeros}
+        return bundle(folder, self.unet, index=index, scheduler={
+            "timestep_spacing": self.spacing, "prediction_type": self.prediction,
+            "rescale_betas_zero_snr": self.zero_snr})
+
+
+CASES = {
+    "sdxl": Case("sdxl", "leading", "epsilon", None, 7.5, 7, 64, 64),
+    "1b": Case("1b", "trailing", "v_prediction", "", 5.0, 11, 72, 48),
+    "700m": Case("700m", "linspace", "epsilon", "a blue box", 7.5, 11, 48, 104),
+    "25 steps": Case("700m", "leading", "v_prediction", "my sky", 3.5, 25, 48, 64),
+    "guidance 1": Case("1b", "linspace", "v_prediction", None, 1.0, 7, 64, 40),
+    "encoded": Case("700m", "trailing", "epsilon", None, 5.0, 7, 56, 56, zeros=False),
+    "sd1": Case("sd1", "leading", "epsilon", None, 7.5, 7, 64, 64, sampler="ddim"),
+    "sd2": Case("sd2", "leading", "v_prediction", "my sky", 7.5, 11, 64, 128, sampler="dpm"),
+    "zero SNR": Case("sd2", "trailing", "v_prediction", None, 5.0, 7, 64, 64, sampler="ddim", zero_snr=True),
+    "bk-sdm-tiny": Case("bk-sdm-tiny", "trailing", "epsilon", None, 5.0, 7, 32, 96),
+    "dpm": Case("700m", "linspace", "epsilon", None, 7.5, 11, 48, 64, sampler="dpm"),
+    "ddim": Case("1b", "linspace", "v_prediction", None, 5.0, 7, 64, 40, sampler="ddim"),
+}
+
+
+def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {}, index: dict = {},
+           words: tuple[str, ...] = WORDS) -> Path:
+    """Writes a model that knows these words; the dicts are entries of its files that differ from SDXL's."""
+    vae = VAES["vae"] | {"layers_per_block": 1, "scaling_factor": 0.5, "force_upcast": True} | vae
+    save_unet(filled(UNETS[unet]), folder / "unet")
+    save_vae(fill(VAE(VAEConfig.from_diffusers(vae))), folder / "vae")
+    write_json(folder / "scheduler" / "scheduler_config.json", SCHEDULER | scheduler)
+    write_json(folder / "model_index.json", (SD_INDEX if unet in SD else INDEX) | index)
+    letters = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = [("".join(word[:i]), word[i]) for word in letters for i in range(1, len(word))]  # from the left
+    tokens = ["!", *sorted(set(sum(letters, []))), *map("".join, merges), "<|startoftext|>", "<|endoftext|>"]
+    for i, width in enumerate([40] if unet in SD else [16, 24]):
+        newer, tokenizer = i == 1 or unet == "sd2", folder / TOKENIZERS[i]  # by OpenCLIP
+        write_json(tokenizer / "vocab.json", {token: i for i, token in enumerate(tokens)})
+        (tokenizer / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))
+        write_json(tokenizer / "tokenizer_config.json", {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "bos_token": "<|startoftext|>",
+            "eos_token": "<|endoftext|>", "unk_token": "<|endoftext|>",
+            "pad_token": "!" if newer else "<|endoftext|>"})
+        text_encoder(folder / ENCODERS[i], width, "gelu" if newer else "quick_gelu", len(tokens))
+    return folder
+
+
+def text_encoder(folder: Path, width: int, activation: str, tokens: int):
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # slow
+    kind = CLIPTextModelWithProjection if folder.name == "text_encoder_2" else CLIPTextModel
+    config = CLIPTextConfig(  # with the token ids in SDXL's file
+        vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+        num_attention_heads=2, projection_dim=width, hidden_act=activation, bos_token_id=0, eos_token_id=2,
+        pad_token_id=1)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
+    tensors = {}
+    for name, shape in shapes.items():
+        if not name.startswith("text_"):  # as in the official files, but not in every version of transformers
+            name = f"text_model.{name}"
+        tensors[name] = weights(f"{folder.name} {name}", *shape)
+    write_json(folder / "config.json", config.to_dict())
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
+    """Writes weights as three files and their index, as diffusers does; `half` gives the names of fp16."""
+    variant, index = ".fp16" * half, {}
+    files = [folder / f"{STEM}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
+    for i, file in enumerate(files):
+        names = list(weights)[i::3]
+        save_file({name: weights[name] for name in names}, file)
+        index |= dict.fromkeys(names, file.name)
+    write_json(folder / f"{STEM}.safetensors.index{variant}.json", {"weight_map": index})
+    return files
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Runs of distill.py
+
+RUN = ["--steps", "4", "--batch", "2", "--preview-every", "0", "--judge", "0", "--workers", "0"]
+
+
+def write_teacher(folder: Path) -> Path:
+    """A model that draws 64 pixels and knows the words of the shapes."""
+    bundle(folder, vae=VAE_OF_RUNS, words=shapes.WORDS)
+    save_unet(filled(SMALL_RUN), folder / "unet")
+    return folder
+
+
+def write_vae(teacher: Path, folder: Path) -> Path:
+    """Another VAE than a teacher's."""
+    vae = load_vae(teacher)
+    vae.quant_conv.weight.data += 0.1
+    save_vae(vae, folder)
+    return folder
+
+
+def write_pairs(folder: Path) -> Path:
+    """Six captioned images, of which two are bad, and a caption without an image."""
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (70, 64), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(" " if i == 4 else "a red circle")
+    (folder / "1.png").write_bytes(b"")
+    (folder / "7.txt").write_text("a circle without a picture")
+    return folder
+
+
+def log_rows(run: Path) -> list[dict[str, str]]:
+    """log.csv without the time that steps took, and what follows from it."""
+    return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_s")}
+            for row in read_csv(run / "log.csv")]
+
+
+def checkpoint(run: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The state, and the weights and moments of the newest checkpoint."""
+    folder, content = load_checkpoint(run)
+    weights, moments = (read_tensors(next(folder.rglob(name))) for name in (FILE, "optimizer.safetensors"))
+    return content["state"], weights | moments
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """What is in the files of a folder, by their names."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -1,4 +1,4 @@
-"""Lets `pytest` import the programs at the root of the project, as `python -m pytest` does; runs of distill.py."""
+"""Lets `pytest` import the programs as `python -m pytest` does, and runs distill.py for the tests."""
 
 import itertools
 import runpy
@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
-from runs import RUN, write_pairs, write_teacher  # noqa: E402
+from common import RUN, write_pairs, write_teacher  # noqa: E402
 from support import files  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
-def handle_interrupts():
-    """A job in the background ignores interrupts, and what is tested would inherit that."""
+def session():
+    """A job in the background ignores interrupts, and what is tested would; nothing has to be on the disk."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    files.sync = lambda path: None
 
 
 @pytest.fixture(scope="session")
@@ -38,35 +39,30 @@ def pairs(tmp_path):
 def short_run(teacher, tmp_path_factory):
     """The folder of a finished run of two steps, each with a checkpoint."""
     folder = tmp_path_factory.mktemp("short") / "run"
-    flags = ["--teacher", teacher, "--out", folder, *RUN, "--steps", "2", "--save-every", "1"]
+    flags = ("--teacher", teacher, "--out", folder, *RUN, "--steps", 2, "--save-every", 1)
     assert distill.main([*map(str, flags)]) == 0
     return folder
 
 
 @pytest.fixture
-def run(teacher, tmp_path, monkeypatch):
+def run(teacher, tmp_path):
     """Runs distill.py in this process, with more flags than RUN has; returns its exit status."""
-    monkeypatch.setattr(files, "sync", lambda path: None)  # nothing here has to be on the disk
-
     def run(*flags, out="run"):
-        try:
-            return distill.main([*map(str, ("--teacher", teacher, "--out", tmp_path / out, *RUN, *flags))])
-        except Exception as error:
-            raise error.with_traceback(None)  # its frames would keep the folder locked
+        return distill.main([*map(str, ("--teacher", teacher, "--out", tmp_path / out, *RUN, *flags))])
     return run
 
 
 @pytest.fixture
 def during(monkeypatch):
-    """Calls an action with the number of each call of `losses`, and multiplies the terms by what it returns."""
+    """Calls an action with the number of each batch, and multiplies the losses by what it returns."""
     losses = distill.losses
 
     def during(action):
         calls = itertools.count(1)
 
         def watched(*inputs):
-            factor = action(next(calls))
-            return tuple(term * (1 if factor is None else factor) for term in losses(*inputs))
+            factor = action(next(calls)) or 1
+            return [term * factor for term in losses(*inputs)]
         monkeypatch.setattr(distill, "losses", watched)
     return during
 
@@ -79,7 +75,6 @@ def program(monkeypatch, capsys):
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / "distill.py"), run_name="__main__")
-        code = exit.value.code
-        out, err = capsys.readouterr()
+        code, (out, err) = exit.value.code, capsys.readouterr()
         return (1, out, code) if isinstance(code, str) else (code or 0, out, err)  # Python prints a text
     return program

@@ -1,0 +1,186 @@
+"""Names of models, which of their files are downloaded, arguments, errors in one line, whole files."""
+
+import contextlib
+import errno
+import fnmatch
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from common import FILE, HALF_FILE, STEM, contents, refusal
+from support import files, hub
+from support.files import atomic_write, read_csv, sync, write_csv, write_json
+from support.hub import ArgumentParser, Preset, local_folder, model_name, number, path, png_path, preset
+
+# ------------------------------------------------------------------------------------------------------------
+# Which files of a model are downloaded
+
+MODEL = f"""
+    .gitattributes README.md model_index.json sd_xl_base_1.0.safetensors scheduler/scheduler_config.json
+    text_encoder/config.json text_encoder/flax_model.msgpack text_encoder/model.fp16.safetensors
+    text_encoder/model.safetensors text_encoder/openvino_model.bin tokenizer/merges.txt tokenizer/vocab.json
+    unet/config.json unet/{HALF_FILE} unet/{FILE} unet/{STEM}.bin unet/{STEM}.non_ema.safetensors
+    vae/config.json vae/{HALF_FILE} vae/{FILE} vae_1_0/config.json vae_1_0/{FILE} unet/old/{FILE}""".split()
+CONFIGS = [name for name in MODEL if name.endswith(("json", "txt")) and not name.startswith("vae_1_0")]
+NEWER = [f"unet/{STEM}-0000{i}-of-00002{half}.safetensors" for i in (1, 2) for half in ("", ".fp16")]
+OLDER = [f"unet/{STEM}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
+INDEXES = ["unet/config.json", *(f"unet/{STEM}.safetensors.index{half}.json" for half in ("", ".fp16"))]
+
+
+PLAIN, HALF = (["text_encoder/model.safetensors", f"unet/{FILE}"],
+               ["text_encoder/model.fp16.safetensors", f"unet/{HALF_FILE}"])
+
+
+@pytest.mark.parametrize("files, parts, options, expected", [
+    (MODEL, hub.PARTS, {}, [*CONFIGS, *PLAIN, f"vae/{FILE}"]),
+    (MODEL, hub.PARTS, {"half": True}, [*CONFIGS, *HALF, f"vae/{FILE}"]),  # of the VAE the plain one
+    (MODEL, hub.PARTS, {"weights": False}, CONFIGS),
+    (["README.md", "config.json", FILE, HALF_FILE], ("vae",), {"half": True}, ["config.json", FILE]),
+    (["config.json", FILE, HALF_FILE], ("unet",), {"half": True}, ["config.json", HALF_FILE]),
+    (["vae/config.json", f"vae/{HALF_FILE}"], ("vae",), {}, ["vae/config.json", f"vae/{HALF_FILE}"]),
+    (["unet/config.json", f"unet/{FILE}"], ("unet",), {"half": True}, ["unet/config.json", f"unet/{FILE}"]),
+    ([*INDEXES, *NEWER], ("unet",), {}, [*INDEXES, *NEWER[::2]]),
+    ([*INDEXES, *NEWER], ("unet",), {"half": True}, [*INDEXES, *NEWER[1::2]]),
+    ([*INDEXES, *NEWER[::2], *OLDER], ("unet",), {"half": True}, [*INDEXES, *OLDER])])
+def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expected):
+    def snapshot_download(source, allow_patterns, ignore_patterns=()):
+        def matches(name, patterns):
+            return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+        for name in files:
+            if matches(name, allow_patterns) and not matches(name, ignore_patterns):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert local_folder("a/model", parts, **options) == tmp_path
+    downloaded = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(downloaded) == sorted(expected)
+
+
+def test_a_model_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
+    errors = pytest.importorskip("huggingface_hub").errors
+    for kind in (ConnectionError, TimeoutError, errors.RepositoryNotFoundError, errors.HfHubHTTPError):
+        def fail(*args, **options):
+            raise kind.__new__(kind, "It went wrong.\n\nA second line")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+        message = refusal(local_folder, "a/model")
+        assert "hf download a/model" in message and "HF_TOKEN" in message
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.chdir(tmp_path)
+    Path("a/model").mkdir(parents=True)
+    Path("a/sdxl.safetensors").touch()
+    assert local_folder("a/model") == Path("a/model")            # before the hub
+    for name in ("a/sdxl.safetensors", "nowhere", f"{tmp_path}/nowhere", "../nowhere", "a/b/c"):
+        assert name in refusal(local_folder, name)
+
+
+def test_presets(tmp_path):
+    assert preset("sdxl") == preset("stabilityai/stable-diffusion-xl-base-1.0") == hub.PRESETS["sdxl"]
+    assert preset(hub.TOY) == hub.PRESETS["toy"] and preset("toy-1b").unet == str(hub.STUDENTS / "1b")
+    assert preset("x/y") == Preset("x/y", 25, 7.5) and preset("lightning-1b").spacing == "trailing"
+    write_json(tmp_path / "preset.json", {"steps": 3, "guidance": 2.0, "spacing": None, "sampler": "ddim"})
+    assert preset(tmp_path) == Preset(str(tmp_path), 3, 2.0, None, "ddim")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Arguments, errors
+
+
+@pytest.mark.parametrize("kind, good, bad", [
+    (number(int, 0, 8), [0, 8], ["-1", "9", "x", "1.5", "", "9" * 5000]),
+    (number(int, 0, 64, 8), [0, 64], ["4", "72"]),
+    (number(float, 0), [0.0, 1e9], ["nan", "inf", "-1", "1e999"]),
+    (path, [Path("a")], ["", " "]), (png_path, [Path("a.png"), Path("b.PNG")], ["a.jpg", "no/a.png"]),
+    (model_name, ["toy", "a/b", "."], ["SDXL", "toyy"])])
+def test_arguments(kind, good, bad, capsys):
+    parser = ArgumentParser("text")
+    parser.add_argument("--flag", type=kind)
+    assert [parser.parse_args(["--flag", str(value)]).flag for value in good] == good
+    for flag in ["--fla=1", *(f"--flag={text}" for text in bad)]:  # no abbreviations
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([flag])
+        err = capsys.readouterr().err
+        assert err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, words", [
+    (ValueError("no\x1b[31m such"), "no?[31m such"), (FloatingPointError("nan"), "nan"),
+    (OSError(errno.ENOSPC, "No space left", "/a"), "/a: No space left"), (MemoryError(), "memory; advice"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory; advice"), (KeyboardInterrupt(), 130),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: no"), "memory; advice"),
+    (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers 0"),
+    (None, 0), (KeyError("x"), None), (RuntimeError("NCCL error"), None), (AssertionError(), None)], ids=repr)
+def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, words):
+    def main() -> int:
+        if error:
+            raise error
+        return 0
+
+    with pytest.raises(type(error) if words is None else SystemExit) as caught:
+        hub.run(main, "advice")
+    code = getattr(caught.value, "code", None)
+    assert code == words or code.startswith("error: ") and words in code and "\n" not in code
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Files
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_write_that_is_killed_anywhere_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, folder):
+    """The contents reach the disk before the name does; a folder comes whole or not."""
+    def write(path: Path):
+        if folder:
+            path.mkdir()
+        (path / "in" if folder else path).write_text("new")
+
+    for crash in range(1, 6):
+        target, calls = tmp_path / str(crash) / "file", []
+        target.parent.mkdir()
+        if not folder:
+            target.write_text("old")
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(files, "sync", sync)
+            for name in ("fsync", "replace"):
+                def call(*args, name=name, real=getattr(os, name)):
+                    calls.append(name)
+                    if len(calls) == crash:
+                        raise KeyboardInterrupt
+                    real(*args)
+                patch.setattr(os, name, call)
+            atomic_write(target, write)
+        new, old = ({"file/in": b"new"}, {}) if folder else ({"file": b"new"}, {"file": b"old"})
+        found = {str(path): content for path, content in contents(target.parent).items()}
+        assert found == (new if "replace" in calls[:crash - 1] else old)
+    assert calls == ["fsync", *["fsync"] * folder, "replace", "fsync"]
+
+
+def test_modes_follow_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write(tmp_path / "a", lambda path: path.write_text(""))
+        atomic_write(tmp_path / "b", lambda path: path.mkdir())
+    finally:
+        os.umask(before)
+    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o750]
+
+
+def test_json_and_csv(tmp_path):
+    write_json(tmp_path / "a.json", {"b": [1], "a": None})
+    assert (tmp_path / "a.json").read_text() == '{\n  "a": null,\n  "b": [\n    1\n  ]\n}\n'
+    table = tmp_path / "a.csv"
+    write_csv(table, ["name", "value"], [["x, y", 1.5], ["z", math.nan]])
+    rows, whole = [{"name": "x, y", "value": "1.5"}, {"name": "z", "value": "nan"}], table.read_bytes()
+    assert read_csv(table, ["value"]) == rows
+    table.write_bytes(whole + b"w,3")                            # cut while it was being written
+    assert read_csv(table) == rows
+    for damaged in (whole + b"w\n", whole + b"w,3,4\n", whole + b"\xff,1\n", b"", b"name\nx\n"):
+        table.write_bytes(damaged)
+        assert str(table) in refusal(read_csv, table, ["value"])
+    with pytest.raises(OSError, match=f"{table} cannot be written"):
+        atomic_write(table, lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))

@@ -1,0 +1,359 @@
+"""A run's folder survives being stopped, killed, damaged and shared; what must not be mixed is refused."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import socket
+import time
+from functools import partial
+from typing import Callable
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import distill
+from common import RUN, checkpoint, contents, equal, log_rows, refusal, write_vae
+from model import load_unet, read_tensors
+from support import hub
+from support.data import CaptionedImages
+from support.run import Log, StopSignal, load_checkpoint, lock_run_dir, save_checkpoint
+
+# ------------------------------------------------------------------------------------------------------------
+# Processes
+
+
+def start(job: Callable[[], int | None]):
+    """In a forked process, runs a job as a program."""
+    os.setpgrp()
+    torch.set_num_threads(1)                                     # threads do not survive a fork
+    hub.run(job, "advice")
+
+
+def in_processes(*jobs: Callable[[], int | None], seconds: float = 60) -> list[int | None]:
+    """Exit codes of functions that run at the same time, each in a forked process; None of one that hangs."""
+    children = [multiprocessing.get_context("fork").Process(target=start, args=(job,)) for job in jobs]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(seconds)
+    codes = [child.exitcode for child in children]
+    for child in children:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)                 # with its readers
+    return codes
+
+
+def as_ranks(*jobs: Callable[[], int]) -> list[Callable[[], int]]:
+    """The jobs as the processes of one torchrun."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+
+    def start(rank: int) -> int:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(jobs)),
+                       "LOCAL_WORLD_SIZE": str(len(jobs)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return jobs[rank]()
+    return [partial(start, rank) for rank in range(len(jobs))]
+
+
+@pytest.fixture
+def copy(short_run, tmp_path):
+    """A copy of a finished run of two steps, each with a checkpoint."""
+    return shutil.copytree(short_run, tmp_path / "run")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Stopped and resumed
+
+
+@pytest.mark.parametrize("steps, flags", [
+    (3, ["--micro-batch", 1, "--decay", 0.5]), (2, ["--precision", "bf16", "--batch", 1]),
+    (4, ["--precision", "fp16", "--batch", 1])], ids=["accumulation", "bf16", "fp16"])
+def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, during, tmp_path, steps, flags):
+    """The first step's gradients are not finite, which fp16's scale must remember."""
+    flags = [*flags, "--lr", "1e-3", "--steps", steps]
+    during(lambda call: float("nan") if call == 1 else None)
+    assert run(*flags, out="whole") == 0
+    for step, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[:steps]):
+        def stop(call):
+            if call == 1:
+                signal.raise_signal(number)
+                signal.raise_signal(signal.SIGTERM)              # later ones change nothing
+            return float("nan") if (step, call) == (0, 1) else None
+        during(stop)
+        assert run(*flags, out="pieces") == 128 + number
+        assert checkpoint(tmp_path / "pieces")[0]["step"] == step + 1
+    assert run(*flags, out="pieces") == 0
+    (whole, tensors), (pieces, others) = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "pieces")
+    assert whole == pieces and whole["updates"] > 0 and equal(tensors, others)
+    assert sum(name.startswith("exp_avg_sq.") for name in tensors) == len(tensors) // 3
+    assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "pieces")
+    assert equal(load_unet(tmp_path / "whole").state_dict(), load_unet(tmp_path / "pieces").state_dict())
+    if "--decay" in flags:                                       # a run of falling rate cannot be made longer
+        assert "steps was 3 and is 4" in refusal(run, *flags, "--steps", 4, out="whole")
+
+
+@pytest.mark.parametrize("flags", [[], ["--task", 0, "--out-kd", 0, "--features", "SA@DW-2"]], ids=len)
+def test_two_processes_are_one(run, during, tmp_path, pairs, flags):
+    """A signal to one of them stops both; the index of the data is made by the first alone."""
+    flags = ["--steps", 3, "--micro-batch", 1, "--device", "cpu", "--lr", "1e-3", "--data", pairs, *flags]
+
+    def two() -> int:
+        return run(*flags, out="two")
+
+    def stopped() -> int:
+        CaptionedImages.write_index = None
+        during(lambda call: signal.raise_signal(signal.SIGTERM) if call == 2 else None)
+        return two()
+
+    assert in_processes(*as_ranks(two, stopped), partial(run, *flags, out="one")) == [143, 143, 0]
+    assert checkpoint(tmp_path / "two")[0]["step"] == 2
+    assert in_processes(*as_ranks(two, two)) == [0, 0]
+    (one, tensors), (two, others) = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    assert one == two and sum(one["skipped"].values()) == 2 and equal(tensors, others)
+    assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
+
+
+def test_a_run_in_the_background_goes_on_ignoring_interrupts():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.received and signal.getsignal(signal.SIGTERM) == stop.receive
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_run_that_is_killed_at_any_moment_loses_nothing_that_was_saved(run, tmp_path, capfd):
+    """SIGKILL to the main process, or to its reader too, and SIGTERM to both."""
+    flags = ["--workers", 1, "--steps", 6, "--save-every", 1, "--batch", 1, "--features", "none"]
+    assert run(*flags, "--workers", 0, out="whole") == 0
+    capfd.readouterr()
+    log, rng, saved = tmp_path / "run" / "log.csv", random.Random(0), 0
+    for kill in range(3):
+        child = multiprocessing.get_context("fork").Process(target=start, args=(partial(run, *flags),))
+        before = log.exists() and log.stat()
+        child.start()
+        while child.is_alive() and before == (log.exists() and log.stat()):
+            time.sleep(0.01)                                     # until it begins
+        child.join(rng.uniform(0, 0.4))
+        with contextlib.suppress(ProcessLookupError):
+            if kill == 0:
+                os.kill(child.pid, signal.SIGKILL)
+            else:
+                os.killpg(child.pid, signal.SIGKILL if kill == 1 else signal.SIGTERM)
+        child.join(30)
+        assert child.exitcode in (0, -signal.SIGKILL, 128 + signal.SIGTERM)
+        told = re.findall(r"saved .* at step (\d+)", capfd.readouterr().out)
+        found = load_checkpoint(tmp_path / "run")
+        step = found[1]["state"]["step"] if found else 0
+        assert step >= max(map(int, told), default=saved)
+        saved = step
+    assert in_processes(partial(run, *flags)) == [0]
+    assert equal(checkpoint(tmp_path / "run")[1], checkpoint(tmp_path / "whole")[1])
+    assert log_rows(tmp_path / "run") == log_rows(tmp_path / "whole")
+    assert not list((tmp_path / "run").rglob(".writing-*"))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.mark.parametrize("name", [f"unet/{distill.model.WEIGHTS}.safetensors", "unet/config.json",
+                                  "optimizer.safetensors", "state.json"])
+def test_of_a_damaged_checkpoint_the_one_before_is_used(copy, capsys, name):
+    """Or none, if both are damaged; no changed bit goes unnoticed."""
+    older, newest = sorted(copy.glob("step-*"))
+    content, whole = (newest / name).read_bytes(), load_checkpoint(copy)
+    places = torch.randint(len(content), (20,), generator=torch.Generator().manual_seed(0)).tolist()
+    flipped = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1:] for i in [0, *places]]
+    for damaged in (None, b"", b"<html>", content[:-1], content[:len(content) // 2], *flipped):
+        (newest / name).unlink(missing_ok=True)                  # unet/ has a link to it
+        if damaged is not None:
+            (newest / name).write_bytes(damaged)
+        capsys.readouterr()
+        folder, found = load_checkpoint(copy)
+        err = capsys.readouterr().err
+        assert folder == older and found["state"]["step"] == 1 and err.count("\n") == 1 and str(newest) in err
+    (older / name).write_bytes(b"")
+    assert str(copy) in refusal(load_checkpoint, copy)
+    (newest / name).write_bytes(content)
+    assert load_checkpoint(copy) == whole
+
+
+def test_a_run_goes_on_past_a_damaged_checkpoint(run, copy, short_run):
+    (copy / "step-00000002" / "state.json").write_text("")
+    shutil.rmtree(copy / "unet")
+    shutil.copytree(copy / "step-00000002", copy / "step-00000009")
+    assert run("--steps", 2, "--save-every", 1) == 0
+    names = [path.name for path in sorted(copy.glob("step-*"))]
+    assert names == ["step-00000001", "step-00000002"] and log_rows(copy) == log_rows(short_run)
+    assert equal(checkpoint(copy)[1], checkpoint(short_run)[1])
+    assert equal(load_unet(copy).state_dict(), load_unet(short_run).state_dict())
+    assert run("--steps", 4, "--save-every", 1) == 0
+    assert [path.name for path in sorted(copy.glob("step-*"))] == ["step-00000003", "step-00000004"]
+
+
+def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
+    for part in ("weight", "moment"):
+        network = torch.nn.Linear(3, 2)
+        optimizer = torch.optim.AdamW(network.parameters())
+        network(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        moment = optimizer.state[network.weight]["exp_avg_sq"]
+        (network.bias if part == "weight" else moment).data[0] = float("inf")
+        with pytest.raises(FloatingPointError):
+            save_checkpoint(tmp_path, {}, {"step": 3}, network, optimizer, lambda folder: None)
+        assert not any(tmp_path.iterdir())
+
+
+def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(run, during, tmp_path):
+    """Though the run was stopped in between."""
+    flags = ["--steps", 30, "--batch", 1, "--features", "none", "--out-kd", 0]
+
+    def broken(call):
+        if call == 12:
+            signal.raise_signal(signal.SIGTERM)
+        return float("inf") if call > 1 else None
+
+    during(broken)
+    assert run(*flags) == 128 + signal.SIGTERM
+    during(lambda call: float("nan"))
+    with pytest.raises(FloatingPointError):
+        run(*flags)
+    rows, (state, tensors) = log_rows(tmp_path / "run"), checkpoint(tmp_path / "run")
+    assert [row["skipped_steps"] for row in rows] == [str(i) for i in range(20)]
+    assert state["updates"] == 1 and all(tensor.isfinite().all() for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("limit", [4096, 900_000])
+def test_a_full_disk(program, teacher, copy, limit):
+    """The limit ends the writing of the weights, or only of the larger moments."""
+    before = contents(copy)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        code, _, err = program("--teacher", teacher, "--out", copy, *RUN, "--steps", 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert code == 1 and err.startswith("error: ") and "\n" not in err and str(copy) in err
+    after = contents(copy)
+    assert after.keys() == before.keys() and max(map(len, before.values())) > limit
+    assert all(after[path] == before[path] for path in before if path.name != "log.csv")
+    assert checkpoint(copy)[0]["step"] == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The folder of a run
+
+
+def test_two_runs_in_one_folder_are_refused(run, copy, capfd):
+    lock = lock_run_dir(copy)
+    assert in_processes(partial(run, "--steps", 3)) == [1]
+    err = capfd.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and str(copy) in err
+    lock.close()
+    (copy / ".writing-x").mkdir()                                # of a process that was killed
+    (copy / "step-00000002" / ".writing-y").mkdir()
+    assert in_processes(partial(run, "--steps", 3)) == [0] and not list(copy.rglob(".writing-*"))
+    (copy / "log.csv").unlink()                                  # a model, such as the teacher, and no run
+    with pytest.raises(FileExistsError):
+        lock_run_dir(copy)
+
+
+def test_other_settings_are_refused_and_means_may_change(run, teacher, tmp_path, copy, short_run):
+    changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2,
+               "normalize-features": None, "out-kd": 2.0, "feat-kd": 2.0, "sa-blocks": "up",
+               "precision": "fp16", "cache": tmp_path / "cache", "vae": write_vae(teacher, tmp_path / "vae")}
+    flags, before = [], contents(copy)
+    for name, value in changes.items():
+        flags += [f"--{name}"] + ([value] if value else [])
+    message = refusal(run, *flags)
+    assert contents(copy) == before and "lr was 1e-05 and is 0.0001" in message
+    names = {"cache": "cached", "vae": "encoders"}
+    for name in [*changes, "steps"]:                             # as --decay depends on them
+        assert f" {names.get(name, name).replace('-', '_')} was " in message
+    assert run("--steps", 3, "--micro-batch", 1, "--workers", 1, "--checkpointing") == 0
+    assert len(log_rows(copy)) == 3 and log_rows(copy)[:2] == log_rows(short_run)
+    assert "step 3" in refusal(run, "--steps", 2)
+
+
+def test_folders_may_move_and_what_is_in_them_may_not_change(run, teacher, tmp_path, pairs):
+    def flags(teacher, data, steps):
+        return ["--teacher", teacher, "--data", data, "--steps", steps]
+
+    first = [shutil.copytree(teacher, tmp_path / "teacher"), pairs]
+    assert run(*flags(*first, 2)) == 0
+    moved = [folder.rename(tmp_path / f"{folder.name} elsewhere") for folder in first]
+    assert run(*flags(*moved, 3)) == 0
+    weights = load_file(moved[0] / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    weights["conv_in.bias"][0] += 1e-3
+    save_file(weights, moved[0] / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    shutil.copy(moved[1] / "0.png", moved[1] / "9.png")
+    shutil.copy(moved[1] / "0.txt", moved[1] / "9.txt")
+    message = refusal(run, *flags(*moved, 4))
+    assert "teacher was" in message and "data was" in message
+
+
+def test_a_log_has_neither_gaps_nor_doubles(run, copy, short_run):
+    """A row that was cut, or is of no checkpoint, is dropped; a log of something else is refused."""
+    with open(copy / "log.csv", "a") as file:
+        file.write("3" + ",0.5" * (len(Log.COLUMNS) - 1) + "\n4,0.5,0.2")
+    assert run("--steps", 3) == 0
+    rows = log_rows(copy)
+    assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(short_run)
+    assert rows[2]["task"] != "0.5"
+    for content in (b"foo,bar\n1,2\n", b"step\nx\n", b"step,task\n1,2\n", b"\xff\xfe\n"):
+        (copy / "log.csv").write_bytes(content)
+        assert "log.csv" in refusal(Log, copy / "log.csv", 3)
+
+
+def test_a_finished_run_is_a_model_that_diffusers_loads(run, teacher, tmp_path):
+    """Though the teacher's snapshot has only files named fp16."""
+    diffusers = pytest.importorskip("diffusers")
+    folder = shutil.copytree(teacher, tmp_path / "teacher")
+    for path in [*folder.rglob("*.safetensors")]:
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()},
+                  path.with_suffix(".fp16.safetensors"), {"format": "pt"})
+        path.unlink()
+    assert run("--teacher", folder, "--steps", 1) == 0
+    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "run")
+    weights = read_tensors(tmp_path / "run" / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    assert equal(pipeline.unet.state_dict(), weights) and pipeline.vae.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Readers of data
+
+
+def test_a_reader_that_dies_ends_the_run_in_one_line(run, during, tmp_path, capfd):
+    def kill_reader(call):
+        if call == 2:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(0.3)
+
+    during(kill_reader)
+    assert in_processes(partial(run, "--workers", 1, "--steps", 40, "--save-every", 1), seconds=30) == [1]
+    err = capfd.readouterr().err
+    assert err.count("error: ") == 1 and "--workers 0" in err and "Traceback" not in err
+    assert checkpoint(tmp_path / "run")[0]["step"] >= 1
+
+
+def test_a_reader_without_shared_memory_ends_the_run_in_one_line(run, capfd):
+    def job() -> int:
+        if ctypes.CDLL(None).unshare(0x20000) or os.system("mount -t tmpfs -o size=300k tmpfs /dev/shm"):
+            return 77                                            # no namespaces here
+        return run("--workers", 2, "--steps", 5, "--batch", 8)
+
+    code, = in_processes(job, seconds=30)
+    if code == 77:
+        pytest.skip("a file system cannot be mounted here")
+    err = capfd.readouterr().err
+    assert code == 1 and "Traceback" not in err and err.count("error: ") == 1 and "/dev/shm" in err
