@@ -440,7 +440,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
-    if args.data != "shapes" and Path(args.data).resolve() in args.out.resolve().parents:
+    if args.data != "shapes" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
         parser.error(f"--out {args.out} is in --data, so the run would train on its own previews")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have their own")
