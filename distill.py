@@ -441,7 +441,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
         parser.error("--teacher none has no weights to start from; give --init FOLDER or --init random")
     if not (args.task or args.teacher != "none" and (args.out_kd or args.features != "none")):
         parser.error("nothing to learn: give a weight to --task, or to --out-kd or --feat-kd and a --teacher")
-    if args.data != "shapes" and Path(args.data).resolve() in args.out.resolve().parents:
+    if args.data != "shapes" and args.out.resolve().is_relative_to(Path(args.data).resolve()):
         parser.error(f"--out {args.out} is in --data, so the run would train on its own previews")
     if args.caption and args.data == "shapes":
         parser.error("--caption is for a folder of images; shapes have their own")
@@ -477,8 +477,13 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
     texts, vae, config = costs.read_configs(model_source(args))
-    new = args.init in ("teacher", "random")
-    student_config = model.student_config(config, args.student) if new else costs.read_configs(args.init)[2]
+    if args.init in ("teacher", "random"):
+        student_config = model.student_config(config, args.student)
+    elif args.init in model.CONFIGS:
+        student_config = model.CONFIGS[args.init]
+    else:                                                        # a whole model, or a U-Net alone
+        folder = local_folder(preset(args.init).unet, ("unet",), weights=False)
+        student_config = model.read_config(model.part_folder(folder, "unet"), model.UNetConfig.from_diffusers)
     with torch.device("meta"):
         student, teacher = model.UNet(student_config), model.UNet(config) if args.teacher != "none" else None
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}

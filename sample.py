@@ -86,6 +86,9 @@ class NoiseSchedule:
         self.sigma_t = (1 - self.alphas_cumprod).sqrt().float().to(device)
         self.spacing, self.offset = spacing or config["timestep_spacing"], config["steps_offset"]
         self.prediction = config["prediction_type"]
+        if self.spacing not in SPACINGS or self.prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"scheduler_config.json has timestep_spacing={self.spacing!r} and prediction_type="
+                             f"{self.prediction!r}, of which one is not supported")
         self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
     def check_entries(self, supported: dict):

@@ -170,7 +170,7 @@ def png_path(text: str) -> Path:
     name = Path(text)
     if name.suffix.lower() != ".png" or name.is_dir():
         raise argparse.ArgumentTypeError(f"{text} is not the name of a .png file")
-    if not os.access(name.parent, os.W_OK):
+    if not name.parent.is_dir() or not os.access(name.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"the folder {name.parent} does not exist or cannot be written")
     return name
 

@@ -1,39 +1,36 @@
 """
 Our speed and memory beside diffusers', in turns, so that a slow moment of the machine falls on both.
 
-    python tests/benchmark.py             # all; needs diffusers
-    python tests/benchmark.py unet toy    # these two
+    python tests/benchmark.py                       # all; needs diffusers
+    python tests/benchmark.py toy sample distill    # these three
 
 A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster). Only
-memory, feed and index are ours alone.
+memory is ours alone.
 """
 
-import io
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import model  # noqa: E402
-from support.cli import ArgumentParser  # noqa: E402
-from support.vae import VAE, VAEConfig, save_vae  # noqa: E402
-from toy.make import UNET_CONFIG as TOY  # noqa: E402
+from distill import Batch, Networks, distill_batch, match_features  # noqa: E402
+from sample import load_pipeline  # noqa: E402
+from support.hub import TOY, ArgumentParser  # noqa: E402
+from support.vae import VAEConfig  # noqa: E402
 
+TOY_UNET = model.read_config(TOY / "unet", model.UNetConfig.from_diffusers)
 NARROW = replace(model.CONFIGS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
-                       pooled_dim=128)
+                 pooled_dim=128)
 
 
 def in_turns(name: str, ours, theirs, runs: int = 7):
@@ -87,12 +84,12 @@ def unet():
 
 def toy():
     for batch in (2, 32):
-        forward(f"toy, batch {batch}, forward", TOY, torch.float32, batch, 32)
+        forward(f"toy, batch {batch}, forward", TOY_UNET, torch.float32, batch, 32)
 
 
 def train():
     narrow = model.student_config(NARROW, "700m")
-    for name, config, batch, side in (("toy", TOY, 8, 32), ("700m, a fifth as wide", narrow, 2, 64)):
+    for name, config, batch, side in (("toy", TOY_UNET, 8, 32), ("700m, a fifth as wide", narrow, 2, 64)):
         ours, _, theirs, inputs = networks(config, torch.float32)
         x = inputs(batch, side)
         in_turns(f"{name}, batch {batch}, and backward", lambda: ours(*x).square().mean().backward(),
@@ -135,8 +132,6 @@ def load():
 
 def sample():
     from diffusers import StableDiffusionXLPipeline
-    from sample import load_pipeline
-    from support.cli import TOY
 
     ours, theirs = load_pipeline("toy"), StableDiffusionXLPipeline.from_pretrained(TOY)
     theirs.set_progress_bar_config(disable=True)
@@ -158,7 +153,7 @@ def start():
 
 def distill():
     """A step of ours, and of a plain loop with diffusers' networks and hooks for the same losses."""
-    distillation_step("toy, distillation step of 16", TOY, 16, 32)
+    distillation_step("toy, distillation step of 16", TOY_UNET, 16, 32)
     distillation_step("SDXL a fifth as wide, step of 2", NARROW, 2, 64)
     distillation_step("... latents cached / BK-SDM's recipe", NARROW, 2, 64, recipe=True)
 
@@ -166,7 +161,6 @@ def distill():
 def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int, recipe: bool = False):
     """With `recipe` theirs is as BK-SDM trains: it encodes the images each time and recomputes all blocks."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
-    from distill import hook_features, losses, match_features
 
     teacher, student = model.UNet(config), model.UNet(model.student_config(config, "700m"))
     model.inherit(student, teacher)
@@ -178,7 +172,8 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     teacher.requires_grad_(False).to(memory_format=torch.channels_last)
     theirs[0].requires_grad_(False)
     student.to(memory_format=torch.channels_last)
-    _, _, teacher_features, student_features = hook_features(teacher, student, matched)
+    networks = Networks(teacher, student, model.Features(teacher, [*matched.values()]),
+                        model.Features(student, [*matched]))
     kept = {}
     for key, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
@@ -199,13 +194,8 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     optimizers = [torch.optim.AdamW(student.parameters(), lr=1e-5, fused=True),
                   torch.optim.AdamW(theirs[1].parameters(), lr=1e-5)]
 
-    def ours_step():
-        with torch.no_grad(), teacher_features as t:
-            teacher_prediction = teacher(*x)
-        with student_features as s:
-            prediction = student(*x)
-        sum(losses(prediction, noise, teacher_prediction, [s[p] for p in matched],
-                   [t[p] for p in matched.values()])).backward()
+    def our_step():
+        sum(distill_batch(Batch(*x, noise), networks, torch.float32)).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
 
@@ -223,17 +213,17 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
         optimizers[1].step()
         optimizers[1].zero_grad()
 
-    in_turns(name, ours_step, their_step)
+    in_turns(name, our_step, their_step)
 
 
 def memory():
-    """Student forward and backward under each kind of checkpointing: seconds, and the process at its peak."""
-    for mode in model.CHECKPOINTING:
+    """Student forward and backward with and without checkpointing: seconds, and the process at its peak."""
+    for checkpointing in (False, True):
         code = f"""import torch, model
 from tests.benchmark import NARROW
 torch.manual_seed(0)
 unet = model.UNet(model.student_config(NARROW, "700m"))
-unet.set_checkpointing({mode!r})
+unet.set_checkpointing({checkpointing})
 x = (torch.randn(8, 4, 64, 64), torch.full((8,), 500), torch.randn(8, 77, 256),
      torch.randn(8, 128), torch.ones(8, 6))
 # ---
@@ -241,98 +231,12 @@ unet(*x).square().mean().backward()
 """
         done = [in_process(code) for _ in range(3)]
         took, peak = (statistics.median(column) for column in zip(*done))
-        print(f"700m a fifth as wide, batch 8, {mode:10} {took:8.3f} s   {peak:8.3f} GB at the peak")
-
-
-def resident():
-    """sample.py on KOALA-700M in full size, noise for weights, with all networks in memory and with one."""
-    from support.costs import fill, read_configs
-    from support.text import CLIP, ENCODERS, save_clip
-
-    texts, vae_config, unet_config = read_configs("700m")
-    with torch.device("meta"):
-        unet, vae = model.UNet(unet_config), VAE(vae_config)
-        encoders = [CLIP(config, projection=i == 1) for i, config in enumerate(texts)]
-    for network in (unet, vae, *encoders):
-        fill(network, [], torch.float16, "cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = shutil.copytree(ROOT / "toy" / "checkpoint", Path(folder, "bundle"))
-        model.save_unet(unet, bundle / "unet")
-        save_vae(vae, bundle / "vae")
-        for name, encoder in zip(ENCODERS, encoders):
-            save_clip(encoder, bundle / name)
-        del unet, vae, encoders
-        for flags in ([], ["--low-memory"]):
-            command = [sys.executable, "sample.py", "--model", bundle, "--prompt", "a red circle",
-                       "--steps", "1", "--height", "256", "--width", "256", "--precision", "fp16",
-                       "--out", f"{folder}/a.png", *flags]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-            print(f"700m, one step of 256 x 256 {' '.join(flags):14}",
-                  done.stdout.split("fp16: ")[1].splitlines()[0])
-
-
-def photo(megapixels: float, seed: int) -> bytes:
-    """A JPEG, of 3 to 2, with a photograph's spectrum: the amplitude falls with the frequency."""
-    height, width = round((megapixels * 1e6 / 1.5) ** 0.5), round((megapixels * 1e6 * 1.5) ** 0.5)
-    frequency = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)).clamp(min=1 / width)
-    noise = torch.fft.rfft2(torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed)))
-    pixels = torch.fft.irfft2(noise / frequency**1.2, s=(height, width))
-    pixels = (pixels / pixels.std() * 50 + 128).clamp(0, 255).byte().permute(1, 2, 0)
-    file = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(file, "JPEG", quality=90)
-    return file.getvalue()
-
-
-def feed(count: int = 24):
-    """Pictures a second that a worker reads from shards for 1024 px."""
-    from support.data import CaptionedImages, Samples
-
-    for megapixels in (1, 2, 4, 16):
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(f"{folder}/0.tar", "w") as tar:
-            files = [photo(megapixels, i % 3) for i in range(count)]
-            for i, content in enumerate(files):
-                for name, data in ((f"{i}.jpg", content), (f"{i}.txt", b"a photo")):
-                    info = tarfile.TarInfo(name)
-                    info.size = len(data)
-                    tar.addfile(info, io.BytesIO(data))
-            tar.close()
-            samples = Samples(CaptionedImages(folder), 1024, (4, 128, 128), 0, 0.1, False)
-            seconds = []
-            for p in range(count):
-                start = time.perf_counter()
-                samples[p]
-                seconds.append(time.perf_counter() - start)
-        rate = 1 / statistics.median(seconds)
-        print(f"feed, JPEG of {megapixels} MP, {len(files[0]) / 1e6:.2f} MB {rate:15.1f} pictures/s a worker; "
-              f"16 a second need {-(-16 // rate):.0f} workers")
-
-
-def index(pairs: int = 10**6, shards: int = 100):
-    """Seconds of a second start on shards of so many pairs: the index is mapped, its checksum read."""
-    from support.data import CaptionedImages
-
-    with tempfile.TemporaryDirectory() as folder:
-        for i in range(shards):
-            Path(folder, f"{i:05}.tar").write_bytes(bytes(1024))
-        paths = ["", *(f"{i:05}.tar" for i in range(shards))]
-        spans = np.zeros((pairs, 4, 3), np.int64)
-        spans[:, :2, 0] = 1 + np.arange(pairs)[:, None] * shards // pairs
-        spans[:, :2, 1:] = np.arange(4 * pairs).reshape(pairs, 2, 2)
-
-        def pretend(self, items):
-            self.paths, self.spans = paths, spans
-
-        real, CaptionedImages.make_index = CaptionedImages.make_index, pretend
-        for make in (pretend, real):
-            CaptionedImages.make_index = make
-            start = time.perf_counter()
-            images = CaptionedImages(folder, index=Path(folder, "index"))
-            seconds = time.perf_counter() - start
-        print(f"index, second start, {len(images):,} pairs {seconds:8.3f} s, {spans.nbytes / 1e6:.0f} MB")
+        name = "--checkpointing" * checkpointing
+        print(f"700m a fifth as wide, batch 8 {name:15} {took:8.3f} s   {peak:8.3f} GB at the peak")
 
 
 BENCHMARKS = {benchmark.__name__: benchmark for benchmark in (
-    unet, toy, train, load, sample, start, distill, memory, resident, feed, index)}
+    unet, toy, train, load, sample, start, distill, memory)}
 
 
 if __name__ == "__main__":

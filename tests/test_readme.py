@@ -1,43 +1,33 @@
-"""Every command of the READMEs is one its program takes; CI runs most that need no weights."""
+"""Every command of the pages is one its program takes, and every file that they name is there."""
 
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-import analysis
-import distill
-import sample
-from support.cli import ArgumentParser
-from toy import make
+from support.hub import ArgumentParser
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = ("python", "torchrun", "pip")
-
-
-def commands(path: Path) -> list[str]:
-    """The commands in the indented lines of a README, without the variables set before them."""
-    lines = (line for line in path.read_text().splitlines() if line.startswith("    "))
-    parts = (re.sub(r"^[A-Z_]+=\S+ ", "", part.strip()) for line in lines for part in line.split("&&"))
-    return [part for part in parts if part.startswith(PROGRAMS)]
-
-
-COMMANDS = commands(ROOT / "README.md")
+PAGES = [ROOT / "README.md", ROOT / "toy" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFICIAL = {"sdxl", "sd14", "etri-vilab/koala-700m"}  # a word that needs official weights
 LONG = {"ablation"}  # 38 trainings; tests/test_table3.py runs it with one step and two captions
+CHECKED = {"pip install -r requirements.txt", "python -m pytest"}  # by CI, which starts with them
 
 
-def words_of(command: str) -> list[str]:
-    words = shlex.split(command, comments=True)
-    return words[1:] if words[0] == "python" else words[3:]      # after torchrun --nproc-per-node N
+def commands(page: Path) -> list[str]:
+    """The commands in the indented lines of a page, without the variables set before them."""
+    lines = (line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("    "))
+    parts = (re.sub(r"^[A-Z_]+=\S+ ", "", part.strip()) for line in lines for part in line.split("&&"))
+    return [part for part in parts if part.startswith(("python ", "torchrun ", "pip "))]
 
 
 class Parsed(Exception):
-    """The command line was accepted."""
+    pass
 
 
-@pytest.mark.parametrize("command", COMMANDS + commands(ROOT / "toy" / "README.md"))
+@pytest.mark.parametrize("command", sorted(set(sum(map(commands, PAGES), [])) - CHECKED))
 def test_its_program_takes_it(command, monkeypatch, tmp_path):
     parse = ArgumentParser.parse_args
 
@@ -45,22 +35,28 @@ def test_its_program_takes_it(command, monkeypatch, tmp_path):
         parse(self, words)
         raise Parsed
 
-    program, *words = words_of(command)
-    programs = {"distill.py": distill, "sample.py": sample, "analysis.py": analysis, "toy.make": make}
-    if program == "-m":
-        program, *words = words
-    if program not in programs:
-        assert command in ("pip install -r requirements.txt", "python -m pytest"), "nothing checks this command"
+    words = shlex.split(command, comments=True)
+    start = 1 if words[0] == "python" else 3  # after torchrun --nproc-per-node N
+    program, *words = [word for word in words[start:] if word != "-m"]
+    if program == "tests/benchmark.py":  # needs diffusers
         return
     monkeypatch.setattr(ArgumentParser, "parse_args", parse_only)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Parsed):
-        programs[program].main(words)
+        importlib.import_module(program.removesuffix(".py")).main(words)
 
 
 def test_ci_runs_what_needs_no_official_weights():
     ran = [set(shlex.split(line, comments=True)) for line in (ROOT / ".ci" / "run").read_text().splitlines()]
-    for command in COMMANDS:
-        words = shlex.split(command, comments=True)
-        if not (OFFICIAL | LONG) & set(words):
-            assert any(set(words) <= one for one in ran), command
+    for command in commands(ROOT / "README.md"):
+        words = set(shlex.split(command, comments=True))
+        assert (OFFICIAL | LONG) & words or any(words <= line for line in ran), command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_it_names_exist(page):
+    text = page.read_text(encoding="utf-8")
+    linked = re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", text)
+    assert all((page.parent / name).exists() for name in linked), linked
+    for name in re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.(?:py|md))`", text):
+        assert any((place / name).exists() for place in (ROOT, page.parent, ROOT / "support")), name
