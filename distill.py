@@ -479,8 +479,6 @@ def dry_run(args: argparse.Namespace):
     texts, vae, config = costs.read_configs(model_source(args))
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
-    elif args.init in model.CONFIGS:
-        student_config = model.CONFIGS[args.init]
     else:                                                        # a whole model, or a U-Net alone
         folder = local_folder(preset(args.init).unet, ("unet",), weights=False)
         student_config = model.read_config(model.part_folder(folder, "unet"), model.UNetConfig.from_diffusers)
