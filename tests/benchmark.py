@@ -178,7 +178,6 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     for key, network, paths in (("t", theirs[0], matched.values()), ("s", theirs[1], matched)):
         for path in paths:
             def hook(module, args, output, key=(key, path)):
-                # What is recomputed is not kept.
                 kept.setdefault(key, output[0] if isinstance(output, tuple) else output)
 
             network.get_submodule(path).register_forward_hook(hook)
@@ -235,8 +234,7 @@ unet(*x).square().mean().backward()
         print(f"700m a fifth as wide, batch 8 {name:15} {took:8.3f} s   {peak:8.3f} GB at the peak")
 
 
-BENCHMARKS = {benchmark.__name__: benchmark for benchmark in (
-    unet, toy, train, load, sample, start, distill, memory)}
+BENCHMARKS = {run.__name__: run for run in (unet, toy, train, load, sample, start, distill, memory)}
 
 
 if __name__ == "__main__":

@@ -66,7 +66,6 @@ def network_answers() -> dict[str, Tensor]:
 
 
 def official_digests() -> dict[str, str]:
-    """A digest of the names and shapes of all tensors of the official networks."""
     with torch.device("meta"):
         networks = {name: diffusers.UNet2DConditionModel.from_config(FULL | surgery)
                     for name, surgery in SURGERIES.items()}
@@ -199,7 +198,6 @@ def gradient_answers() -> dict[str, Tensor]:
 
 # Pictures: sample.safetensors
 def scheduler(sampler: str, config: dict):
-    """diffusers' scheduler for one of our samplers."""
     names = {"euler": "EulerDiscrete", "ddim": "DDIM", "dpm": "DPMSolverMultistep"}
     return getattr(diffusers, f"{names[sampler]}Scheduler").from_config(config)
 
