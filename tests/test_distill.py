@@ -253,14 +253,14 @@ def few_steps(monkeypatch):
 
 def test_what_a_run_leaves(run, tmp_path, few_steps):
     flags, folder = ["--steps", "3", "--judge", "1", "--preview-every", "2", "--decay", "1"], tmp_path / "run"
-    assert run(*flags) == 0
-    log = log_rows(folder)
+    assert run(*flags) == 0 and (log := log_rows(folder))
     assert [(row["step"], row["images"]) for row in log] == [("1", "2"), ("2", "4"), ("3", "6")]
     assert [float(row["lr"]) for row in log] == pytest.approx([1e-5, 1e-5 * 2 / 3, 1e-5 / 3], rel=1e-5)
     terms = [float(log[0][name]) for name in ("task", "outKD", "featKD")]
     assert float(log[0]["total"]) == pytest.approx(sum(terms), rel=1e-5) and min(terms) > 0
     assert {path.name for path in folder.glob("previews/*")} == {"step-0000002.png", "step-0000003.png"}
-    assert [row[""] for row in read_csv(folder / "scores.csv")] == ["teacher", "student after"]
+    names = [row[""] for row in read_csv(folder / "scores.csv")]
+    assert names == ["teacher", "student before", "student after"]
     for where in (folder, folder / "unet"):
         assert same(load_unet(where), load_unet(folder / "step-00000003").state_dict())
     before = contents(folder)

@@ -10,7 +10,7 @@ import pytest
 from support.hub import ArgumentParser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "toy" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFICIAL = {"sdxl", "sd14", "etri-vilab/koala-700m"}  # a word that needs official weights
 LONG = {"ablation"}  # 38 trainings; tests/test_table3.py runs it with one step and two captions
 CHECKED = {"pip install -r requirements.txt", "python -m pytest"}  # by CI, which starts with them
