@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundles import bundle
+from common import bundle
 from common import fill
 from PIL import Image, ImageColor
 

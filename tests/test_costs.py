@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from bundles import bundle
+from common import bundle
 from common import UNETS, VAES
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel

@@ -7,7 +7,8 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from bundles import bundle, write_json
+from common import bundle
+from support.files import write_json
 from common import refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
