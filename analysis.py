@@ -283,7 +283,7 @@ def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]
         return [picture_distance(image, intact), *[math.nan] * len(shapes.SCORES)]
 
 
-def draw_knockouts(name: str, stages: list[str], images: dict[tuple, Image.Image],
+def draw_knockouts(name: str, how: str, stages: list[str], images: dict[tuple, Image.Image],
                    results: dict[tuple, list[tuple[float, float]]]) -> list[Image.Image]:
     """A picture of each knockout; distances by stage; and the scores of knockouts at all stages, if any."""
     kinds, stages, pictures, distances = list(model.FEATURE_TYPES), [ALL, *stages], [], {}
@@ -294,19 +294,20 @@ def draw_knockouts(name: str, stages: list[str], images: dict[tuple, Image.Image
     for stage in stages:
         distances[stage] = [results.get((kind, stage), [(math.nan, 0.0)])[0] for kind in kinds]
     charts = [image_grid(pictures, kinds, ["intact", *stages], gap=4),
-              dot_chart(f"{name}: how far its pictures are from the intact ones", kinds, {"": distances},
+              dot_chart(f"{name}: how far its pictures are from the intact ones", kinds,
+                        {f"{how} at": distances},
                         "root mean square distance in 0..1, and its standard error over prompts")]
     scores = {kind: results[kind, ALL][1:] for kind in ("intact", *kinds)}
     if not math.isnan(scores["intact"][0][0]):
         charts.append(dot_chart(f"{name}: scores without a type of feature at all stages", shapes.SCORES,
-                                {"": scores}, "mean, and its standard error over prompts", share=True))
+                                {how: scores}, "mean, and its standard error over prompts", share=True))
     return charts
 
 
 def knockout(args: argparse.Namespace) -> Image.Image:
     """Draws with each group of features replaced, from the same noise, and compares with intact pictures."""
     prompts, rows, charts = read_prompts(args, args.limit)[:args.limit], [], []
-    seeds = [args.seed + i for i in range(len(prompts))]
+    seeds, how = [args.seed + i for i in range(len(prompts))], "zero" if args.zero else "averaged"
     for name in args.model:
         pipeline, images, results, intact = load_pipeline(name, device=args.device), {}, {}, []
         groups = {("intact", ALL): []} | feature_groups(pipeline.unet)
@@ -319,14 +320,13 @@ def knockout(args: argparse.Namespace) -> Image.Image:
             rows.append([name, *group, *sum(numbers, ())])
             results[group] = [(mean, np.nan_to_num(error)) for mean, error in numbers]
             images[group] = drawn[0]
-        charts += draw_knockouts(name, list(model.stages(pipeline.unet.config)), images, results)
+        charts += draw_knockouts(name, how, list(model.stages(pipeline.unet.config)), images, results)
         del pipeline                                             # before the next is loaded
     columns = [column + kind for column in ("distance", *shapes.SCORES) for kind in ("", " error")]
     header = ["model", "features", "stage", *columns]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
-    print(f"features are replaced by {'zero' if args.zero else 'their mean over the picture'}; "
-          f'the pictures drawn are of "{prompts[0]}"')
+    print(f'the pictures are of "{prompts[0]}"')
     return image_grid([[chart] for chart in charts])
 
 
