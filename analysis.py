@@ -299,8 +299,8 @@ def draw_knockouts(name: str, how: str, stages: list[str], images: dict[tuple, I
                         "root mean square distance in 0..1, and its standard error over prompts")]
     scores = {kind: results[kind, ALL][1:] for kind in ("intact", *kinds)}
     if not math.isnan(scores["intact"][0][0]):
-        charts.append(dot_chart(f"{name}: scores without a type of feature at all stages", shapes.SCORES,
-                                {how: scores}, "mean, and its standard error over prompts", share=True))
+        charts.append(dot_chart(f"{name}: scores with a type of feature {how} at all stages", shapes.SCORES,
+                                {"": scores}, "mean, and its standard error over prompts", share=True))
     return charts
 
 
