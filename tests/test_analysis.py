@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from bundles import bundle
-from common import fill
+from common import bundle, fill
 from PIL import Image, ImageColor
 from torch import nn
 
@@ -151,8 +150,7 @@ def test_a_knockout_is_the_mean_over_tokens_or_pixels_and_ends():
     a, b = network["linear"](tokens), network["conv"](pixels)
     with pytest.raises(KeyError), knock_out(network, ["linear", "conv"]):
         torch.testing.assert_close(network["linear"](tokens), a.sum(1, keepdim=True).div(7).repeat(1, 7, 1))
-        mean = b.flatten(2).sum(2).div(24)
-        torch.testing.assert_close(network["conv"](pixels), mean.view(2, 5, 1, 1).repeat(1, 1, 4, 6))
+        torch.testing.assert_close(network["conv"](pixels), b.sum((2, 3), True).div(24).expand(2, 5, 4, 6))
         raise KeyError                                           # what a stop does not leave behind
     with knock_out(network, ["conv"], zero=True):
         assert torch.equal(network["linear"](tokens), a) and not network["conv"](pixels).any()
@@ -163,7 +161,6 @@ def test_knockouts_are_the_same_on_the_unet_of_diffusers():
     diffusers = pytest.importorskip("diffusers")
     ours = load_pipeline("toy", device="cpu")
     theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(TOY)
-    theirs.set_progress_bar_config(disable=True)
     groups, caption, first = feature_groups(ours.unet), "a red circle left of a blue square", None
     # Not LF at DW stages: those of diffusers also return their skips.
     for group in (None, ("SA", ALL), ("FFN", "UP-2"), ("Res", "DW-2"), ("LF", "UP-1"), None):
