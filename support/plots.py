@@ -57,7 +57,7 @@ def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None
     """
     width = max(image.width for row in rows for image in row if image)
     heights = [max(image.height for image in row if image) for row in rows]
-    size = min(26, max(12, width // 6))                          # of letters
+    size = 25 if width >= 150 else 16 if width >= 96 else 12     # of letters
     across = width + gap
     left = 16 + int(max(font(size).getlength(name) for name in row_names)) if row_names else 0
     top = size + 12 if column_names else 0
