@@ -3,6 +3,7 @@ The paper's figures and tables. Each command writes a PNG and, except `curves`, 
 
     python analysis.py attention --model toy toy-1b-sa toy-1b-lf # Figures 4 and 9: what self-attention sees
     python analysis.py similarity                                # Figure 8: what each transformer block adds
+    python analysis.py knockout                                  # beside Table 3: what pictures depend on
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
     python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
@@ -16,13 +17,15 @@ A model is a name such as toy, sdxl, 1b or 700m, a hub id, or a folder such as a
 import argparse
 import math
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import model
@@ -32,9 +35,9 @@ from support.data import PROMPTS
 from support.files import atomic_write, write_csv
 from support.hub import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
-from support.plots import image_grid, line_chart, loss_curves, print_table
-from support.table3 import ablation
-from support.table4 import SCORERS, all_toys, quality, read_prompt_file
+from support.plots import WIDTH, dot_chart, image_grid, line_chart, loss_curves, print_table
+from support.table3 import ablation, picture_distance
+from support.table4 import SCORERS, all_toys, judge, mean_and_error, quality, read_prompt_file
 from toy import shapes
 
 
@@ -241,6 +244,93 @@ def similarity(args: argparse.Namespace) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The causal counterpart of Table 3: pictures without the features of one type
+
+ALL = "all stages"
+
+
+@contextmanager
+def knock_out(unet: nn.Module, paths: list[str], zero: bool = False) -> Iterator[None]:
+    """Within it, modules return the mean of their output over the tokens or pixels of a picture, or zero."""
+    def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:  # (B, T, D) or (B, C, H, W)
+        if zero:
+            return torch.zeros_like(output)
+        return output.mean(dim=(2, 3) if output.dim() == 4 else 1, keepdim=True).expand_as(output)
+
+    hooks = [unet.get_submodule(path).register_forward_hook(replace) for path in paths]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def feature_groups(unet: model.UNet) -> dict[tuple[str, str], list[str]]:
+    """Module paths by type of feature and stage, or ALL; a stage without a type is left out."""
+    groups = {}
+    for kind in model.FEATURE_TYPES:
+        paths = {stage: model.feature_paths(unet, kind, stage) for stage in model.stages(unet.config)}
+        groups[kind, ALL] = sum(paths.values(), [])
+        groups |= {(kind, stage): paths[stage] for stage in paths if paths[stage]}
+    return groups
+
+
+def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]:
+    """The distance of a picture to the intact one, and the judge's scores, nan unless it is the toy's."""
+    try:
+        return [picture_distance(image, intact), *judge(image, prompt)]
+    except ValueError:
+        return [picture_distance(image, intact), *[math.nan] * len(shapes.SCORES)]
+
+
+def draw_knockouts(name: str, how: str, stages: list[str], images: dict[tuple, Image.Image],
+                   results: dict[tuple, list[tuple[float, float]]]) -> list[Image.Image]:
+    """A picture of each knockout; distances by stage; and the scores of knockouts at all stages, if any."""
+    kinds, stages, pictures, distances = list(model.FEATURE_TYPES), [ALL, *stages], [], {}
+    size = (WIDTH - 90) // (1 + len(stages)) - 4                 # pixels of a picture
+    images = {group: image.resize((size, size)) for group, image in images.items()}
+    for kind in kinds:
+        pictures.append([images["intact", ALL], *[images.get((kind, stage)) for stage in stages]])
+    for stage in stages:
+        distances[stage] = [results.get((kind, stage), [(math.nan, 0.0)])[0] for kind in kinds]
+    charts = [image_grid(pictures, kinds, ["intact", *stages], gap=4),
+              dot_chart(f"{name}: how far its pictures are from the intact ones", kinds,
+                        {f"{how} at": distances},
+                        "root mean square distance in 0..1, and its standard error over prompts")]
+    scores = {kind: results[kind, ALL][1:] for kind in ("intact", *kinds)}
+    if not math.isnan(scores["intact"][0][0]):
+        charts.append(dot_chart(f"{name}: scores with a type of feature {how} at all stages", shapes.SCORES,
+                                {"": scores}, "mean, and its standard error over prompts", share=True))
+    return charts
+
+
+def knockout(args: argparse.Namespace) -> Image.Image:
+    """Draws with each group of features replaced, from the same noise, and compares with intact pictures."""
+    prompts, rows, charts = read_prompts(args, args.limit)[:args.limit], [], []
+    seeds, how = [args.seed + i for i in range(len(prompts))], "zero" if args.zero else "averaged"
+    for name in args.model:
+        pipeline, images, results, intact = load_pipeline(name, device=args.device), {}, {}, []
+        groups = {("intact", ALL): []} | feature_groups(pipeline.unet)
+        for group, paths in tqdm(groups.items(), f"knockout {name}", unit="batch"):
+            with knock_out(pipeline.unet, paths, args.zero):
+                drawn = pipeline(prompts, seed=seeds, steps=args.steps)
+            intact = intact or drawn
+            compared = [compare(*pair, prompt) for *pair, prompt in zip(drawn, intact, prompts)]
+            numbers = [mean_and_error(column) for column in np.array(compared).T]
+            rows.append([name, *group, *sum(numbers, ())])
+            results[group] = [(mean, np.nan_to_num(error)) for mean, error in numbers]
+            images[group] = drawn[0]
+        charts += draw_knockouts(name, how, list(model.stages(pipeline.unet.config)), images, results)
+        del pipeline                                             # before the next is loaded
+    columns = [column + kind for column in ("distance", *shapes.SCORES) for kind in ("", " error")]
+    header = ["model", "features", "stage", *columns]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    print_table(header, rows)
+    print(f'the pictures are of "{prompts[0]}"')
+    return image_grid([[chart] for chart in charts])
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The program
 
 
@@ -268,18 +358,21 @@ def main(argv: list[str] | None = None):
 
     maps = add_command(attention, "self-attention maps of each stage: components, and one query", "toy")
     cosines = add_command(similarity, "cosine of each transformer block's output to the one before", "toy")
+    knockouts = add_command(knockout, "what pictures depend on: features replaced by type and stage", "toy")
     add_command(budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
     times = add_command(latency, "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
     table3 = add_command(ablation, "runs distill.py for each row of Table 3")
     table4 = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
     losses = add_command(curves, "the losses of one or several runs, step by step")
 
-    for add in (maps, cosines):
+    for add in (maps, cosines, knockouts):
         add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
         add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
     maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before the maps")
     maps("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
+    knockouts("--limit", type=number(int, 1, 10**6), default=24, metavar="N", help="prompts to draw")
+    knockouts("--zero", action="store_true", help="replace by zero, and not by the mean over the picture")
     times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
     times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
@@ -303,7 +396,7 @@ def main(argv: list[str] | None = None):
     for add in (times, table4):
         add("--precision", choices=PRECISIONS, metavar="P",
             help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
-    for add in (maps, cosines, times, table4):
+    for add in (maps, cosines, knockouts, times, table4):
         add("--device", type=nonempty, help="[a GPU if there is one]")
     losses("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")
     args = parser.parse_args(argv)

@@ -52,23 +52,25 @@ def print_table(header: list[str], rows: list[list]):
 def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None = None,
                column_names: list[str] | None = None, gap: int = 0) -> Image.Image:
     """
-    Images of one size side by side, `gap` pixels apart, with the names of rows and columns if there are any;
-    None leaves a place empty.
+    Images of one width, and of one height in each row, `gap` pixels apart, with the names of rows and columns
+    if there are any; None leaves a place empty.
     """
-    width, height = next(image for row in rows for image in row if image).size
-    size = 16 if width >= 96 else 12
-    across, down = width + gap, height + gap
+    width = max(image.width for row in rows for image in row if image)
+    heights = [max(image.height for image in row if image) for row in rows]
+    size = 25 if width >= 150 else 16 if width >= 96 else 12     # of letters
+    across = width + gap
     left = 16 + int(max(font(size).getlength(name) for name in row_names)) if row_names else 0
     top = size + 12 if column_names else 0
-    right, bottom = left + across * max(len(row) for row in rows) - gap, top + down * len(rows) - gap
-    picture = Image.new("RGB", (right, bottom), "white")
+    tops = [top + sum(heights[:y]) + gap * y for y in range(len(rows))]
+    right = left + across * max(len(row) for row in rows) - gap
+    picture = Image.new("RGB", (right, tops[-1] + heights[-1]), "white")
     draw = ImageDraw.Draw(picture)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             if image:
-                picture.paste(image, (left + x * across, top + y * down))
+                picture.paste(image, (left + x * across, tops[y]))
     for y, name in enumerate(row_names or []):
-        draw.text((left // 2, top + y * down + height // 2), name, INK, font(size), "mm")
+        draw.text((left // 2, tops[y] + heights[y] // 2), name, INK, font(size), "mm")
     for x, name in enumerate(column_names or []):
         draw.text((left + x * across + width // 2, top // 2), name, INK, font(size), "mm")
     return picture

@@ -97,25 +97,27 @@ def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> li
     return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))
 
 
+def picture_distance(image: Image.Image, other: Image.Image) -> float:
+    """The root mean square difference of two pictures, in 0..1."""
+    difference = np.asarray(image, float) / 255 - np.asarray(other, float) / 255
+    return float((difference**2).mean() ** 0.5)
+
+
 def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
           scorer: str | None = None) -> list[float]:
     """
     SCORES of a run, and the mean of the CLIP that `scorer` names; kept in the run's folder.
 
-    The judge's are nan unless the teacher is a toy. The distance to the teacher's images from the same noise
-    is the root mean square difference, in 0..1.
+    The judge's are nan unless the teacher is a toy. The distance is to the teacher's images.
     """
     name = f"score-{steps}-{len(prompts)}"                       # by steps, as a run may be made longer
     path = folder / (f"{name}-{quote(scorer, safe='')}.csv" if scorer else f"{name}.csv")
     if not path.exists():
-        images, distances = draw(teacher, prompts, folder / "unet"), []
+        images = draw(teacher, prompts, folder / "unet")
         scores = dict.fromkeys(SCORES, math.nan)
         if all_toys([teacher]):
             scores |= shapes.scores(images, prompts)
-        for ours, theirs in zip(images, draw(teacher, prompts)):
-            difference = np.asarray(ours, float) / 255 - np.asarray(theirs, float) / 255
-            distances.append((difference**2).mean() ** 0.5)
-        scores["distance"] = statistics.fmean(distances)
+        scores["distance"] = statistics.fmean(map(picture_distance, images, draw(teacher, prompts)))
         if scorer:
             clip = load_clip(find_clip(scorer), resolve_device(None))  # after the pipelines, which are gone
             scores[scorer] = statistics.fmean(clip(*pair)[0] for pair in zip(images, prompts))

@@ -7,17 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import bundle
-from common import fill
+from common import bundle, fill
 from PIL import Image, ImageColor
+from torch import nn
 
 import analysis
 import model
-from analysis import attention_map, block_similarity, find_query, main, on_object, principal_components
+from analysis import (
+    ALL, attention_map, block_similarity, feature_groups, find_query, knock_out, main, on_object,
+    principal_components)
 from sample import load_pipeline
 from support import plots
 from support.data import PROMPTS
 from support.files import read_csv, write_csv
+from support.hub import TOY
+from support.table3 import picture_distance
 from toy import shapes
 
 
@@ -134,6 +138,51 @@ def test_similarity_is_the_mean_over_prompts(folder, prompts, tmp_path):
         assert float(row["cosine"]) == pytest.approx((a + b) / 2)
         assert float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5)
     assert [float(row["normalised index"]) for row in rows] == [0.5, 1.0]
+
+
+# Knockouts
+
+
+@torch.no_grad()
+def test_a_knockout_is_the_mean_over_tokens_or_pixels_and_ends():
+    network = fill(nn.ModuleDict({"linear": nn.Linear(3, 5), "conv": nn.Conv2d(3, 5, 1)}))
+    tokens, pixels = torch.randn(2, 7, 3), torch.randn(2, 3, 4, 6)
+    a, b = network["linear"](tokens), network["conv"](pixels)
+    with pytest.raises(KeyError), knock_out(network, ["linear", "conv"]):
+        torch.testing.assert_close(network["linear"](tokens), a.sum(1, keepdim=True).div(7).repeat(1, 7, 1))
+        torch.testing.assert_close(network["conv"](pixels), b.sum((2, 3), True).div(24).expand(2, 5, 4, 6))
+        raise KeyError                                           # what a stop does not leave behind
+    with knock_out(network, ["conv"], zero=True):
+        assert torch.equal(network["linear"](tokens), a) and not network["conv"](pixels).any()
+    assert torch.equal(network["linear"](tokens), a) and torch.equal(network["conv"](pixels), b)
+
+
+def test_knockouts_are_the_same_on_the_unet_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    ours = load_pipeline("toy", device="cpu")
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(TOY)
+    groups, caption, first = feature_groups(ours.unet), "a red circle left of a blue square", None
+    # Not LF at DW stages: those of diffusers also return their skips.
+    for group in (None, ("SA", ALL), ("FFN", "UP-2"), ("Res", "DW-2"), ("LF", "UP-1"), None):
+        paths = groups[group] if group else []
+        with knock_out(ours.unet, paths), knock_out(theirs.unet, paths):
+            image, = ours([caption], steps=2, seed=5)
+            expected, = theirs(caption, num_inference_steps=2, guidance_scale=ours.preset.guidance,
+                               generator=torch.Generator().manual_seed(5)).images
+        assert abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1, group
+        first = first or image
+        assert (picture_distance(image, first) > 0.002) == (group is not None), group
+
+
+def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp_path):
+    run("knockout", "--model", folder, "--prompts", prompts, "--limit", 1, "--steps", 1,
+        "--out", tmp_path / "k.png")
+    rows = read_csv(tmp_path / "k.csv")
+    distances = {(row["features"], row["stage"]): float(row["distance"]) for row in rows}
+    assert {row["colour"] for row in rows} == {"nan"}            # not a caption of the toy's
+    assert [kind for kind, stage in distances if stage == "DW-1"] == ["Res", "LF"]
+    assert len(rows) == len(distances) == 1 + 3 * (1 + 5) + 2 * (1 + 7)
+    assert distances.pop(("intact", ALL)) == 0 and min(distances.values()) > 0
 
 
 # Charts

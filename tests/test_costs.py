@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from common import bundle
-from common import UNETS, VAES
+from common import UNETS, VAES, bundle
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode

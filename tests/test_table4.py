@@ -7,16 +7,14 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from common import bundle
-from support.files import write_json
-from common import refusal
+from common import bundle, refusal
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
 import analysis
 from support import table4
-from support.files import read_csv
+from support.files import read_csv, write_json
 from support.hub import PRESETS
 from support.table4 import COLUMNS, PAPER, load_clip, paper_scores, picture_path, read_prompt_groups
 from toy import shapes
