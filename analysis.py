@@ -91,6 +91,7 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
     unet, steps = pipeline.unet, steps or pipeline.preset.steps
     stages = [stage for stage in model.stages(unet.config) if stage in SA_STAGES]
     layers = {stage: model.feature_paths(unet, "SA", stage) for stage in stages}
+    layers = {stage: paths for stage, paths in layers.items() if paths}  # SD's UP-1 has none
     norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
     # What enters the self-attention layers: the layers themselves are fused, and keep no map.
     features = model.Features(unet, list(norms.values()))
@@ -232,12 +233,14 @@ def similarity(args: argparse.Namespace) -> Image.Image:
             index = torch.arange(1, len(means) + 1, dtype=torch.float64) / len(means)
             curves[stage] = torch.stack([index, means, spreads], dim=1).tolist()
             rows += [[name, stage, i + 2, *point] for i, point in enumerate(curves[stage])]
+        if not curves:
+            raise ValueError(f"{name} has one block in each transformer: there is nothing to compare")
         charts.append([line_chart(
             f"{Path(name).name}: each transformer block's output compared to that of the block before",
             "normalized index of the block in its transformer",
             "cosine, and its spread over prompts", curves)])
         del pipeline
-    header = ["model", "stage", "block", "normalised index", "cosine", "spread"]
+    header = ["model", "stage", "block", "normalized index", "cosine", "spread"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
     return image_grid(charts)

@@ -40,8 +40,8 @@ from support.hub import (
     preset, resolve_device, resolve_dtype, run)
 from support.plots import loss_curves
 from support.run import (
-    Log, StopSignal, complete_model, count_step, fingerprint, first_on_machine, ignore_signals,
-    lock_run_dir, process_ranks, resume, save_checkpoint, say)
+    Log, StopSignal, complete_model, fingerprint, first_on_machine, ignore_signals,
+    lock_run_dir, process_ranks, record_step, resume, save_checkpoint, say)
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -56,8 +56,8 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
     The surgery leaves widths and resolutions as they are, so matched features have the same shape, and no
     projection is needed.
 
-    `features` is as in "SA,LF@DW-1": types, at every stage or at one. A path changes twice: its pair by
-    `model.teacher_path`, as the surgery has it, and its transformer block by `teacher_block` (Table 3c).
+    `features` lists types, each at all stages or at one ("SA,LF@DW-1"). A path is mapped twice: its pair by
+    `model.teacher_path`, and its transformer block by `teacher_block` (Table 3c).
     Raises ValueError for types and stages that the student does not have.
     """
     stages, matched = model.stages(student.config), {}
@@ -135,7 +135,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Of a difference: all that the backward pass keeps. `mse_loss` would keep both of its inputs."""
+    """Of a difference. For the backward pass it keeps one tensor, where `mse_loss` keeps two."""
     return x.square().mean()
 
 
@@ -148,7 +148,7 @@ class Batch(NamedTuple):
 
     noisy: Tensor      # (B, 4, H, W) noisy latents
     timesteps: Tensor  # (B,)
-    context: Tensor    # (B, L, D) text; where it is dropped, what guidance takes for no prompt
+    context: Tensor    # (B, L, D) text; of a dropped caption, that of no prompt
     pooled: Tensor     # (B, P) pooled text, likewise
     time_ids: Tensor   # (B, 6) original height and width, crop top and left, target height and width
     target: Tensor     # (B, 4, H, W) the noise, or v
@@ -185,7 +185,7 @@ def make_batch(samples: dict, pipeline: Pipeline, encode_samples: Encode) -> Bat
 class Networks(NamedTuple):
     """Teacher and student, and the features of each that equation (3) compares."""
 
-    teacher: model.UNet | None                                   # None: nothing is learnt from one
+    teacher: model.UNet | None                                   # None if no loss uses it
     student: nn.Module                                           # a UNet, alone or in DistributedDataParallel
     teacher_features: model.Features
     student_features: model.Features
@@ -199,10 +199,11 @@ def distill_batch(batch: Batch, networks: Networks, dtype: torch.dtype,
         with torch.no_grad(), networks.teacher_features as teacher_captured:
             teacher_prediction = networks.teacher(
                 batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype), batch.pooled.to(dtype),
-                batch.time_ids)                                  # a half would round 1023 pixels to 1024
+                batch.time_ids)                                  # not cast: bf16 has no 1023
     autocast = torch.autocast(batch.noisy.device.type, dtype, enabled=dtype != torch.float32)
     with autocast, networks.student_features as captured:        # the student's weights are float32
-        prediction = networks.student(*batch[:5])
+        prediction = networks.student(
+            batch.noisy, batch.timesteps, batch.context, batch.pooled, batch.time_ids)
     return losses(prediction, batch.target, teacher_prediction,
                   [captured[path] for path in networks.student_features.paths],
                   [teacher_captured[path] for path in networks.teacher_features.paths], normalize)
@@ -210,6 +211,8 @@ def distill_batch(batch: Batch, networks: Networks, dtype: torch.dtype,
 
 # ------------------------------------------------------------------------------------------------------------
 # Training
+
+MAX_NORM = 1.0  # gradients are clipped to it; unpublished, so the usual choice
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
@@ -239,17 +242,17 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
 def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
                  stop: bool) -> tuple[list[float], float, list[int], bool]:
     """
-    As numbers, over all processes: the mean task, outKD and featKD (3,), the gradients' norm, how many samples
-    were skipped by reason, and whether one is to stop. A step waits for the device here, and only here.
+    Sums over all processes, and returns numbers: means of `terms`, the gradients' norm, how many samples
+    were skipped by reason, and whether to stop. A step waits for the device here (and to cache new images).
     """
     counts = torch.tensor([*skipped, stop])
     sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
     if dist.is_initialized():
         dist.all_reduce(sums)
         world = dist.get_world_size()
-    task, out_kd, feat_kd, norm, *skipped, stop = sums.tolist()
-    means = [task / world, out_kd / world, feat_kd / world]
-    return means, norm / world, [int(count) for count in skipped], stop > 0
+    sums, count = sums.tolist(), len(terms)
+    means = [number / world for number in sums[:count + 1]]
+    return means[:count], means[count], [int(number) for number in sums[count + 1:-1]], sums[-1] > 0
 
 
 def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
@@ -285,7 +288,6 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
     accumulate = args.batch // (args.micro_batch * world)
-    first_pass = min(args.steps, math.ceil(len(samples.source) / args.batch))  # the step that ends it
     first_step = state["step"]
     loader = read_ahead(args, samples, first_step, device)
     log = Log(args.out / "log.csv", first_step) if rank == 0 else None
@@ -296,7 +298,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
         for step in bar:
             start, lr = time.perf_counter(), learning_rate(args, step)
             optimizer.param_groups[0]["lr"] = lr
-            terms, skipped = torch.zeros(3, device=device), torch.zeros(len(REASONS) + 1)
+            terms, skipped = torch.zeros(4, device=device), torch.zeros(len(REASONS) + 1)
             for i in range(accumulate):
                 loaded = next(loader)
                 skipped += loaded["skipped"].bincount(minlength=len(skipped))
@@ -307,22 +309,20 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
                     # Terms of weight 0 stay in the sum: DDP needs gradients of all layers.
                     loss = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
                     scaler.scale(loss / accumulate).backward()
-                terms += torch.stack([task, out_kd, feat_kd]).detach() / accumulate
+                terms += torch.stack([task, out_kd, feat_kd, loss]).detach() / accumulate
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(student.parameters(), MAX_NORM)
-            terms, norm, skipped, stopping = read_results(terms, norm, skipped[1:], stop.received > 0)
+            means, norm, skips, stopping = read_results(terms, norm, skipped[1:], stop.received > 0)
             if math.isfinite(norm):                              # the same in all processes
                 scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
 
             done, finished = step + 1, step + 1 == args.steps
-            count_step(state, done, math.isfinite(norm), dict(zip(REASONS, skipped)))
+            record_step(state, done, math.isfinite(norm), dict(zip(REASONS, skips)))
             if rank == 0:
-                task, out_kd, feat_kd = terms
-                total = args.task * task + args.out_kd * out_kd + args.feat_kd * feat_kd
-                log.write(bar, state, {"task": task, "outKD": out_kd, "featKD": feat_kd}, args.batch,
-                          time.perf_counter() - start, total=total, lr=lr, norm=norm)
+                log.write(bar, state, dict(zip(("task", "outKD", "featKD", "total"), means)), args.batch,
+                          time.perf_counter() - start, lr=lr, norm=norm)
                 if done == first_step + 2 and device.startswith("cuda"):  # Adam's moments are there by now
                     say(bar, f"peak memory: {peak_memory(device):.1f} GB")
                 if done % args.save_every == 0 or finished or stopping:
@@ -333,8 +333,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
                 if args.preview_every and (done % args.preview_every == 0 or finished):
                     judging.preview(pipeline, networks.teacher, student, samples.source.prompts(8),
                                     args.out / "previews" / f"step-{done:07d}.png")
-                if done == first_pass:
-                    say(bar, f"first pass over the data; skipped: {format_counts(state['skipped'])}")
+                if finished:
+                    say(bar, f"samples skipped: {format_counts(state['skipped'])}")
             if stopping:
                 return stop.received or signal.SIGTERM
     return 0
@@ -352,7 +352,6 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5, "save_every": 100,
             "preview_every": 300, "features": KOALA_FEATURES, "normalize_features": True},
 }
-MAX_NORM = 1.0  # of the gradients: not published; the usual choice, and one bad batch then does little harm
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -390,7 +389,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", number(float, 1e-12, 1), None, "learning rate of AdamW")
     add("--decay", number(float, 0, 1), None, "last share of the steps, over which the rate falls to 0")
     add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's own")
-    add("--workers", number(int, 0, 1000), None, "that read data, per GPU [half of the cores, at most 8]")
+    add("--workers", number(int, 0, 1000), None, "readers of data per GPU [half of the cores, at most 8]")
     add("--save-every", count, None, "steps between checkpoints")
     add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
     add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
@@ -451,7 +450,7 @@ def model_source(args: argparse.Namespace) -> str:
     """Where text encoders and VAE come from: the teacher; without one --init, or the toy if that has none."""
     if args.teacher != "none":
         return args.teacher
-    only_unet = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()
+    only_unet = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()  # no encoders
     return "toy" if args.init == "random" or only_unet else args.init
 
 
@@ -498,18 +497,20 @@ def main(argv: list[str] | None = None) -> int:
     on_gpu = device.startswith("cuda")
     if on_gpu:
         torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
-        # All images have one size, so that the fastest convolutions are looked for once.
+        # All images have the same size, so cuDNN searches for the fastest convolutions once.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if world > 1:
-        enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+        enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
         own_gpu = on_gpu and enough and args.device in (None, "cuda")
         dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2),
                                 device_id=torch.device(device) if own_gpu else None)
-    if world > 1 and args.compile:
+    if args.compile:
         torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
+        # Or the backward pass would capture features again.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends
 
-    with first_on_machine():                                     # downloads and indexes for the others
+    with first_on_machine():                                     # downloads and indexes; the others find it
         source = Shapes()
         if args.data != "shapes":
             source = CaptionedImages(args.data, args.out / "index", args.caption)
@@ -544,7 +545,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_identity(args: argparse.Namespace, samples: Samples, pipeline: Pipeline,
                  teacher: model.UNet | None) -> dict:
-    """What changes the mathematics of a run: a resumed run must have it in common with its checkpoint."""
+    """The settings that must not change when a run is resumed."""
     flags = ("student", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd", "feat_kd",
              "batch", "lr", "decay", "seed")
     return {name: getattr(args, name) for name in flags} | {

@@ -410,8 +410,6 @@ class UNet(nn.Module):
 
     def set_checkpointing(self, on: bool):
         """Whether the backward pass recomputes the activations of blocks."""
-        if on:  # so that `Features` captures the forward pass only, in a compiled U-Net too
-            torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.checkpointing = on
@@ -424,7 +422,7 @@ class UNet(nn.Module):
 class Surgery(NamedTuple):
     """How a student differs from its teacher, besides having one RT pair less in every DW and UP stage."""
 
-    depth: int           # how many first blocks of each transformer stay; a shorter one stays as it is
+    depth: int           # blocks kept of each transformer, from the first; a shorter one keeps all
     mid_depth: int       # likewise in Mid; 0: no Mid
     dropped: int = 0     # innermost levels that are left out
 
@@ -467,12 +465,12 @@ def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
     Of an encoder stage's two pairs the surgery keeps 0, of a decoder stage's three 0 and 2 (section 4.1). So
     pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads
     the skip from the level above. Everything else keeps its name, so of ten transformer blocks the student
-    has the first. Where the innermost level is dropped (BK-SDM's tiny), decoder stages count from the teacher's
-    second one; and the student's last encoder stage has no downsampler, so that what leaves it corresponds to
-    what leaves the teacher's last pair there.
+    has the first. Where the innermost level is dropped (BK-SDM's tiny), decoder stages count from the
+    teacher's second one; and the student's last encoder stage has no downsampler, so its output
+    corresponds to that of the teacher's last pair there.
     """
     dropped = len(teacher.channels) - len(student.channels)
-    parts = path.split(".")                                      # such as up_blocks, 0, resnets, 1, conv1, weight
+    parts = path.split(".")                                      # such as up_blocks, 0, resnets, 1, conv1
     if parts[0] == "up_blocks":
         parts[1] = str(int(parts[1]) + dropped)
         if parts[2:4] in (["resnets", "1"], ["attentions", "1"]):
@@ -526,9 +524,9 @@ class Features:
             unet(...)
         captured[path]  # (B, T, D) or (B, C, H, W)
 
-    Each forward pass replaces what the one before left. Nothing is captured outside of `with`, so that
-    recomputation in the backward pass leaves no second copy. The hooks are on module objects: wrap or compile
-    the U-Net afterwards. Raises RuntimeError if a module did not run.
+    Each forward pass replaces what the one before left. Nothing is captured outside of `with`, so
+    recomputation in the backward pass leaves no second copy. The hooks are on module objects: create it
+    before the U-Net is wrapped or first called. Raises RuntimeError if a module did not run.
     """
 
     def __init__(self, unet: UNet, paths: list[str]):

@@ -35,30 +35,6 @@ from support.vae import VAE, VAEConfig, load_vae
 # Noise
 
 
-SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
-    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
-    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
-# What a scheduler file's entries must be, where this code has no other, or nothing: by what reads them.
-NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "trained_betas": None}
-SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
-          "final_sigmas_type": "zero"}
-SAMPLER_ENTRIES = {
-    "euler": SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None,
-                       "sigma_max": None},
-    "ddim": {"clip_sample": False, "thresholding": False},
-    "dpm": SIGMAS | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
-                     "thresholding": False, "lower_order_final": True, "euler_at_final": False,
-                     "use_lu_lambdas": False, "use_flow_sigmas": False, "variance_type": None}}
-# What diffusers' classes take for an entry that the file lacks, where that is not the value above.
-DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon",
-            "steps_offset": 0, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
-SAMPLER_DEFAULTS = {"euler": {"timestep_spacing": "linspace"}, "dpm": {"timestep_spacing": "linspace"},
-                    "ddim": {"timestep_spacing": "leading", "clip_sample": True}}
-CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
-OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
-
-
 class NoiseSchedule:
     """
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
@@ -87,12 +63,12 @@ class NoiseSchedule:
         self.spacing, self.offset = spacing or config["timestep_spacing"], config["steps_offset"]
         self.prediction = config["prediction_type"]
         if self.spacing not in SPACINGS or self.prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"scheduler_config.json has timestep_spacing={self.spacing!r} and prediction_type="
-                             f"{self.prediction!r}, of which one is not supported")
+            raise ValueError(f"scheduler_config.json: timestep_spacing {self.spacing!r} or prediction_type "
+                             f"{self.prediction!r} is not supported")
         self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
     def check_entries(self, supported: dict):
-        """Raises ValueError for an entry of the file that would change pictures, and is not implemented."""
+        """Raises ValueError for an entry that affects the result and is not implemented."""
         for name, value in supported.items():
             found = self.config.get(name, value)
             if (found or None) != (value or None):               # null, false and absent are the same
@@ -135,7 +111,7 @@ class NoiseSchedule:
         """
         The timestep of each network call, sigma there, and sigma where the step leads to.
 
-        Raises ValueError for entries of the file that this sampler reads and this code has not.
+        Raises ValueError for an entry that this sampler reads but this code does not support.
         """
         self.check_entries(SAMPLER_ENTRIES[self.sampler])
         timesteps = self.timesteps(steps)
@@ -148,7 +124,7 @@ class NoiseSchedule:
         return list(zip(timesteps, sigmas, following))
 
     def init_noise_std(self, sigma: float) -> float:
-        """Standard deviation of the first z_t, as in diffusers: 1, or sigma_t for Euler, unless "leading"."""
+        """Standard deviation of the first z_t, as in diffusers: sigma_t for Euler, but 1 for "leading"."""
         if self.sampler == "euler" and self.spacing != "leading":
             return sigma / math.sqrt(sigma**2 + 1)
         return 1.0
@@ -195,6 +171,34 @@ def guide(prediction: Tensor, guidance: float) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Scheduler files
+
+
+SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
+    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
+    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
+# The only values that this code supports for these entries, grouped by what reads them.
+NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "trained_betas": None}
+SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
+          "final_sigmas_type": "zero"}
+SAMPLER_ENTRIES = {
+    "euler": SIGMAS | {"interpolation_type": "linear", "timestep_type": "discrete", "sigma_min": None,
+                       "sigma_max": None},
+    "ddim": {"clip_sample": False, "thresholding": False},
+    "dpm": SIGMAS | {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint",
+                     "thresholding": False, "lower_order_final": True, "euler_at_final": False,
+                     "use_lu_lambdas": False, "use_flow_sigmas": False, "variance_type": None}}
+# diffusers' defaults for entries that a file lacks, where they differ from the values above.
+DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon",
+            "steps_offset": 0, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
+SAMPLER_DEFAULTS = {"euler": {"timestep_spacing": "linspace"}, "dpm": {"timestep_spacing": "linspace"},
+                    "ddim": {"timestep_spacing": "leading", "clip_sample": True}}
+CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
+OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Pipeline
 
 
@@ -230,8 +234,8 @@ class Pipeline:
         if vae_folder != folder and (folder / "vae").exists():
             own = model.read_config(folder / "vae", VAEConfig.from_diffusers)
             if own.scaling_factor != self.vae_config.scaling_factor:
-                raise ValueError(f"--vae: its scaling_factor {self.vae_config.scaling_factor} is not the model's "
-                                 f"{own.scaling_factor}: it is for other latents")
+                raise ValueError(f"--vae: its scaling_factor {self.vae_config.scaling_factor} is not the "
+                                 f"model's {own.scaling_factor}: it is for other latents")
         self.text = self.unet = self.vae = None
         if not low_memory:
             self.text, self.unet, self.vae = self.load_text(), self.load_unet(), self.load_vae()
@@ -249,7 +253,7 @@ class Pipeline:
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
         if dtype == torch.bfloat16 and self.device.startswith("cuda"):
-            dtype = torch.float16                                # ten times as exact, and it does not overflow
+            dtype = torch.float16                                # ten times as exact, without overflow
         return load_vae(self.vae_folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -309,8 +313,8 @@ class Pipeline:
                              f"to different models")
         channels = self.vae_config.latent_channels
         if (config.in_channels, config.out_channels) != (channels, channels):
-            raise ValueError(f"the U-Net has {config.in_channels} channels in and {config.out_channels} out, the "
-                             f"VAE's latents have {channels}: it is not for text to image alone")
+            raise ValueError(f"the U-Net has {config.in_channels} channels in and {config.out_channels} out, "
+                             f"the VAE's latents have {channels}: it is not for text to image alone")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -319,14 +323,15 @@ class Pipeline:
         calls, latents = itertools.count(), []
         for batch in batches:
             guided = guidance > 1
+            # With guidance, the unconditional and the conditional row of each image.
             rows = torch.cat([batch, len(seeds) + batch]) if guided else batch
             c, p = context[rows], pooled[rows]
             # Original size, crop, target size: an image of this size, from its top left corner.
             time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), device=self.device)
 
-            def predict(x: Tensor, t: float) -> Tensor:
-                x = torch.cat([x, x]).to(dtype) if guided else x.to(dtype)
-                prediction = unet(x, torch.full((len(x),), t, device=x.device), c, p, time_ids).float()
+            def predict(z_t: Tensor, t: float) -> Tensor:
+                z_t = torch.cat([z_t, z_t]).to(dtype) if guided else z_t.to(dtype)
+                prediction = unet(z_t, torch.full((len(z_t),), t, device=z_t.device), c, p, time_ids).float()
                 if callback:
                     callback(next(calls))
                 bar.update()
@@ -366,7 +371,8 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
     chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
-    others = {"unet": preset(unet).unet if unet else chosen.student, "vae": preset(vae).source if vae else None}
+    others = {"unet": preset(unet).unet if unet else chosen.student,
+              "vae": preset(vae).source if vae else None}
     folder = local_folder(chosen.source, tuple(part for part in PARTS if not others.get(part)), half)
     if vae:
         local_folder(chosen.source, ("vae",), weights=False)     # its config, for Pipeline to compare
@@ -393,7 +399,8 @@ def main(argv: list[str] | None = None):
                                  args.sampler, args.spacing)
         schedule, chosen = pipeline.schedule, pipeline.preset
         start = time.perf_counter()
-        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width, name)
+        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width,
+                          progress=name)
         seconds, peak = time.perf_counter() - start, peak_memory(device)
         args.width, args.height = images[0].size                 # for all columns, as they share their noise
         used = vars(args) | {
@@ -403,8 +410,8 @@ def main(argv: list[str] | None = None):
         if schedule.file_class != CLASSES[sampler]:
             sampler += f" (its file has {schedule.file_class})"
         print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {used['steps']} steps, guidance "
-              f"{used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: {seconds:.1f} s "
-              f"with warm-up" + (f", peak {peak:.2f} GB" if math.isfinite(peak) else ""))
+              f"{used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
+              f"{seconds:.1f} s with warm-up" + (f", peak {peak:.2f} GB" if math.isfinite(peak) else ""))
         columns.append(images)
         settings.append({key: value for key, value in used.items() if key != "out"})
         del pipeline                                             # before the next is loaded

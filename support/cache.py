@@ -1,9 +1,11 @@
 """
-A cache of what the frozen VAE and text encoders make of each image and caption: all about it is in this file.
+Keeps VAE latents and text encodings on disk.
 """
 
 import math
+import sys
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
@@ -19,10 +21,10 @@ class Cache:
     """
     One file of records of one size, shared by processes, and by runs that read the same data.
 
-    A record is the tensors of `layout`, as bytes, and a checksum of its number and contents. If it was never
-    written, or is half-written or damaged, the checksum is wrong: the record counts as absent and is made
-    again, so no lock is needed. `identity` is what the contents depend on, and `encode_new` makes them.
-    Raises ValueError if the folder has a cache of another identity.
+    A record is the tensors of `layout`, as bytes, and a checksum of its number and contents. A record with a
+    wrong checksum (never written, half-written, damaged) counts as missing and is made again, so no lock is
+    needed. `identity` is what the contents depend on, and `encode_new` makes them. Raises ValueError if the
+    folder has a cache of another identity.
     """
 
     def __init__(self, folder: Path, identity: dict, encode_new: Callable[[dict], dict[str, Tensor]],
@@ -40,15 +42,9 @@ class Cache:
             write_json(settings, identity)
         self.path.touch()
 
-    def read(self, index: int) -> dict[str, Tensor] | None:
-        """For the readers of data: {"record": bytes}, or None if it is absent."""
-        size = sum(self.sizes) + 4
-        with open(self.path, "rb") as file:
-            file.seek(index * size)
-            record = bytearray(file.read(size))
-        if record[-4:] != checksum(index, record[:-4]):
-            return None
-        return {"record": torch.frombuffer(record[:-4], dtype=torch.uint8)}
+    def reader(self) -> Callable[[int], dict[str, Tensor] | None]:
+        """`read_record` of this cache, without its networks, for the processes that read data."""
+        return partial(read_record, self.path, sum(self.sizes) + 4)
 
     def encode(self, batch: dict) -> dict[str, Tensor]:
         """What `encode_new` makes of a batch of samples; it is called for the new ones only, and kept."""
@@ -77,7 +73,18 @@ class Cache:
                         file.write(content + checksum(index, content))
         except OSError as error:
             self.full = True                                     # for the rest of the run
-            print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on without it")
+            print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on without it",
+                  file=sys.stderr)
+
+
+def read_record(path: Path, size: int, index: int) -> dict[str, Tensor] | None:
+    """{"record": bytes} of an image, or None if it is absent."""
+    with open(path, "rb") as file:
+        file.seek(index * size)
+        record = bytearray(file.read(size))
+    if record[-4:] != checksum(index, record[:-4]):
+        return None
+    return {"record": torch.frombuffer(record[:-4], dtype=torch.uint8)}
 
 
 def checksum(index: int, record: bytes) -> bytes:

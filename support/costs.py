@@ -129,7 +129,7 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
     return counts
 
 
-def count_step(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
+def step_flops(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
                texts: list[dict], size: int) -> dict[str, tuple[int, int]]:
     """
     Parameters, and FLOPs of a training image of `size` x `size`, of the networks of a distillation.
@@ -146,7 +146,7 @@ def count_step(teacher: model.UNetConfig | None, student: model.UNetConfig, vae:
 
 
 class FusedAttention(TorchFunctionMode):
-    """Within `with`, attention is fused, as on a GPU; the meta device's keeps maps (B, heads, T, T)."""
+    """Within `with`, attention is fused, as on a GPU; the meta device would store maps (B, heads, T, T)."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -178,7 +178,7 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
         if hasattr(module, "weight"):
             module.register_forward_pre_hook(autocast)
     with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = unet(*inputs)                                   # while it lives, no storage is used again
+        output = unet(*inputs)                                   # alive, so that no storage is used again
     for parameter in unet.parameters():
         saved.pop(parameter.untyped_storage()._cdata, None)
     return sum(storage.nbytes() for storage in saved.values())
@@ -193,7 +193,7 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     for path, source in matched.items():
         print(f"  {path} <- {source}")
     size = args.size or student.config.sample_size * vae.downscale
-    counts = count_step(teacher and teacher.config, student.config, vae, texts, size)
+    counts = step_flops(teacher and teacher.config, student.config, vae, texts, size)
     rows = [[name, parameters, flops / 1e12] for name, (parameters, flops) in counts.items()]
     rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows)])
     print()
@@ -231,7 +231,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
             millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
             table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
                           4 * parameters / 1e9, gigabytes])
-        for stage in (*STAGES, "rest"):
+        for stage in dict.fromkeys([*model.stages(unet), "rest"]):
             counts = [parts.get((stage, kind), (0, 0)) for kind in ("residual", "transformer", "rest")]
             parameter_bars[stage][name] = [parameters / 1e6 for parameters, _ in counts]
             work_bars[stage][name] = [macs / 1e9 for _, macs in counts]

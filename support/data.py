@@ -87,11 +87,10 @@ class CaptionedImages:
     """
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
-    A metadata.jsonl, or else any shard, hides the loose images. `skipped` counts, by reason, what is left
-    out: hidden images, files without a partner, shards that are cut. With `caption` all images have this one.
-    The folder `index` keeps where each pair is, as a line of JSON, because millions of objects would take
-    gigabytes in each process; that of shards is used again while they do not change. Raises FileNotFoundError
-    or ValueError if there is no pair.
+    If there is a metadata.jsonl, only its images are used; otherwise, if there are shards, only theirs.
+    `skipped` counts by reason what is left out. `caption` replaces all captions. The folder `index` holds one
+    line of JSON for each pair, because millions of objects would take gigabytes in each process; the index of
+    shards is used again until they change. Raises FileNotFoundError or ValueError if there is no pair.
     """
 
     def __init__(self, folder: str | Path, index: Path, caption: str | None = None):
@@ -107,7 +106,7 @@ class CaptionedImages:
             state = [str(self.root), caption is None,
                      *([name, file.st_size, file.st_mtime_ns] for name, file in zip(shards, status))]
             pairs = (pair for name in shards for pair in self.shard_pairs(name))
-        keep = state or process_ranks().local                    # of which the first has just made the index
+        keep = state or process_ranks().local                    # the first has just made the index
         if not (keep and self.read_index(state)):
             self.write_index(pairs, state)
         if has_metadata or shards:
@@ -334,10 +333,10 @@ class Samples(Dataset):
     """
     The training sample at position p, for any p from 0, as a dictionary.
 
-    pixels (3, S, S) uint8, caption and time_ids (6,), or in their place what `cached(index)` returns unless
-    it is None; dropped, whether the caption is dropped; timestep; noise and, to draw the latents from the
-    VAE's distribution, latent_noise (4, s, s); index in the source; skipped, why the item of this position
-    was not used: its number among REASONS from 1, or 0.
+    pixels (3, S, S) uint8, caption and time_ids (6,), or instead what `cached(index)` returns unless that is
+    None; dropped, whether the caption is dropped; timestep; noise and, to draw latents from the VAE's
+    distribution, latent_noise (4, s, s); index in the source; skipped, 0 or the number in REASONS (from 1) of
+    why the item at this position was replaced.
     """
 
     DROPPED = 0.1  # of captions, so that classifier-free guidance has an unconditional prediction
@@ -444,4 +443,4 @@ def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pip
                 "encoders": fingerprint(pipeline.vae, text.encoders)}
     cache = Cache(args.cache, identity, encode, shape, (text.length, config.context_dim), config.pooled_dim,
                   pipeline.dtype)
-    return Samples(source, size, shape, args.seed, cache.read), cache.encode
+    return Samples(source, size, shape, args.seed, cache.reader()), cache.encode

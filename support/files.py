@@ -18,9 +18,9 @@ WRITING = ".writing-"  # prefix of half-written files and folders, which a kill 
 
 def atomic_write(path: Path, write: Callable[[Path], object]):
     """
-    Calls `write` with a temporary path, where it makes a file or a whole folder, and renames that to `path`.
+    Calls `write` with a temporary path and renames the result to `path`.
 
-    So `path` is always the old file or the new one; a folder has to be new. Raises OSError.
+    So `path` is always the old version or the complete new one. A folder must not exist yet. Raises OSError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with name_in_errors(path), tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:

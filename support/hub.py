@@ -1,5 +1,5 @@
 """
-What the command lines share: models and where they are, arguments, devices, and one line for an error.
+Shared by all programs: models and where they are, types of arguments, devices, errors in one line.
 """
 
 import argparse
@@ -107,8 +107,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
                 download_weights(source, folder, place, half and not vae)
     except Exception as error:                                   # every HTTP library has its own kinds
         raise FileNotFoundError(
-            f"no folder {source}, and the hub does not give it ({error_summary(error)}); elsewhere run: hf "
-            f"download {source}, then give its folder or set HF_HOME; a private one needs HF_TOKEN") from None
+            f"no folder {source}, and the hub does not give it ({error_summary(error)}); on a "
+            f"machine with a network run: hf download {source}; then give its folder") from None
     return folder
 
 
@@ -179,7 +179,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows defaults as [default], unless there is none or the help names it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        no_default = action.default is None or action.default is False  # but 0 is one
+        no_default = action.default is None or action.default is False  # 0 is a real default
         if no_default or action.default == argparse.SUPPRESS or "[" in action.help:
             return action.help
         return f"{action.help} [%(default)s]"
@@ -244,9 +244,10 @@ def peak_memory(device: str) -> float:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Also by the words of the CPU's allocator, oneDNN, cuBLAS and cuDNN."""
+    """Whether it is an error of memory; PyTorch reports some of them as plain RuntimeErrors."""
     words = ("DefaultCPUAllocator", "could not create a primitive", "STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(word in str(error) for word in words)
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(word in str(error) for word in words)
 
 
 def run(main: Callable[[], int | None], memory_advice: str):
@@ -259,9 +260,9 @@ def run(main: Callable[[], int | None], memory_advice: str):
         message = error_summary(error)
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
-            message = (f"a process that reads data failed ({str(error).strip().splitlines()[-1]}). It may lack "
-                       f"memory, shared memory (/dev/shm) or open files (ulimit -n): rerun the same command to "
-                       f"resume, or use --workers 0")
+            reason = str(error).strip().splitlines()[-1]
+            message = (f"a process that reads data failed ({reason}). It may lack memory, shared memory "
+                       f"(/dev/shm) or open files (ulimit -n): run again to resume, or use --workers 0")
         elif out_of_memory(error):
             message = f"out of memory; {memory_advice}"
         elif "torch._dynamo" in f"{type(error).__mro__}":        # which is slow to import

@@ -94,7 +94,7 @@ def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float
     """
     An empty chart, a pen for it, and a function from (x, y) to pixels. `names` are the legend's, in COLORS.
 
-    Ticks reach from one end of an axis to the other. A y axis without a name has categories, and no lines.
+    Ticks reach from one end of an axis to the other. Without `y_name` the y axis has categories.
     """
     left, top = 56 + max(font().getlength(label) for label in y_ticks.values()), 176 if y_name else 130
     right, bottom = WIDTH - 48, top + height
@@ -198,7 +198,7 @@ def loss_curves(runs: list[Path]) -> Image.Image:
 
     Losses that are 0 or not finite are left out. Raises FileNotFoundError or ValueError.
     """
-    logs, charts = {run.name: read_csv(run / "log.csv", ("step", *LOSSES)) for run in runs}, []
+    logs, charts = {str(run): read_csv(run / "log.csv", ("step", *LOSSES)) for run in runs}, []
     for loss in LOSSES:
         curves = {}
         for name, log in logs.items():

@@ -41,12 +41,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
 
 def lock_run_dir(folder: Path):
     """
-    Makes the folder of a run and locks it until the process ends, however it ends; keep what this returns.
+    Makes the folder of a run and locks it until the process ends; keep the file that this returns open.
 
     Raises OSError if another process has the lock, or if the folder has a model and no run.
     """
     if (folder / "model_index.json").exists() and not (folder / "log.csv").exists():
-        raise FileExistsError(f"{folder} has a model and no run of this program; give another --out")
+        raise FileExistsError(f"{folder} contains a model, but no run of this program; give another --out")
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / ".lock", "a")
     try:
@@ -58,7 +58,7 @@ def lock_run_dir(folder: Path):
         print(f"warning: {folder} cannot be locked ({error_summary(error)}); run one process on it at a time",
               file=sys.stderr)
     for leftover in list(folder.rglob(f"{WRITING}*")):           # by a process that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return lock
 
 
@@ -146,7 +146,7 @@ def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
                 if file_checksum(folder / name) != files[name]:
                     raise ValueError(f"the checksum of {name} is wrong")
             return folder, json.loads(text)
-        except PermissionError:                                  # another user's run, and no damage
+        except PermissionError:                                  # not damage: another user's run
             raise
         except (OSError, ValueError, KeyError) as error:
             print(f"warning: {folder} is damaged: {error_summary(error)}; trying the checkpoint before",
@@ -181,9 +181,9 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
     return content["state"]
 
 
-def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int]):
+def record_step(state: dict, step: int, finite: bool, skipped: dict[str, int]):
     """
-    Brings a run's state up to a step, which changed nothing unless its gradients were finite.
+    Records a step in a run's state; one whose gradients are not finite changed nothing.
 
     Raises FloatingPointError after 20 steps in a row that changed nothing.
     """
@@ -193,12 +193,12 @@ def count_step(state: dict, step: int, finite: bool, skipped: dict[str, int]):
     for reason, count in skipped.items():
         state["skipped"][reason] += count
     if state["skipped_in_a_row"] >= 20:
-        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run from "
-                                 "this one's unet/ (--init), with --precision bf16 or a lower --lr")
+        raise FloatingPointError("20 steps in a row had gradients that are not finite; start another run "
+                                 "from unet/ (--init), with --precision bf16 or a lower --lr")
 
 
 def check_settings(where: str, before: dict, now: dict, flag: str):
-    """Raises ValueError if `where` was made with other settings than now; `flag` gives another place."""
+    """Raises ValueError if `where` was made with other settings than now; `flag` chooses another folder."""
     changed = [f"{name} was {before.get(name)} and is {now.get(name)}"
                for name in {**before, **now} if before.get(name) != now.get(name)]
     if changed:
@@ -209,7 +209,7 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     """
     Makes a run's folder a whole model: the teacher's other networks, the VAE, and how it is sampled.
 
-    All in float32, as the student is, for diffusers cannot mix; so files have the plain names.
+    All of it is float32, as the student is, because diffusers needs one dtype.
     """
     load_text(teacher, torch.float32).save(run)
     save_vae(load_vae(vae, torch.float32), run / "vae")
@@ -247,7 +247,7 @@ class Log:
 
 
 def say(bar: tqdm, text: str):
-    """Prints a line above a progress bar; a run goes on where nobody reads it any more."""
+    """Prints a line above a progress bar, or nothing if the terminal is gone."""
     with contextlib.suppress(OSError):
         bar.write(text)
 
@@ -270,7 +270,7 @@ def process_ranks() -> Ranks:
 
 @contextlib.contextmanager
 def first_on_machine():
-    """Within `with`, the first process of each machine goes before the others, which find what it made."""
+    """Lets the first process of a machine run the block; the others enter when it is done."""
     rank, world, local = process_ranks()
     if world > 1 and local > 0:
         dist.barrier()
@@ -284,9 +284,9 @@ SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 
 
 class StopSignal:
     """
-    Within `with`, SIGINT, SIGTERM and SIGHUP end nothing; the first one is `received`, which is 0 before.
+    Within `with`, the first SIGINT, SIGTERM or SIGHUP is stored in `received` and ends nothing.
 
-    Later ones change nothing. SIGQUIT (Ctrl-\\) and SIGKILL end the process at once.
+    Later ones are ignored. SIGQUIT (Ctrl-\\) and SIGKILL end the process at once.
     """
 
     def __enter__(self) -> "StopSignal":

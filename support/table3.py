@@ -91,7 +91,7 @@ def run_distill(args: argparse.Namespace, row: Row, seed: int) -> Path:
     return folder
 
 
-@lru_cache(maxsize=2)  # the teacher's are asked for after each student's, and so stay
+@lru_cache(maxsize=2)  # the current student's, and the teacher's, which are used again
 def draw(teacher: str, prompts: tuple[str, ...], unet: Path | None = None) -> list[Image.Image]:
     """Images by the teacher, or by a student in the place of its U-Net, from the same noise."""
     return load_pipeline(teacher, unet)(list(prompts), seed=list(range(len(prompts))))

@@ -29,6 +29,7 @@ from support.data import PROMPTS
 from support.files import atomic_write, write_csv
 from support.hub import local_folder, preset, resolve_device, resolve_dtype
 from support.plots import dot_chart, format_score, print_table
+from support.text import SMALL_VOCABULARY
 from toy import shapes
 
 CLIPS = {
@@ -64,7 +65,7 @@ python CLIPScore_eval/CLIP_similarity.py --outpath {{0}} --complex True
 
 
 def paper_scores(name: str, scorer: str, columns: Iterable[str]) -> dict[str, float]:
-    """The published scores of a row of PAPER in those of these columns that it has, and their average."""
+    """The published scores of a row of PAPER in these columns, and their average."""
     scores = dict(zip(sum(COLUMNS.values(), ()), PAPER[name][1:]))
     scores = {column: scores[column] for column in COLUMNS.get(scorer, ()) if column in columns}
     return scores | {"average": statistics.fmean(scores.values())} if scores else {}
@@ -105,7 +106,7 @@ def all_toys(names: list[str]) -> bool:
     """Whether all these models have a vocabulary of fewer than 1,000 tokens, and so read only captions."""
     for name in names:
         vocabulary = local_folder(preset(name).source, ("tokenizer",)) / "tokenizer" / "vocab.json"
-        if not vocabulary.is_file() or len(model.read_json(vocabulary)) >= 1000:
+        if not vocabulary.is_file() or len(model.read_json(vocabulary)) >= SMALL_VOCABULARY:
             return False
     return True
 
@@ -190,7 +191,7 @@ def draw_pictures(name: str, args: argparse.Namespace,
     """
     The pictures of one model, by group; prompt i of each group has the seed `--seed` + i.
 
-    Those that are there with the same settings stay; others are drawn 32 at a time: a stop loses no more.
+    Pictures with the same settings are kept; the rest are drawn 32 at a time, so a stop loses at most 32.
     """
     device, chosen = resolve_device(args.device), preset(name)
     dtype, steps = resolve_dtype(args.precision, device), args.steps or chosen.steps

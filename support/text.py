@@ -1,5 +1,5 @@
 """
-Prompts to SDXL's text conditions, by the CLIP text encoders and tokenizers of transformers; frozen here.
+SDXL's text conditions, from the CLIP text encoders and tokenizers of transformers, which stay frozen.
 
 SDXL has two encoders, OpenAI's and OpenCLIP's; Stable Diffusion 1 and 2 have one. Shapes: B batch, L text
 tokens (77 in the official models), D token width of all encoders together, P pooled width.
@@ -27,8 +27,6 @@ class TextEncoders(nn.Module):
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
         self.length = tokenizers[0].model_max_length             # L
         self.words = small_vocabulary(tokenizers[0])
-        self.widths = (sum(encoder.config.hidden_size for encoder in encoders),
-                       encoders[1].config.projection_dim if len(encoders) > 1 else 0)  # D, P
 
     def tokenize(self, tokenizer, prompts: list[str]) -> Tensor:
         """Token ids (B, L). Raises ValueError for words that a small vocabulary lacks."""
@@ -69,13 +67,13 @@ class TextEncoders(nn.Module):
         """Writes the encoders in the official layout."""
         for name, encoder in zip(ENCODERS, self.encoders):
             encoder.save_pretrained(folder / name)
-            mode = (folder / name / "config.json").stat().st_mode  # where safetensors lets only the owner read
+            mode = (folder / name / "config.json").stat().st_mode  # safetensors' own is 600
             with contextlib.suppress(OSError):
                 (folder / name / "model.safetensors").chmod(mode)
 
 
 def small_vocabulary(tokenizer) -> list[str]:
-    """The words of a vocabulary of few tokens; empty if it is large, as it then can spell any word."""
+    """The words of a small vocabulary; empty for a full one, which can spell any word."""
     ends = sorted(token for token in tokenizer.get_vocab() if token.endswith("</w>"))
     if len(tokenizer) >= SMALL_VOCABULARY:
         return []

@@ -1,5 +1,5 @@
 """
-SDXL's VAE, an AutoencoderKL: images in [-1, 1] to latents and back. Frozen here; only the toy trains its own.
+SDXL's VAE, an AutoencoderKL: images in [-1, 1] to latents and back. Frozen, and trained only by toy/make.py.
 
 Modules are named as in the official files. Shapes: B batch, C channels, H W height and width of latents.
 """

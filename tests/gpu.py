@@ -318,7 +318,7 @@ def training(setup: SimpleNamespace):
     distill.save_checkpoint = distill.say = lambda *args: None   # no files of 10 GB, no lines between rows
     write_photos(setup)
     student = model.student_config(setup.unet, "700m")
-    counts = costs.count_step(setup.unet, student, setup.vae, setup.clips, setup.size)
+    counts = costs.step_flops(setup.unet, student, setup.vae, setup.clips, setup.size)
     start_table(f"Training: 700m from sdxl, {setup.size} x {setup.size}, steps of {setup.batch} in bf16",
                 "micro-batch", "images/s", "TFLOP/s", "peak GB", "counted GB", "images/s of a reader",
                 "readers needed")

@@ -31,7 +31,7 @@ def make(tmp_path):
 
 def encode(cache: Cache, *indices: int) -> tuple[dict, list[int]]:
     """A batch as training reads it, and which samples were not cached."""
-    samples = [{"index": index, "noise": torch.zeros(1)} | (cache.read(index) or {
+    samples = [{"index": index, "noise": torch.zeros(1)} | (cache.reader()(index) or {
         "pixels": torch.zeros(1), "caption": str(index)}) for index in indices]
     return cache.encode(collate(samples)), [sample["index"] for sample in samples if "pixels" in sample]
 
@@ -51,7 +51,7 @@ def test_damaged_half_written_and_misplaced_records_are_made_again(make):
     size = len(content) // 3
     for i in [*range(0, 2 * size, 3), size - 1, 2 * size - 1]:
         cache.path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:])
-        assert [cache.read(index) is None for index in range(3)] == [i // size == index for index in range(3)]
+        assert [cache.reader()(index) is None for index in range(3)] == [i // size == index for index in range(3)]
     swapped = content[size:2 * size] + content[:size] + content[2 * size:]
     for damaged, lost in ((content[:-1], [2]), (content[:size] + bytes(2 * size), [1, 2]),
                           (content[1:], [0, 1, 2]), (swapped, [0, 1])):

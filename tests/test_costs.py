@@ -71,7 +71,7 @@ def test_the_counts_of_all_parts_are_those_of_the_whole(folder):
 def test_a_step_is_a_teacher_forward_and_a_student_both_ways():
     teacher, student = (model.UNetConfig.from_diffusers(UNETS[name]) for name in ("sdxl", "700m"))
     vae, texts = VAEConfig.from_diffusers(VAES["vae"]), [CLIP, CLIP]
-    counts = costs.count_step(teacher, student, vae, texts, 64)
+    counts = costs.step_flops(teacher, student, vae, texts, 64)
     with sdpa_kernel(SDPBackend.MATH):                           # real networks, not on the meta device
         inputs = costs.unet_inputs(teacher, 9, 8)
         assert counts["teacher"] == costs.count_network(model.UNet(teacher), inputs)
@@ -81,7 +81,7 @@ def test_a_step_is_a_teacher_forward_and_a_student_both_ways():
     parameters = [costs.count_clip(CLIP, projection)[0] for projection in (False, True)]
     assert counts["text encoders"][0] == sum(parameters) and parameters[1] - parameters[0] == 20 * 12
     del counts["teacher"]
-    assert costs.count_step(None, student, vae, texts, 64) == counts
+    assert costs.step_flops(None, student, vae, texts, 64) == counts
 
 
 class Layers(nn.Module):

@@ -27,7 +27,7 @@ def test_conditions_are_those_of_diffusers(tmp_path, name):
     text = load_text(folder)
     sequence, pooled = text(PROMPTS)
     torch.testing.assert_close(sequence, expected[0], rtol=0, atol=1e-6)
-    assert text.length == 77 and text.widths == (sequence.shape[2], pooled.shape[1])
+    assert text.length == 77
     pooled_of_theirs = expected[2] if name == "700m" else sequence.new_empty(len(PROMPTS), 0)
     torch.testing.assert_close(pooled, pooled_of_theirs, rtol=0, atol=1e-6)
 

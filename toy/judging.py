@@ -32,7 +32,7 @@ def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: li
     for name, unet in unets.items():
         try:
             rows.append(draw(pipeline, unet, prompts))
-        except (ValueError, torch.OutOfMemoryError) as error:                              # such as overflow in float16
+        except (ValueError, torch.OutOfMemoryError) as error:    # such as overflow in float16
             print(f"warning: no preview of the {name}: {error}", file=sys.stderr)
             side = unet.config.sample_size * pipeline.vae_config.downscale
             rows.append([Image.new("RGB", (side, side), "grey")] * len(prompts))
