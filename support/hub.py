@@ -108,7 +108,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
     except Exception as error:                                   # every HTTP library has its own kinds
         raise FileNotFoundError(
             f"no folder {source}, and the hub does not give it ({error_summary(error)}); on a "
-            f"machine with a network run: hf download {source}; then give its folder") from None
+            f"machine with a network run: hf download {source} (a private one needs HF_TOKEN); then give its "
+            f"folder") from None
     return folder
 
 

@@ -94,7 +94,7 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that
     are not finite.
     """
-    moments = {f"{moment}.{name}": optimizer.state[parameter][moment].cpu().contiguous()
+    moments = {f"{moment}.{name}": optimizer.state[parameter][moment]
                for name, parameter in network.named_parameters() if parameter in optimizer.state
                for moment in MOMENTS}
     tensors = [*network.parameters(), *moments.values()]
@@ -105,7 +105,8 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     def write(folder: Path):
         folder.mkdir()
         save_weights(folder)
-        save_file(moments, folder / "optimizer.safetensors")
+        save_file({name: moment.cpu().contiguous() for name, moment in moments.items()},
+                  folder / "optimizer.safetensors")
         with contextlib.suppress(OSError):                       # not every file system has modes
             (folder / "optimizer.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
         files = {path.relative_to(folder).as_posix(): file_checksum(path)

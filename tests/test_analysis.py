@@ -137,7 +137,7 @@ def test_similarity_is_the_mean_over_prompts(folder, prompts, tmp_path):
     for row, a, b in zip(rows, one, two, strict=True):
         assert float(row["cosine"]) == pytest.approx((a + b) / 2)
         assert float(row["spread"]) == pytest.approx(abs(a - b) / 2**0.5)
-    assert [float(row["normalised index"]) for row in rows] == [0.5, 1.0]
+    assert [float(row["normalized index"]) for row in rows] == [0.5, 1.0]
 
 
 # Knockouts

@@ -79,4 +79,4 @@ def test_a_full_disk_only_warns(make, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert all(made == [3, 4] and equal(tensors, encode_new(["3", "0", "4"])) for tensors, made in encoded)
-    assert capsys.readouterr().out.count("warning: ") == 1 and equal(encode(cache, 0, 1)[0], whole)
+    assert capsys.readouterr().err.count("warning: ") == 1 and equal(encode(cache, 0, 1)[0], whole)
