@@ -37,7 +37,6 @@ class TextEncoders(nn.Module):
         return tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length,
                          return_tensors="pt").input_ids
 
-    @torch.no_grad()
     def forward(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """
         Text sequences (B, L, D) and pooled texts (B, P).

@@ -54,12 +54,7 @@ class Toy(nn.Module):
 
     def forward(self, noisy: Tensor, timesteps: Tensor, captions: list[str], kept: Tensor) -> Tensor:
         """v for noisy latents (B, 4, H, W); `kept` (B,) is 0 where the caption is to be dropped, else 1."""
-        outputs = []
-        for encoder, tokenizer in zip(self.text.encoders, self.text.tokenizers):
-            ids = self.text.tokenize(tokenizer, captions)        # (B, L)
-            outputs.append(encoder(ids, output_hidden_states=True))
-        context = torch.cat([output.hidden_states[-2] for output in outputs], dim=2)  # (B, L, D)
-        pooled = outputs[1].text_embeds                          # (B, P)
+        context, pooled = self.text(captions)                    # (B, L, D), (B, P)
         time_ids = torch.tensor([[shapes.SIZE, shapes.SIZE, 0, 0, shapes.SIZE, shapes.SIZE]] * len(noisy))
         return self.unet(noisy, timesteps, context * kept[:, None, None], pooled * kept[:, None], time_ids)
 
