@@ -115,7 +115,7 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
     """
     Where the query is whose attention is drawn, as shares of width and height, and the object there: the one
-    that the toy's caption names first, or the centre and None.
+    that the toy's caption names first, or the center and None.
     """
     try:
         colour, _ = shapes.parse(prompt)[0][0]

@@ -177,7 +177,7 @@ class ResBlock(Checkpointed):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `context`, or over itself: the SA that KOALA distils."""
+    """Multi-head attention of x over `context`, or over itself: the SA that KOALA distills."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()

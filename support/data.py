@@ -307,7 +307,7 @@ def file_kind(name: str) -> str | None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """
     The first frame of any image as sRGB: transparency on white, 16-bit grey scaled rather than clipped, and
-    the colours of another profile, such as a phone's Display P3, converted.
+    the colors of another profile, such as a phone's Display P3, converted.
     """
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I"):

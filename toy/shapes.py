@@ -58,7 +58,7 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    objects: list[Object]           # one, or two of different colours
+    objects: list[Object]           # one, or two of different colors
     relation: str | None            # of the first object to the second, if the caption says it
 
 
@@ -84,10 +84,10 @@ def scene(seed: int, index: int) -> Scene:
     """
     rng = np.random.default_rng((seed, index))
     kind = rng.choice(["one", "two", "relation"], p=[0.25, 0.25, 0.5])
-    colours = rng.permutation(list(COLOURS)).tolist()
+    colors = rng.permutation(list(COLOURS)).tolist()
     while True:
         objects = []
-        for colour in colours[:1 if kind == "one" else 2]:
+        for colour in colors[:1 if kind == "one" else 2]:
             radius = int(rng.integers(RADII.start, RADII.stop))
             x, y = rng.integers(MARGIN + radius, SIZE - MARGIN - radius, size=2, endpoint=True).tolist()
             objects.append(Object(colour, list(SHAPES)[rng.integers(len(SHAPES))], x, y, radius))
@@ -157,14 +157,14 @@ def parse(caption: str) -> tuple[list[tuple[str, str]], str | None]:
     match = re.fullmatch(f"{noun}(?: (and|{'|'.join(RELATIONS)}) {noun})?", " ".join(words))
     if not match or match[1] == match[4]:
         raise ValueError(f'the toy cannot read "{caption}". It reads "a COLOUR SHAPE", or two of different '
-                         f'colours joined by one of: {", ".join(("and", *RELATIONS))}')
+                         f'colors joined by one of: {", ".join(("and", *RELATIONS))}')
     objects = [(match[1], match[2]), (match[4], match[5])]
     return objects[:2 if match[3] else 1], None if match[3] == "and" else match[3]
 
 
 def segment(picture: np.ndarray) -> np.ndarray:
     """The colour of each pixel: (H, W, 3) in 0..255 -> (H, W) index into COLOURS, -1 for the background."""
-    # A rim pixel is a mixture: background + share * (colour - background). By its distance to the colours,
+    # A rim pixel is a mixture: background + share * (colour - background). By its distance to the colors,
     # the rim of red would be orange; by its distance to these mixtures it is red, as it should be.
     away = picture - np.float32(BACKGROUND)                                     # (H, W, 3)
     rays = np.float32(list(COLOURS.values())) - np.float32(BACKGROUND)          # (6, 3)
@@ -206,7 +206,7 @@ def read(image: Image.Image) -> list[Object]:
         if part.sum() < 40:         # a speck: a quarter of the smallest object
             continue
         # The nearest colour need not be near: a pale, grey or brown object has none of the names. 60 is well
-        # above what noise does to a median, and the two most similar colours are 85 apart.
+        # above what noise does to a median, and the two most similar colors are 85 apart.
         paint = np.median(picture[part], axis=0)
         error = {name: np.linalg.norm(paint - rgb) for name, rgb in COLOURS.items()}
         colour = min(error, key=error.get)
@@ -227,9 +227,9 @@ def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
     """
     Whether a picture shows what its caption says: 1.0 or 0.0 for each of SCORES.
 
-    colour   the objects have exactly the caption's colours: one each, none missing, none besides
+    colour   the objects have exactly the caption's colors: one each, none missing, none besides
     shape    and each colour has its own shape (the binding of attributes)
-    spatial  each of its two colours is there once, in the caption's relation; None if the caption has none
+    spatial  each of its two colors is there once, in the caption's relation; None if the caption has none
 
     Raises ValueError for a caption that `parse` refuses and for a picture that `read` refuses.
     """
