@@ -409,8 +409,8 @@ def main(argv: list[str] | None = None):
         sampler = schedule.sampler
         if schedule.file_class != CLASSES[sampler]:
             sampler += f" (its file has {schedule.file_class})"
-        print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {used['steps']} steps, guidance "
-              f"{used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
+        print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {used['steps']} steps, "
+              f"guidance {used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
               f"{seconds:.1f} s with warm-up" + (f", peak {peak:.2f} GB" if math.isfinite(peak) else ""))
         columns.append(images)
         settings.append({key: value for key, value in used.items() if key != "out"})

@@ -80,7 +80,7 @@ def fingerprint(*networks: nn.Module) -> str:
 def file_checksum(path: Path) -> int:
     checksum = 0
     with open(path, "rb") as file:
-        while chunk := file.read(2**24):
+        for chunk in iter(partial(file.read, 2**24), b""):
             checksum = zlib.crc32(chunk, checksum)
     return checksum
 

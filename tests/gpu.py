@@ -136,7 +136,7 @@ def distill_toy(setup: SimpleNamespace, command: list[str], runs: list[tuple[str
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     environment = os.environ | {
         "CUDA_VISIBLE_DEVICES": gpu, "CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NVIDIA_TF32_OVERRIDE": "0",
-        "OMP_NUM_THREADS": "1"}                                  # as torchrun has it: sums on a CPU round alike
+        "OMP_NUM_THREADS": "1"}                                  # as torchrun sets it: then sums round alike
     done = subprocess.run([*command, *flags], cwd=ROOT, env=environment, text=True, capture_output=True)
     if done.returncode:
         raise RuntimeError(f"{done.stderr.strip().splitlines()[-1]}\n{done.stderr}")

@@ -51,7 +51,8 @@ def test_damaged_half_written_and_misplaced_records_are_made_again(make):
     size = len(content) // 3
     for i in [*range(0, 2 * size, 3), size - 1, 2 * size - 1]:
         cache.path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:])
-        assert [cache.reader()(index) is None for index in range(3)] == [i // size == index for index in range(3)]
+        read = cache.reader()
+        assert [read(index) is None for index in range(3)] == [i // size == index for index in range(3)]
     swapped = content[size:2 * size] + content[:size] + content[2 * size:]
     for damaged, lost in ((content[:-1], [2]), (content[:size] + bytes(2 * size), [1, 2]),
                           (content[1:], [0, 1, 2]), (swapped, [0, 1])):
