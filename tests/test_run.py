@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import multiprocessing
 import os
 import random
@@ -163,8 +164,32 @@ def test_a_run_that_is_killed_at_any_moment_loses_nothing_that_was_saved(run, tm
     assert not list((tmp_path / "run").rglob(".writing-*"))
 
 
+def test_a_file_system_without_locks_only_warns(tmp_path, monkeypatch, capsys):
+    def lockf(*args):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("support.run.fcntl.lockf", lockf)
+    for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        lock_run_dir(tmp_path / "run")
+        assert capsys.readouterr().err.count("warning: ") == 1
+    for code in (errno.EACCES, errno.EWOULDBLOCK):
+        with pytest.raises(BlockingIOError):
+            lock_run_dir(tmp_path / "run")
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, tmp_path, monkeypatch):
+    assert run("--steps", 1) == 0
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr("support.run.file_checksum", denied)
+    with pytest.raises(PermissionError):
+        load_checkpoint(tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", [f"unet/{distill.model.WEIGHTS}.safetensors", "unet/config.json",
