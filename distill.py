@@ -5,10 +5,10 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
     python distill.py --student 700m --teacher sdxl --data laion/ --vae madebyollin/sdxl-vae-fp16-fix
     torchrun --nproc-per-node 4 distill.py ...                         # the same on four GPUs
 
-A run is a folder: log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
-diffusers), and in the end a complete model. Rerun the same command to resume. Everything random about a
-training sample comes from the seed and its position, so a run sees the same samples on one process or many,
-stopped or not.
+A run is a folder with log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
+diffusers) and, at the end, a complete model. Rerun the same command to resume. All randomness in a training
+sample comes from the seed and its position: a run sees the same samples on one process or many, interrupted
+or not.
 """
 
 import argparse
@@ -45,20 +45,20 @@ from support.run import (
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
-# Which feature of the student learns from which of the teacher
+# Which student feature learns from which teacher feature
 
 
 def match_features(student: model.UNet, teacher: model.UNet, features: str,
                    sa_blocks: str = "bottom") -> dict[str, str]:
     """
-    Which module of the teacher each module of the student learns from, by their paths (Table 3).
+    Maps the path of each student module to that of the teacher module it learns from (Table 3).
 
-    The surgery leaves widths and resolutions as they are, so matched features have the same shape, and no
-    projection is needed.
+    The surgery does not change widths or resolutions, so matched features have the same shape and need no
+    projection.
 
-    `features` lists types, each at all stages or at one ("SA,LF@DW-1"). A path is mapped twice: its pair by
-    `model.teacher_path`, and its transformer block by `teacher_block` (Table 3c).
-    Raises ValueError for types and stages that the student does not have.
+    `features` lists types, each at all stages or at one ("SA,LF@DW-1"). `model.teacher_path` maps the pair in
+    a path, and `teacher_block` its transformer block (Table 3c). Raises ValueError for types and stages that
+    the student lacks.
     """
     stages, matched = model.stages(student.config), {}
     for kind, at in parse_features(features):
@@ -70,7 +70,7 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
             raise ValueError(f"--features: the student has no {kind} at {at or 'any stage'}; its stages are "
                              f"{', '.join(stages)}")
         for path in paths:
-            source = model.teacher_path(path, student.config, teacher.config)
+            source = model.teacher_path(path)
             if ".transformer_blocks." in source:
                 blocks, index, layer = source.rsplit(".", 2)     # ....transformer_blocks, 3, attn1
                 depth = len(student.get_submodule(path.rsplit(".", 2)[0]))
@@ -82,10 +82,10 @@ def match_features(student: model.UNet, teacher: model.UNet, features: str,
 
 def teacher_block(block: int, depth: int, teacher_depth: int, sa_blocks: str) -> int:
     """
-    Which transformer block of the teacher the student's learns from (Table 3c), both counted from 0.
+    The teacher's transformer block that the student's `block` learns from (Table 3c), both counted from 0.
 
-    bottom: the first ones; up: the last ones; interleave: 1, 3, 5, 7, 9, 10 of ten, counted from 1. Where the
-    depths are equal the blocks match one to one.
+    bottom: the first blocks; up: the last; interleave: 0, 2, 4, 6, 8, 9 of ten. With equal depths, blocks
+    match one to one.
     """
     if sa_blocks == "up":
         return block + teacher_depth - depth
@@ -95,7 +95,7 @@ def teacher_block(block: int, depth: int, teacher_depth: int, sa_blocks: str) ->
 
 
 def parse_features(text: str) -> list[tuple[str, str | None]]:
-    """From "SA,LF@DW-1" [("SA", None), ("LF", "DW-1")]; None is every stage. Raises ValueError."""
+    """Parses "SA,LF@DW-1" to [("SA", None), ("LF", "DW-1")]; None is every stage. Raises ValueError."""
     features = []
     for term in text.split(",") if text != "none" else []:
         kind, at, stage = term.strip().partition("@")
@@ -116,8 +116,8 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
     """
     The three terms of the objective, float32 scalars; those without inputs are 0.
 
-    equation (1)  task    || eps - eps_S ||^2            the noise that was added (or v), the student's
-    equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction of it, the student's
+    equation (1)  task    || eps - eps_S ||^2            the added noise (or v), the student's prediction
+    equation (2)  outKD   || eps_T - eps_S ||^2          the teacher's prediction, the student's
     equation (3)  featKD  sum_i || f_T^i - f_S^i ||^2    the teacher's features, the student's
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, but features of different
@@ -135,7 +135,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """Of a difference. For the backward pass it keeps one tensor, where `mse_loss` keeps two."""
+    """The mean square of a difference; keeps one tensor for the backward pass, `mse_loss` two."""
     return x.square().mean()
 
 
@@ -148,7 +148,7 @@ class Batch(NamedTuple):
 
     noisy: Tensor      # (B, 4, H, W) noisy latents
     timesteps: Tensor  # (B,)
-    context: Tensor    # (B, L, D) text; of a dropped caption, that of no prompt
+    context: Tensor    # (B, L, D) text; unconditional for a dropped caption
     pooled: Tensor     # (B, P) pooled text, likewise
     time_ids: Tensor   # (B, 6) original height and width, crop top and left, target height and width
     target: Tensor     # (B, 4, H, W) the noise, or v
@@ -156,7 +156,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def encode(pipeline: Pipeline, samples: dict) -> dict[str, Tensor]:
-    """What the frozen VAE and text encoders make of a batch's pixels and captions."""
+    """Encodes a batch's pixels and captions with the frozen VAE and text encoders."""
     pixels = (samples["pixels"] / 127.5 - 1).to(next(pipeline.vae.parameters()).dtype)  # (B, 3, 8H, 8W)
     parts = [pipeline.vae.encode(part) for part in pixels.split(4 * images_at_once(pixels[0, 0].numel()))]
     mean, logvar = (torch.cat(part) for part in zip(*parts))     # (B, 4, H, W)
@@ -167,7 +167,7 @@ def encode(pipeline: Pipeline, samples: dict) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def make_batch(samples: dict, pipeline: Pipeline, encode_samples: Encode) -> Batch:
-    """Encodes and noises samples of `support.data.collate`, and drops captions."""
+    """Encodes samples of `support.data.collate`, adds noise and drops captions."""
     samples = {name: value.to(pipeline.device, non_blocking=True) if isinstance(value, Tensor) else value
                for name, value in samples.items()}
     encoded = {name: value.float() for name, value in encode_samples(samples).items()}
@@ -216,15 +216,15 @@ MAX_NORM = 1.0  # gradients are clipped to it; unpublished, so the usual choice
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """Constant, then falling linearly to 0 over the last share `--decay` of the steps."""
+    """Constant, then linear to 0 over the last fraction `--decay` of the steps."""
     return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
 
 
 def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[dict]:
     """
-    The micro-batches of this process from a step on, read by `--workers` other processes.
+    This process's micro-batches from `step` on, read by `--workers` other processes.
 
-    Raises ValueError if no sample can be used, and RuntimeError if a reader died.
+    Raises ValueError if no sample is usable, and RuntimeError if a worker died.
     """
     rank, world, _ = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
@@ -242,8 +242,8 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
 def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
                  stop: bool) -> tuple[list[float], float, list[int], bool]:
     """
-    Sums over all processes, and returns numbers: means of `terms`, the gradients' norm, how many samples
-    were skipped by reason, and whether to stop. A step waits for the device here (and to cache new images).
+    Reduces over all processes and returns Python numbers: the means of `terms`, the gradient norm, skipped
+    samples per reason, and whether to stop. A step waits for the device here (and to cache new images).
     """
     counts = torch.tensor([*skipped, stop])
     sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
@@ -257,9 +257,9 @@ def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
 
 def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
                     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> dict:
-    """The state of a run: that of its newest checkpoint, with weights and moments, or of a new run."""
-    state = {"step": 0, "updates": 0, "skipped_steps": 0, "skipped_in_a_row": 0,
-             "skipped": dict.fromkeys(REASONS, 0), "scaler": scaler.state_dict()}
+    """Restores the newest checkpoint and returns its state, or returns the state of a new run."""
+    state = {"step": 0, "skipped_steps": 0, "skipped_in_a_row": 0, "skipped": dict.fromkeys(REASONS, 0),
+             "scaler": scaler.state_dict()}
     state = resume(args.out, identity, state, student, optimizer,
                    lambda folder: student.load_state_dict(model.load_unet(folder).state_dict()))
     scaler.load_state_dict(state["scaler"])
@@ -273,18 +273,19 @@ def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNe
 def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samples: Samples,
           encode_samples: Encode, identity: dict) -> int:
     """
-    Trains the student for what is left of a run. Returns 0, or the number of the signal that stopped it.
+    Trains the student for the rest of a run. Returns 0, or the number of the signal that stopped it.
 
-    `identity` is what a resumed run must have in common with its checkpoint. Raises FloatingPointError after
-    20 steps in a row whose gradients are not finite; other errors are of data and files.
+    `identity` has the settings that a resumed run must share with its checkpoint. Raises FloatingPointError
+    after 20 steps in a row with non-finite gradients; other errors come from data and files.
     """
     rank, world, _ = process_ranks()
     device, dtype, student = pipeline.device, pipeline.dtype, networks.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
     state = start_or_resume(args, identity, student, optimizer, scaler)
-    if args.compile:
-        student.compile()
+    for network in (student, networks.teacher) if args.compile else ():
+        if network:
+            network.compile()
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
     accumulate = args.batch // (args.micro_batch * world)
@@ -319,7 +320,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
             optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
 
             done, finished = step + 1, step + 1 == args.steps
-            record_step(state, done, math.isfinite(norm), dict(zip(REASONS, skips)))
+            record_step(state, math.isfinite(norm), dict(zip(REASONS, skips)))
             if rank == 0:
                 log.write(bar, state, dict(zip(("task", "outKD", "featKD", "total"), means)), args.batch,
                           time.perf_counter() - start, lr=lr, norm=norm)
@@ -369,32 +370,32 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     weight, count = number(float, 0, 1e9), number(int, 1, 10**8)
     teacher, init = (partial(model_name, words=words) for words in (("none",), ("teacher", "random")))
-    add("--student", list(model.SURGERIES), "700m", "1b, 700m; BK-SDM's base, small, tiny", "NAME")
-    add("--teacher", teacher, "toy", "a name such as sdxl, a hub id, a folder; none: task alone", "MODEL")
-    add("--vae", model_name, None, "another VAE, such as madebyollin/sdxl-vae-fp16-fix, the paper's", "MODEL")
-    add("--init", init, "teacher", "first weights: teacher, random, or a model as --teacher", "MODEL")
+    add("--student", list(model.SURGERIES), "700m", "1b, 700m; BK-SDM's base, small", "NAME")
+    add("--teacher", teacher, "toy", "a name such as sdxl, hub id or folder; none: task loss only", "MODEL")
+    add("--vae", model_name, None, "another VAE, such as the paper's madebyollin/sdxl-vae-fp16-fix", "MODEL")
+    add("--init", init, "teacher", "initial weights: teacher, random, or a model", "MODEL")
     add("--features", str, None, "SA, CA, Res, FFN, LF, each optionally @STAGE (SA,LF@DW-1), or none", "LIST")
     add("--sa-blocks", ["bottom", "interleave", "up"], "bottom", "blocks to learn from (Table 3c)", None)
-    add("--data", nonempty, "shapes", "shapes; a folder: images with .txt, metadata.jsonl, .tar", "FOLDER")
+    add("--data", nonempty, "shapes", "shapes, or a folder: images with .txt, metadata.jsonl, .tar", "FOLDER")
     add("--caption", nonempty, None, "one caption for all images, as in DreamBooth", "TEXT")
-    add("--cache", path, None, "keep latents and text there; fixes the crop of each image", "FOLDER")
+    add("--cache", path, None, "cache latents and text here; fixes each image's crop", "FOLDER")
     add("--task", weight, 1.0, "weight of the task loss (equation 1)")
     add("--out-kd", weight, 1.0, "weight of outKD (equation 2)")
     add("--feat-kd", weight, 1.0, "weight of featKD (equation 3)")
     add_switch("--normalize-features", "divide a feature's loss by its teacher's mean square [for the toy]",
                argparse.BooleanOptionalAction)
     add("--steps", count, None, "optimizer steps")
-    add("--batch", count, None, "images in a step, over all processes")
-    add("--micro-batch", count, None, "images on a GPU at a time; the rest is gradient accumulation")
+    add("--batch", count, None, "images per step, over all processes")
+    add("--micro-batch", count, None, "images per GPU at a time; gradients are accumulated")
     add("--lr", number(float, 1e-12, 1), None, "learning rate of AdamW")
-    add("--decay", number(float, 0, 1), None, "last share of the steps, over which the rate falls to 0")
-    add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's own")
-    add("--workers", number(int, 0, 1000), None, "readers of data per GPU [half of the cores, at most 8]")
+    add("--decay", number(float, 0, 1), None, "last fraction of the steps: the rate falls to 0")
+    add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's")
+    add("--workers", number(int, 0, 1000), None, "data workers per GPU [half of the cores, at most 8]")
     add("--save-every", count, None, "steps between checkpoints")
     add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
     add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
-    add("--seed", number(int, 0, 2**31 - 1), 0, "of data order and noise")
-    add("--precision", list(PRECISIONS), None, "fp32 (on a GPU TF32), fp16, bf16 [bf16 on a GPU]", "NAME")
+    add("--seed", number(int, 0, 2**31 - 1), 0, "seed of data and noise")
+    add("--precision", list(PRECISIONS), None, "fp32 (TF32 on a GPU), fp16, bf16 [bf16 on a GPU]", "NAME")
     add("--device", nonempty, None, "[a GPU if there is one]", "NAME")
     add("--out", path, None, "[runs/TEACHER-STUDENT]", "FOLDER")
     add_switch("--checkpointing", "recompute activations for the backward pass: less memory, more work")
@@ -407,7 +408,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def fill_in(args: argparse.Namespace):
-    """Settings that follow from others: what the recipe has, what needs a teacher, where the run is."""
+    """Fills in settings that depend on others, such as the recipe's and the run's folder."""
     recipe = "paper" if args.student in model.CONFIGS else "bk"
     if preset(args.teacher) == PRESETS["toy"]:
         recipe = "toy"
@@ -447,7 +448,7 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
 
 
 def model_source(args: argparse.Namespace) -> str:
-    """Where text encoders and VAE come from: the teacher; without one --init, or the toy if that has none."""
+    """The source of text encoders and VAE: the teacher, else --init, or the toy if --init has none."""
     if args.teacher != "none":
         return args.teacher
     only_unet = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()  # no encoders
@@ -456,9 +457,9 @@ def model_source(args: argparse.Namespace) -> str:
 
 def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str) -> model.UNet:
     """
-    The student before training, in float32, its weights as exact as the teacher's file has them.
+    The untrained student in float32, with weights at the precision of the teacher's file.
 
-    `config` is the teacher's, or without one the model's. Raises ValueError if --init is no such student.
+    `config` is the teacher's, or else the model's. Raises ValueError if --init is not such a student.
     """
     if args.init in ("teacher", "random"):
         torch.manual_seed(args.seed)
@@ -506,7 +507,7 @@ def main(argv: list[str] | None = None) -> int:
                                 device_id=torch.device(device) if own_gpu else None)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
-        # Or the backward pass would capture features again.
+        # Else the backward pass would capture features again.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends
 
@@ -515,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.data != "shapes":
             source = CaptionedImages(args.data, args.out / "index", args.caption)
         dtype = resolve_dtype(args.precision, device, on_gpu="bf16")
-        pipeline = load_pipeline(model_source(args), None, dtype, device, compile=args.compile, vae=args.vae)
+        pipeline = load_pipeline(model_source(args), None, dtype, device, vae=args.vae)
         student = new_student(args, pipeline.unet.config, device)
     for network in (pipeline.vae, pipeline.text, pipeline.unet):
         network.requires_grad_(False)
@@ -557,15 +558,18 @@ def run_identity(args: argparse.Namespace, samples: Samples, pipeline: Pipeline,
 
 def finish(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfig, teacher: model.UNet | None,
            student: model.UNet):
-    """Makes the run's folder a whole model, draws its losses and, on the toy's pictures, judges it."""
+    """Makes the run's folder a complete model, plots its losses and, on shapes, judges it."""
     complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
     atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
+    prompt, look_at = "...", ""
     if args.data == "shapes" and args.judge:
         unets = {"teacher": teacher, "student before": new_student(args, config, pipeline.device),
                  "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
-        print(f"look at {args.out / 'judged.png'}; {args.out / 'scores.csv'} has these numbers")
-    print(f"{args.out} is finished, {args.steps} steps: python sample.py --model {args.out} --prompt ...")
+        prompt, look_at = "a red circle left of a blue square", f"; look at {args.out / 'judged.png'}"
+    print(f"{args.out} is finished after {args.steps} steps{look_at}. Next:\n"
+          f'    python sample.py --model {args.out} --prompt "{prompt}"\n'
+          f"    python analysis.py curves {args.out}")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ The U-Net of SDXL and KOALA, the KOALA surgery, features for distillation, weigh
 
 KOALA: Lee et al., arXiv 2312.04005. SDXL: Podell et al., arXiv 2307.01952.
 
-All models are one class, UNet, with their numbers in a UNetConfig; `student_config` derives a student's from
+All models are one class, UNet, configured by a UNetConfig; `student_config` derives a student's config from
 its teacher's. Stages have the paper's names:
 
     noisy latents                                                                 prediction
@@ -29,9 +29,7 @@ Shapes: B batch, C channels, H W height and width, T = H*W tokens, D token width
 width. This file stands alone: it needs torch and safetensors, and no other file of the project.
 """
 
-import contextlib
 import json
-import os
 import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -89,9 +87,9 @@ class UNetConfig:
             channels=tuple(config["block_out_channels"]),
             depths=tuple(depth if attends else 0 for depth, attends in zip(depths, has_attention)),
             mid_depth=depths[-1] if config.get("mid_block_type", MID_TYPE) else 0,
-            pairs=config.get("layers_per_block", 2),
+            pairs=int(config.get("layers_per_block", 2)),        # not a list, as other networks have
             heads=tuple(heads),
-            context_dim=config["cross_attention_dim"],
+            context_dim=int(config["cross_attention_dim"]),
             pooled_dim=config["projection_class_embeddings_input_dim"] - 6 * size_dim if sdxl else 0,
             size_dim=size_dim,
             linear_projection=bool(config.get("use_linear_projection")),
@@ -146,7 +144,7 @@ class Checkpointed(nn.Module):
     def __call__(self, *args):
         if not self.checkpointing or not torch.is_grad_enabled():
             return super().__call__(*args)
-        # Non-reentrant, or a feature captured inside would have no gradient. Nothing here is random.
+        # Reentrant checkpointing would give captured features no gradient. Nothing here is random.
         return checkpoint(super().__call__, *args, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -177,7 +175,7 @@ class ResBlock(Checkpointed):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of x over `context`, or over itself: the SA that KOALA distills."""
+    """Multi-head attention from x to `context`, or to x: the SA that KOALA distills."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = False):
         super().__init__()
@@ -228,7 +226,7 @@ class TransformerBlock(Checkpointed):
 
 
 class Transformer(nn.Module):
-    """T: transformer blocks on the pixels of a feature map as tokens."""
+    """T: transformer blocks whose tokens are the pixels of a feature map."""
 
     def __init__(self, channels: int, depth: int, heads: int, config: UNetConfig):
         super().__init__()
@@ -258,7 +256,7 @@ def to_map(tokens: Tensor, like: Tensor) -> Tensor:
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling, to `size` or else by two, and a convolution."""
+    """Nearest-neighbor upsampling, to `size` or by two, then a convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -274,9 +272,9 @@ class Upsample(nn.Module):
 
 class Stage(nn.Module):
     """
-    Residual blocks of the given (input, output) widths; each of the first `transformers` is followed by one.
+    Residual blocks with (input, output) `widths`; a transformer follows each of the first `transformers`.
 
-    Mid is such a stage as it stands: a residual block, a transformer, a residual block.
+    Mid is a plain Stage: a residual block, a transformer, a residual block.
     """
 
     def __init__(self, widths: list[tuple[int, int]], transformers: int, depth: int, heads: int,
@@ -409,7 +407,7 @@ class UNet(nn.Module):
         return self.conv_out(norm_silu(self.conv_norm_out, x))   # (B, 4, H, W)
 
     def set_checkpointing(self, on: bool):
-        """Whether the backward pass recomputes the activations of blocks."""
+        """Sets whether the backward pass recomputes block activations."""
         for module in self.modules():
             if isinstance(module, Checkpointed):
                 module.checkpointing = on
@@ -420,35 +418,29 @@ class UNet(nn.Module):
 
 
 class Surgery(NamedTuple):
-    """How a student differs from its teacher, besides having one RT pair less in every DW and UP stage."""
+    """How a student differs from its teacher, besides one RT pair fewer in every DW and UP stage."""
 
-    depth: int           # blocks kept of each transformer, from the first; a shorter one keeps all
-    mid_depth: int       # likewise in Mid; 0: no Mid
-    dropped: int = 0     # innermost levels that are left out
+    depth: int      # first blocks kept in each transformer; a shorter one keeps all
+    mid_depth: int  # likewise in Mid; 0: no Mid
 
 
 SURGERIES = {
-    # KOALA's of SDXL (section 4.1, Table 2). Appendix B.2 swaps their depths; the paper's totals settle it.
+    # KOALA, for SDXL (section 4.1, Table 2). Appendix B.2 swaps the depths; the parameter totals decide.
     "1b": Surgery(depth=6, mid_depth=6),
     "700m": Surgery(depth=5, mid_depth=0),
-    # BK-SDM's of Stable Diffusion (Kim et al., arXiv 2305.15798), whose pairs have one transformer block.
+    # BK-SDM, for Stable Diffusion (Kim et al., arXiv 2305.15798), whose pairs have one transformer block.
     "base": Surgery(depth=1, mid_depth=1),
     "small": Surgery(depth=1, mid_depth=0),
-    "tiny": Surgery(depth=1, mid_depth=0, dropped=1),
 }
 
 
 def student_config(teacher: UNetConfig, name: str) -> UNetConfig:
     """The configuration of a student named in SURGERIES. Raises ValueError if the teacher does not fit."""
     surgery = SURGERIES[name]
-    levels = len(teacher.channels) - surgery.dropped
     if teacher.pairs != 2 or not teacher.mid_depth:
         raise ValueError("the surgery needs a teacher like SDXL: two pairs in encoder stages, and Mid")
-    if len(set(teacher.channels[levels - 1:])) > 1:
-        raise ValueError(f"{name} needs a teacher like Stable Diffusion: innermost levels equally wide")
-    return replace(teacher, pairs=1, channels=teacher.channels[:levels], heads=teacher.heads[:levels],
-                   depths=tuple(min(depth, surgery.depth) for depth in teacher.depths[:levels]),
-                   mid_depth=min(surgery.mid_depth, teacher.mid_depth))
+    return replace(teacher, pairs=1, mid_depth=min(surgery.mid_depth, teacher.mid_depth),
+                   depths=tuple(min(depth, surgery.depth) for depth in teacher.depths))
 
 
 CONFIGS = {                                       # parameters (Table 2)
@@ -458,33 +450,25 @@ CONFIGS = {                                       # parameters (Table 2)
 }
 
 
-def teacher_path(path: str, student: UNetConfig, teacher: UNetConfig) -> str:
+def teacher_path(path: str) -> str:
     """
-    Where in the teacher a module or tensor of the student comes from.
+    The teacher's path for a module or tensor of the student.
 
-    Of an encoder stage's two pairs the surgery keeps 0, of a decoder stage's three 0 and 2 (section 4.1). So
-    pair 1 of a student's decoder stage is pair 2 of its teacher's: only that one has its width, as it reads
-    the skip from the level above. Everything else keeps its name, so of ten transformer blocks the student
-    has the first. Where the innermost level is dropped (BK-SDM's tiny), decoder stages count from the
-    teacher's second one; and the student's last encoder stage has no downsampler, so its output
-    corresponds to that of the teacher's last pair there.
+    The surgery keeps pair 0 of an encoder stage and pairs 0 and 2 of a decoder stage (section 4.1). Pair 1 of
+    a student's decoder stage is the teacher's pair 2: only that pair has the right width, because it reads
+    the skip from the level above. All other names stay the same, so a student's transformer blocks are the
+    teacher's first ones.
     """
-    dropped = len(teacher.channels) - len(student.channels)
     parts = path.split(".")                                      # such as up_blocks, 0, resnets, 1, conv1
-    if parts[0] == "up_blocks":
-        parts[1] = str(int(parts[1]) + dropped)
-        if parts[2:4] in (["resnets", "1"], ["attentions", "1"]):
-            parts[3] = "2"
-    elif dropped and parts == ["down_blocks", str(len(student.channels) - 1)]:
-        parts += ["attentions", str(teacher.pairs - 1)]
+    if parts[0] == "up_blocks" and parts[2:4] in (["resnets", "1"], ["attentions", "1"]):
+        parts[3] = "2"
     return ".".join(parts)
 
 
 def inherit(student: UNet, teacher: UNet):
-    """Copies into each tensor of the student its teacher's at the same block location (section 5.1)."""
+    """Copies the teacher's weights at the same block location into the student (section 5.1)."""
     weights = teacher.state_dict()
-    student.load_state_dict(
-        {path: weights[teacher_path(path, student.config, teacher.config)] for path in student.state_dict()})
+    student.load_state_dict({path: weights[teacher_path(path)] for path in student.state_dict()})
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -492,7 +476,7 @@ def inherit(student: UNet, teacher: UNet):
 
 
 def stages(config: UNetConfig) -> dict[str, str]:
-    """The paper's names of a U-Net's stages, in the order they run, and the paths of their modules."""
+    """Maps the paper's names of a U-Net's stages, in the order they run, to module paths."""
     levels = range(len(config.channels))
     return ({f"DW-{i + 1}": f"down_blocks.{i}" for i in levels}
             | ({"Mid": "mid_block"} if config.mid_depth else {})
@@ -510,7 +494,7 @@ FEATURE_TYPES = {  # of the paper (section 4.2, F1), as patterns of module paths
 
 
 def feature_paths(unet: UNet, kind: str, stage: str) -> list[str]:
-    """Paths of the modules whose outputs are the features of a type at a stage; empty if it has none."""
+    """Paths of the modules that output the features of a type at a stage; empty if there are none."""
     pattern = re.escape(stages(unet.config)[stage]) + FEATURE_TYPES[kind]
     return [path for path, _ in unet.named_modules() if re.fullmatch(pattern, path)]
 
@@ -524,9 +508,9 @@ class Features:
             unet(...)
         captured[path]  # (B, T, D) or (B, C, H, W)
 
-    Each forward pass replaces what the one before left. Nothing is captured outside of `with`, so
-    recomputation in the backward pass leaves no second copy. The hooks are on module objects: create it
-    before the U-Net is wrapped or first called. Raises RuntimeError if a module did not run.
+    Each forward pass overwrites the previous one's outputs. Nothing is captured outside `with`, so
+    recomputation in the backward pass keeps no second copy. Create it before the U-Net is wrapped or first
+    called: the hooks are on module objects. Raises RuntimeError if a module did not run.
     """
 
     def __init__(self, unet: UNet, paths: list[str]):
@@ -553,8 +537,8 @@ class Features:
 # Weights in and out: the official layout, a folder with config.json and diffusion_pytorch_model.safetensors
 
 HALF = (torch.float16, torch.bfloat16)
-WEIGHTS = "diffusion_pytorch_model"  # the weight files of U-Net and VAE, without their endings
-MID_TYPE = "UNetMidBlock2DCrossAttn"  # also what a file without `mid_block_type` means; null means no Mid
+WEIGHTS = "diffusion_pytorch_model"  # weight files of U-Net and VAE, without extension
+MID_TYPE = "UNetMidBlock2DCrossAttn"  # the default for `mid_block_type`; null means no Mid
 FIXED = {  # entries of config.json that are the same in every U-Net of this family
     "act_fn": "silu", "addition_embed_type_num_heads": 64, "attention_type": "default", "conv_in_kernel": 3,
     "conv_out_kernel": 3, "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0,
@@ -627,7 +611,7 @@ def check_fixed(found: dict, supported: dict):
 
 def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """
-    The tensors of a folder's shards, or else of its weight file; of the float16 variant if `dtype` is a half.
+    A folder's tensors, from its shards or its single file; the float16 variant if `dtype` is 16-bit.
 
     Raises FileNotFoundError or ValueError.
     """
@@ -642,7 +626,10 @@ def read_weights(folder: Path, stem: str, dtype: torch.dtype | None) -> dict[str
         raise FileNotFoundError(f"no {plain[1]} in the folder {folder}{hint}")
     shards = found[:1]
     if found[0].suffix == ".json":
-        shards = [folder / name for name in sorted(set(read_json(found[0])["weight_map"].values()))]
+        names = read_json(found[0]).get("weight_map")
+        if not isinstance(names, dict):
+            raise ValueError(f"{found[0]} has no weight_map; download it again")
+        shards = [folder / name for name in sorted(set(names.values()))]
     weights = {}
     for shard in shards:
         weights |= read_tensors(shard)
@@ -655,14 +642,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}
     except SafetensorError as error:
-        reason = f"cut or damaged; download it again ({error})"
-        with open(path, "rb") as file:
-            head = file.read(64)
-        if head.startswith(b"version https://git-lfs"):
-            reason = "a git-lfs pointer, not the file itself: run git lfs pull"
-        elif head.startswith(b"PK\x03\x04"):
-            reason = "a pickle, and is not opened"
-        raise ValueError(f"{path} is {reason}") from None
+        raise ValueError(f"{path} is damaged, or really a git-lfs pointer or a pickle: download it "
+                         f"again ({error})") from None
 
 
 def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: Path,
@@ -689,20 +670,8 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
 
 
 def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
-    """Writes a network's config.json and weights, each beside its place and then renamed. Raises OSError."""
+    """Writes a network's config.json and weights. Raises OSError or SafetensorError."""
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    path, temporary = folder / f"{stem}.safetensors", folder / f".writing-{os.getpid()}"
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # by the umask, where safetensors lets only the owner read
-        save_file(weights, temporary, {"format": "pt"})  # transformers asks for this entry
-        with contextlib.suppress(OSError):  # not every file system has modes
-            temporary.chmod(mode)
-        os.replace(temporary, path)
-        temporary.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        os.replace(temporary, folder / "config.json")
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{path} cannot be written: {error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_file(weights, folder / f"{stem}.safetensors", {"format": "pt"})  # transformers asks for this entry

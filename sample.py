@@ -3,10 +3,10 @@ Text to image with SDXL, KOALA, Stable Diffusion or the embedded toy, with class
 
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
-    python sample.py --prompt "A portrait of a koala, watercolour" --model sdxl 1b 700m --out columns.png
+    python sample.py --prompt "A portrait of a koala, watercolor" --model sdxl 1b 700m --out columns.png
 
-Several models give one picture: a column per model, a row per prompt and seed, the same noise along a row
-(Figures 10 to 16). With one model, a row per prompt and a column per seed. The PNG's text has the settings.
+With several models, the picture has a column per model and a row per prompt and seed, each with the same
+noise (Figures 10 to 16); with one, a row per prompt and a column per seed. The PNG stores the settings.
 """
 
 import argparse
@@ -39,33 +39,29 @@ class NoiseSchedule:
     """
     The noise of Stable Diffusion, z_t = alpha_t z + sigma_t noise for t = 0, ..., 999.
 
-    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers measure noise as Karras et al.
-    (arXiv 2206.00364) do, by another sigma, without a t: sigma = sigma_t / alpha_t, in `sigmas`. Made from a
-    scheduler_config.json, whatever sampler that is for. Raises ValueError for noise that is not supported.
+    alpha_t^2 is `alphas_cumprod`, and sigma_t^2 = 1 - alpha_t^2. Samplers use the sigma of Karras et al.
+    (arXiv 2206.00364), written without t: sigma = sigma_t / alpha_t, in `sigmas`. Reads the
+    scheduler_config.json of any sampler. Raises ValueError for unsupported noise.
     """
 
     def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler", device: str = "cpu"):
-        self.sampler, self.file_class = sampler, str(config.get("_class_name", CLASSES[sampler]))
-        if self.file_class.startswith(OTHER_NOISE):
-            raise ValueError(f"scheduler_config.json is of {self.file_class!r}, which is not supported")
-        self.config = config = DEFAULTS | SAMPLER_DEFAULTS[sampler] | config
+        name = str(config.get("_class_name"))
+        if name.startswith(OTHER_NOISE):
+            raise ValueError(f"scheduler_config.json is of {name}, which is not supported")
+        self.sampler, self.config = sampler, DEFAULTS | SAMPLER_DEFAULTS[sampler] | config
         self.check_entries(NOISE)
-        start, end = config["beta_start"], config["beta_end"]
+        start, end = self.config["beta_start"], self.config["beta_end"]
         betas = torch.linspace(start**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
         self.alphas_cumprod = (1 - betas).cumprod(0)             # (1000,)
-        if config["rescale_betas_zero_snr"]:                     # Lin et al., arXiv 2305.08891, Algorithm 1
-            alphas = self.alphas_cumprod.sqrt()
-            self.alphas_cumprod = ((alphas - alphas[-1]) * alphas[0] / (alphas[0] - alphas[-1])) ** 2
-            self.alphas_cumprod[-1] = 2**-24                     # sigma stays finite
         self.sigmas = (1 / self.alphas_cumprod - 1).sqrt()       # (1000,)
         self.alpha_t = self.alphas_cumprod.sqrt().float().to(device)  # (1000,), where training reads them
         self.sigma_t = (1 - self.alphas_cumprod).sqrt().float().to(device)
-        self.spacing, self.offset = spacing or config["timestep_spacing"], config["steps_offset"]
-        self.prediction = config["prediction_type"]
+        self.spacing = spacing or self.config["timestep_spacing"]
+        self.prediction = self.config["prediction_type"]
         if self.spacing not in SPACINGS or self.prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"scheduler_config.json: timestep_spacing {self.spacing!r} or prediction_type "
                              f"{self.prediction!r} is not supported")
-        self.last_sigma = 0.0 if config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
+        self.last_sigma = 0.0 if self.config["set_alpha_to_one"] else self.sigmas[0].item()  # DDIM's
 
     def check_entries(self, supported: dict):
         """Raises ValueError for an entry that affects the result and is not implemented."""
@@ -90,10 +86,11 @@ class NoiseSchedule:
     def timesteps(self, steps: int) -> list[float]:
         """The timesteps of `steps` network calls, noisiest first (Lin et al., arXiv 2305.08891, Table 2)."""
         points = steps + (self.sampler == "dpm")                 # DPM-Solver's last point is where it ends
+        offset = self.config["steps_offset"]
         if self.spacing == "linspace":
             timesteps = torch.linspace(0, 999, points, dtype=torch.float64).flip(0).tolist()
         elif self.spacing == "leading":
-            timesteps = [float(i * (1000 // points) + self.offset) for i in reversed(range(points))]
+            timesteps = [float(i * (1000 // points) + offset) for i in reversed(range(points))]
         else:  # trailing
             timesteps = [float(round(1000 - i * 1000 / steps) - 1) for i in range(steps)]
         if self.sampler != "euler":                              # Euler's method reads between the integers
@@ -109,7 +106,7 @@ class NoiseSchedule:
 
     def levels(self, steps: int) -> list[tuple[float, float, float]]:
         """
-        The timestep of each network call, sigma there, and sigma where the step leads to.
+        For each network call: its timestep, its sigma, and the sigma after the step.
 
         Raises ValueError for an entry that this sampler reads but this code does not support.
         """
@@ -133,14 +130,14 @@ class NoiseSchedule:
 def sample_latents(predict: Callable[[Tensor, float], Tensor], noise: Tensor, schedule: NoiseSchedule,
                    steps: int) -> Tensor:
     """
-    From noise (B, C, H, W) of variance 1 to latents z, with `schedule.sampler`.
+    Denoises unit-variance noise (B, C, H, W) to latents z, with `schedule.sampler`.
 
-    `predict(z_t, t)` is the network. Its prediction gives the noise eps in z_t, and so the clean latents z; a
-    step to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For x = z_t / alpha_t, that is
-    for z + sigma * eps, the step is x + (next_sigma - sigma) * eps: Euler's method (Karras et al., Algorithm
-    1 without churn). DDIM (Song et al., arXiv 2010.02502, eta 0) differs only in where it ends. DPM-Solver++
-    (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the step before. Sigmas are numbers on
-    the host, so nothing here waits for the device.
+    `predict(z_t, t)` is the network. Its prediction gives the noise eps in z_t and the clean latents z. A
+    step to s mixes them again, with less noise: z_s = alpha_s z + sigma_s eps. For
+    x = z_t / alpha_t = z + sigma * eps, this is Euler's method: x + (next_sigma - sigma) * eps (Karras et
+    al., Algorithm 1 without churn). DDIM (Song et al., arXiv 2010.02502, eta 0) differs only in its end
+    point. DPM-Solver++ (Lu et al., arXiv 2211.01095, Algorithm 2) also extrapolates z from the previous step.
+    Sigmas are Python floats, so nothing here waits for the device.
     """
     levels = schedule.levels(steps)
     z_t = noise * schedule.init_noise_std(levels[0][1])
@@ -174,12 +171,9 @@ def guide(prediction: Tensor, guidance: float) -> Tensor:
 # Scheduler files
 
 
-SDXL_SCHEDULER = {  # scheduler_config.json of SDXL and KOALA
-    "_class_name": "EulerDiscreteScheduler", "num_train_timesteps": 1000, "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085, "beta_end": 0.012, "prediction_type": "epsilon", "timestep_spacing": "leading",
-    "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False}
 # The only values that this code supports for these entries, grouped by what reads them.
-NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "trained_betas": None}
+NOISE = {"num_train_timesteps": 1000, "beta_schedule": "scaled_linear", "trained_betas": None,
+         "rescale_betas_zero_snr": False}
 SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False,
           "final_sigmas_type": "zero"}
 SAMPLER_ENTRIES = {
@@ -191,10 +185,9 @@ SAMPLER_ENTRIES = {
                      "use_lu_lambdas": False, "use_flow_sigmas": False, "variance_type": None}}
 # diffusers' defaults for entries that a file lacks, where they differ from the values above.
 DEFAULTS = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon",
-            "steps_offset": 0, "set_alpha_to_one": True, "rescale_betas_zero_snr": False}
+            "steps_offset": 0, "set_alpha_to_one": True}
 SAMPLER_DEFAULTS = {"euler": {"timestep_spacing": "linspace"}, "dpm": {"timestep_spacing": "linspace"},
                     "ddim": {"timestep_spacing": "leading", "clip_sample": True}}
-CLASSES = {"euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "dpm": "DPMSolverMultistepScheduler"}
 OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with another noise, or other steps
 
 
@@ -203,7 +196,7 @@ OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with an
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of so many pixels the networks compute at once: about a megapixel, for memory."""
+    """How many images of `pixels` pixels to run at once: about a megapixel, to save memory."""
     return max(1, min(32, 2**20 // pixels))
 
 
@@ -212,19 +205,19 @@ class Pipeline:
     Prompts in, images out; made by `load_pipeline`.
 
     `text`, `unet` and `vae` are its networks. With `low_memory` they are None: each is loaded when needed and
-    dropped afterwards, and images are decoded one by one, in tiles.
+    dropped after use, and images are decoded one by one, in tiles.
     """
 
     def __init__(self, folder: Path, unet_folder: Path, vae_folder: Path, preset: Preset, dtype: torch.dtype,
-                 device: str, low_memory: bool = False, compile: bool = False):
+                 device: str, low_memory: bool = False):
         self.folder, self.unet_folder, self.preset = folder, unet_folder, preset
         self.vae_folder = model.part_folder(vae_folder, "vae")
-        self.dtype, self.device, self.low_memory, self.compile = dtype, device, low_memory, compile
+        self.dtype, self.device, self.low_memory = dtype, device, low_memory
         if not (folder / "model_index.json").exists() and (folder / "unet").exists():
-            raise FileNotFoundError(f"{folder} is not a whole model; is it a run that goes on? Then give its "
+            raise FileNotFoundError(f"{folder} is not a complete model; for an unfinished run, give its "
                                     f"teacher as --model, and --unet {folder / 'unet'}")
         index = model.read_json(folder / "model_index.json")
-        # No negative prompt is zeros for SDXL, and for Stable Diffusion 1 and 2 the empty text.
+        # Without a negative prompt, SDXL uses zeros, and Stable Diffusion 1 and 2 the empty text.
         self.zero_negative = index.get("force_zeros_for_empty_prompt", len(encoder_names(folder)) > 1)
         scheduler = model.read_json(folder / "scheduler" / "scheduler_config.json")
         if len(encoder_names(folder)) == 1:                      # whatever the file says, as in diffusers
@@ -245,10 +238,7 @@ class Pipeline:
 
     def load_unet(self) -> model.UNet:
         unet = model.load_unet(self.unet_folder, self.dtype, self.device)
-        unet.to(memory_format=torch.channels_last)
-        if self.compile:
-            unet.compile()
-        return unet
+        return unet.to(memory_format=torch.channels_last)
 
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
@@ -285,8 +275,8 @@ class Pipeline:
     def encode(self, text: TextEncoders, prompts: list[str], negative: str | None,
                guidance: float) -> tuple[Tensor, Tensor]:
         """
-        Text sequences (N, L, D) and pooled texts (N, P) of the prompts; with guidance 2N rows, first N
-        unconditional and then N conditional ones.
+        Encodes prompts to text sequences (N, L, D) and pooled texts (N, P); with guidance to 2N rows each,
+        N unconditional and then N conditional.
         """
         text.warn_of_cuts(prompts + ([negative] if negative else []))
         cond = text(prompts)
@@ -307,14 +297,11 @@ class Pipeline:
         if height % downscale or width % downscale:
             raise ValueError(f"{height} x {width} is not a multiple of {downscale}, this VAE's factor")
         context, pooled = (part.to(dtype) for part in conditions)
-        if (config.context_dim, config.pooled_dim) != (context.shape[2], pooled.shape[1]):
-            raise ValueError(f"the U-Net reads texts of widths {config.context_dim} and {config.pooled_dim}, "
-                             f"the text encoders give {context.shape[2]} and {pooled.shape[1]}: they belong "
-                             f"to different models")
-        channels = self.vae_config.latent_channels
-        if (config.in_channels, config.out_channels) != (channels, channels):
-            raise ValueError(f"the U-Net has {config.in_channels} channels in and {config.out_channels} out, "
-                             f"the VAE's latents have {channels}: it is not for text to image alone")
+        widths, channels = (context.shape[2], pooled.shape[1]), self.vae_config.latent_channels
+        needed = (config.context_dim, config.pooled_dim), (config.in_channels, config.out_channels)
+        if needed != (widths, (channels, channels)):
+            raise ValueError(f"the U-Net is of another model: it reads texts of widths {needed[0]} and latents of "
+                             f"{needed[1]} channels, but gets {widths} and {channels}")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -326,7 +313,7 @@ class Pipeline:
             # With guidance, the unconditional and the conditional row of each image.
             rows = torch.cat([batch, len(seeds) + batch]) if guided else batch
             c, p = context[rows], pooled[rows]
-            # Original size, crop, target size: an image of this size, from its top left corner.
+            # Original size, crop and target size: the whole image, uncropped.
             time_ids = torch.tensor([[height, width, 0, 0, height, width]] * len(rows), device=self.device)
 
             def predict(z_t: Tensor, t: float) -> Tensor:
@@ -342,12 +329,12 @@ class Pipeline:
         return torch.cat(latents)
 
     def decode(self, vae: VAE, latents: Tensor) -> list[Image.Image]:
-        """Images of scaled latents (N, 4, H, W); in batches as in `denoise`, with `low_memory` in tiles."""
+        """Decodes scaled latents (N, 4, H, W) in batches as in `denoise`, or in tiles with `low_memory`."""
         latents = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
         batch = 1 if self.low_memory else images_at_once(latents[0, 0].numel() * vae.config.downscale**2)
         images = []
         for part in latents.split(batch):
-            with torch.autocast(self.device.split(":")[0], enabled=False):  # which previews use
+            with torch.autocast(self.device.split(":")[0], enabled=False):  # previews enable it
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
                 raise ValueError("the image is not finite: use --precision fp32, or look at the weights")
@@ -357,15 +344,14 @@ class Pipeline:
 
 
 def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch.dtype | None = None,
-                  device: str | None = None, low_memory: bool = False, compile: bool = False,
-                  vae: str | Path | None = None, sampler: str | None = None,
-                  spacing: str | None = None) -> Pipeline:
+                  device: str | None = None, low_memory: bool = False, vae: str | Path | None = None,
+                  sampler: str | None = None, spacing: str | None = None) -> Pipeline:
     """
     The pipeline of a preset's name, a hub id or a folder in the official layout.
 
-    `unet` and `vae` are where to take these networks from instead: a folder, hub id or name too. `dtype` None
-    is float16 on a GPU and float32 elsewhere; `sampler` and `spacing` None are the preset's. Raises
-    FileNotFoundError or ValueError, one line that says what is wrong and what to do.
+    `unet` and `vae`, each a folder, hub id or name, replace these networks. `dtype` defaults to float16 on a
+    GPU and float32 elsewhere, `sampler` and `spacing` to the preset's. Raises FileNotFoundError or
+    ValueError, one line that says what is wrong and what to do.
     """
     device = resolve_device(device)
     dtype = dtype or resolve_dtype(None, device)
@@ -378,7 +364,7 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
         local_folder(chosen.source, ("vae",), weights=False)     # its config, for Pipeline to compare
     for part, source in others.items():
         others[part] = local_folder(source, (part,), half) if source else folder
-    return Pipeline(folder, others["unet"], others["vae"], chosen, dtype, device, low_memory, compile)
+    return Pipeline(folder, others["unet"], others["vae"], chosen, dtype, device, low_memory)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -395,25 +381,22 @@ def main(argv: list[str] | None = None):
     columns, settings = [], []
     for name in args.model:
         reset_peak_memory(device)
-        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.compile, args.vae,
-                                 args.sampler, args.spacing)
-        schedule, chosen = pipeline.schedule, pipeline.preset
+        pipeline = load_pipeline(name, args.unet, dtype, device, args.low_memory, args.vae, args.sampler,
+                                 args.spacing)
+        steps = args.steps or pipeline.preset.steps
+        guidance = pipeline.preset.guidance if args.guidance is None else args.guidance
         start = time.perf_counter()
-        images = pipeline(prompts, args.negative, args.steps, args.guidance, seeds, args.height, args.width,
+        images = pipeline(prompts, args.negative, steps, guidance, seeds, args.height, args.width,
                           progress=name)
         seconds, peak = time.perf_counter() - start, peak_memory(device)
         args.width, args.height = images[0].size                 # for all columns, as they share their noise
-        used = vars(args) | {
-            "model": [name], "steps": args.steps or chosen.steps, "precision": precision, "device": device,
-            "guidance": chosen.guidance if args.guidance is None else args.guidance}
-        sampler = schedule.sampler
-        if schedule.file_class != CLASSES[sampler]:
-            sampler += f" (its file has {schedule.file_class})"
-        print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {used['steps']} steps, "
-              f"guidance {used['guidance']:g}, {sampler}, {schedule.spacing}, seed {args.seed}, {precision}: "
+        used = {"model": [name], "steps": steps, "guidance": guidance, "sampler": pipeline.schedule.sampler,
+                "spacing": pipeline.schedule.spacing, "precision": precision, "device": device}
+        print(f"{name}: {len(images)} image(s), {args.width} x {args.height}, {steps} steps, guidance "
+              f"{guidance:g}, {used['sampler']}, {used['spacing']}, seed {args.seed}, {precision}: "
               f"{seconds:.1f} s with warm-up" + (f", peak {peak:.2f} GB" if math.isfinite(peak) else ""))
         columns.append(images)
-        settings.append({key: value for key, value in used.items() if key != "out"})
+        settings.append({flag: value for flag, value in (vars(args) | used).items() if flag != "out"})
         del pipeline                                             # before the next is loaded
     if len(columns) == 1:
         rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
@@ -429,17 +412,17 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__, "%(prog)s --prompt TEXT [options]")
     size = number(int, 8, 8192, multiple=8)
     add = parser.add_argument
-    add("--prompt", type=nonempty, nargs="+", required=True, metavar="TEXT", help="several: rows")
+    add("--prompt", type=nonempty, nargs="+", required=True, metavar="TEXT", help="one row each")
     add("--model", type=model_name, nargs="+", default=["toy"], metavar="NAME",
-        help=f"{', '.join(PRESETS)}, a hub id or a folder; several: columns [toy]")
+        help=f"{', '.join(PRESETS)}, a hub id or a folder; one column each [toy]")
     add("--unet", type=model_name, metavar="FOLDER", help="take the U-Net from here")
     add("--vae", type=model_name, metavar="FOLDER", help="take the VAE from here")
     add("--negative", metavar="TEXT", help="negative prompt")
     add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps [the model's preset]")
     add("--sampler", choices=SAMPLERS, help="dpm is DPM-Solver++(2M) [the model's preset]")
-    add("--spacing", choices=SPACINGS, help="of the timesteps [the model's preset, or its scheduler file's]")
-    add("--guidance", type=number(float, 0), metavar="X", help="scale; 0 or 1: none [the model's preset]")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the initial noise")
+    add("--spacing", choices=SPACINGS, help="timestep spacing [the model's preset or scheduler file]")
+    add("--guidance", type=number(float, 0), metavar="X", help="scale; 0 or 1: off [the model's preset]")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of the noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
         help="images per prompt (seeds seed, seed+1, ...)")
     add("--height", type=size, metavar="N", help="in pixels [the first model's own]")
@@ -447,7 +430,6 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", choices=list(PRECISIONS), help="[fp16 on a GPU, fp32 elsewhere]")
     add("--device", type=nonempty, help="[a GPU if there is one]")
     add("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
-    add("--compile", action="store_true", help="torch.compile the U-Net")
     add("--out", type=png_path, default="sample.png", metavar="PNG", help="the picture to write")
     args = parser.parse_args(argv)
     if args.unet and len(args.model) > 1:

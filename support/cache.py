@@ -19,12 +19,12 @@ from support.run import check_settings
 
 class Cache:
     """
-    One file of records of one size, shared by processes, and by runs that read the same data.
+    A file of fixed-size records, shared by all processes and by runs on the same data.
 
-    A record is the tensors of `layout`, as bytes, and a checksum of its number and contents. A record with a
-    wrong checksum (never written, half-written, damaged) counts as missing and is made again, so no lock is
-    needed. `identity` is what the contents depend on, and `encode_new` makes them. Raises ValueError if the
-    folder has a cache of another identity.
+    A record holds the tensors of `layout` as bytes, and a checksum of its index and contents. A record with a
+    wrong checksum (never written, half-written, damaged) counts as missing and is rewritten, so no lock is
+    needed. `encode_new` makes the contents, and `identity` is what they depend on. Raises ValueError if the
+    folder's cache has another identity.
     """
 
     def __init__(self, folder: Path, identity: dict, encode_new: Callable[[dict], dict[str, Tensor]],
@@ -43,11 +43,11 @@ class Cache:
         self.path.touch()
 
     def reader(self) -> Callable[[int], dict[str, Tensor] | None]:
-        """`read_record` of this cache, without its networks, for the processes that read data."""
+        """`read_record` for this cache, without the networks, for data workers."""
         return partial(read_record, self.path, sum(self.sizes) + 4)
 
     def encode(self, batch: dict) -> dict[str, Tensor]:
-        """What `encode_new` makes of a batch of samples; it is called for the new ones only, and kept."""
+        """Encodes a batch of samples: runs `encode_new` only on new ones, and caches the results."""
         records = batch.get("record")                            # (B, bytes) if all are cached
         if "pixels" in batch:
             encoded, new = self.encode_new(batch), [i for i, is_new in enumerate(batch["new"]) if is_new]

@@ -1,5 +1,5 @@
 """
-Files that are written completely or not at all, and CSV.
+Atomic file writes, and CSV.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]):
     with name_in_errors(path), tempfile.TemporaryDirectory(prefix=WRITING, dir=path.parent) as folder:
         temporary = Path(folder, path.name)
         write(temporary)
+        share_weights(temporary)
         for inside in [*temporary.rglob("*"), temporary]:
             sync(inside)
         os.replace(temporary, path)
@@ -34,7 +35,7 @@ def atomic_write(path: Path, write: Callable[[Path], object]):
 
 @contextlib.contextmanager
 def name_in_errors(path: Path):
-    """Within `with`, adds `path` to write errors that name no file, such as that of a full disk."""
+    """Adds `path` to write errors in its block that name no file, such as a full disk."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -43,8 +44,17 @@ def name_in_errors(path: Path):
         raise OSError(f"{path} cannot be written: {error_summary(error)}") from None
 
 
+def share_weights(folder: Path):
+    """Gives weight files the permissions that other new files have; safetensors lets only the owner read."""
+    mask = os.umask(0)                                           # there is no other way to read it
+    os.umask(mask)
+    for path in folder.rglob("*.safetensors"):
+        with contextlib.suppress(OSError):                       # not every file system has permissions
+            path.chmod(0o666 & ~mask)
+
+
 def sync(path: Path):
-    """Asks for a file or folder to be on the disk; not every file system can do that for a folder."""
+    """Flushes a file or folder to disk; not every file system can flush a folder."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
         try:
@@ -75,9 +85,9 @@ def write_csv(path: Path, header: Sequence[str], rows: list[list]):
 
 def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
     """
-    The rows of a CSV file, by the names in its header, without a last row that was cut while being written.
+    The rows of a CSV file as dicts, without a last row that was cut off while being written.
 
-    Raises ValueError for a damaged file, and for one that lacks a column of `numbers` or has text in it.
+    Raises ValueError if the file is damaged, or if a column of `numbers` is missing or not numeric.
     """
     try:
         with open(path, newline="", encoding="utf-8") as file:

@@ -1,5 +1,5 @@
 """
-Shared by all programs: models and where they are, types of arguments, devices, errors in one line.
+Shared by all programs: model presets and downloads, argument types, devices, one-line errors.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -67,9 +66,9 @@ PARTS = ("scheduler", "tokenizer", "tokenizer_2", "text_encoder", "text_encoder_
 
 def preset(name: str | Path) -> Preset:
     """
-    The preset with this name, hub id or folder; all others are sampled as SDXL is.
+    The preset with this name, hub id or folder; any other model is sampled like SDXL.
 
-    A folder may have a preset.json, as distill.py leaves it: a student is sampled as its teacher is.
+    A folder may have a preset.json, written by distill.py: a student is sampled like its teacher.
     """
     for key, known in PRESETS.items():
         if name == key or Path(name).resolve() == Path(known.source).resolve():
@@ -81,9 +80,9 @@ def preset(name: str | Path) -> Preset:
 def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool = False,
                  weights: bool = True) -> Path:
     """
-    The folder of a model: `source` itself if it is a folder, else a hub id's snapshot, downloaded if need be.
+    The folder of a model: `source` if it is a folder, else a hub id's snapshot, downloaded if needed.
 
-    Only `parts` are downloaded, with one variant of the weights: float16 if `half`, none if not `weights`.
+    Downloads only `parts`, with one variant of the weights: float16 if `half`, none if not `weights`.
     Raises FileNotFoundError, one line that says what to do.
     """
     if Path(source).is_dir():
@@ -96,7 +95,7 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
         raise FileNotFoundError(f"no folder {source}; give one, or a hub id such as etri-vilab/koala-700m")
     import huggingface_hub as hub                                # slow to import, and seldom needed
 
-    # A repository of one network alone, such as a VAE, has its files at the top.
+    # A repository with a single network, such as a VAE, has its files at the top.
     places = [*parts, "."] if len(parts) == 1 else parts
     configs = [os.path.normpath(f"{place}/*.{ending}") for place in places for ending in ("json", "txt")]
     try:
@@ -107,8 +106,8 @@ def local_folder(source: str | Path, parts: tuple[str, ...] = PARTS, half: bool 
                 download_weights(source, folder, place, half and not vae)
     except Exception as error:                                   # every HTTP library has its own kinds
         raise FileNotFoundError(
-            f"no folder {source}, and the hub does not give it ({error_summary(error)}); on a "
-            f"machine with a network run: hf download {source} (a private one needs HF_TOKEN); then give its "
+            f"no folder {source}, and the download failed ({error_summary(error)}); on a machine with "
+            f"internet access run: hf download {source} (a private model needs HF_TOKEN), then give its "
             f"folder") from None
     return folder
 
@@ -135,14 +134,13 @@ def model_name(text: str, words: tuple[str, ...] = ()) -> str:
     """A type for argparse: a preset's name, a folder, what looks like a hub id, or one of `words`."""
     names = [*words, *PRESETS]
     if text not in names and "/" not in text and not os.path.exists(text):
-        nearest = "".join(f"; did you mean {name}?" for name in get_close_matches(text.lower(), names, 1))
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither {', '.join(names)}, nor a folder, nor a hub id{nearest}")
+            f"{text!r} is neither {', '.join(names)}, nor a folder, nor a hub id")
     return text
 
 
 def number(kind: type, low: float, high: float = math.inf, multiple: int = 1):
-    """A type for argparse: a finite number within bounds, and a multiple of something."""
+    """A type for argparse: a finite number within bounds, and a multiple of `multiple`."""
     def parse(text: str):
         value = kind(text)
         if not (low <= value <= high and value < math.inf) or multiple > 1 and value % multiple:
@@ -187,7 +185,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """Reports a mistake in one line, and takes no abbreviations."""
+    """Reports errors in one line and accepts no abbreviations."""
 
     def __init__(self, description: str, usage: str = "%(prog)s [options]", **options):
         super().__init__(usage=usage, description=description.strip(), formatter_class=HelpFormatter,
@@ -206,8 +204,8 @@ PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat
 
 def resolve_device(device: str | None) -> str:
     """
-    The device to use; None is a GPU if there is one, or else the CPU. A GPU becomes the current one; each of
-    several processes takes the next. Raises ValueError if it cannot be used.
+    The device to use, by default a GPU if there is one, else the CPU. Sets the current GPU; each of several
+    processes takes the next one. Raises ValueError if it cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and torch.cuda.is_available():
@@ -222,7 +220,7 @@ def resolve_device(device: str | None) -> str:
 
 
 def resolve_dtype(precision: str | None, device: str, on_gpu: str = "fp16") -> torch.dtype:
-    """The dtype of a key of PRECISIONS; None is `on_gpu` on a GPU, if it can, and float32 elsewhere."""
+    """The dtype of a key of PRECISIONS; default: `on_gpu` on a GPU that supports it, else float32."""
     default = on_gpu if device.startswith("cuda") else "fp32"
     if default == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         default = "fp16"
@@ -245,14 +243,14 @@ def peak_memory(device: str) -> float:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether it is an error of memory; PyTorch reports some of them as plain RuntimeErrors."""
+    """Whether memory ran out; PyTorch reports some of these errors as plain RuntimeErrors."""
     words = ("DefaultCPUAllocator", "could not create a primitive", "STATUS_ALLOC_FAILED")
     known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
     return known or any(word in str(error) for word in words)
 
 
 def run(main: Callable[[], int | None], memory_advice: str):
-    """Runs a program and exits. What the outside world got wrong is one line, not a traceback."""
+    """Runs a program and exits. Input, file and device errors are one line, not a traceback."""
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -262,7 +260,7 @@ def run(main: Callable[[], int | None], memory_advice: str):
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
             reason = str(error).strip().splitlines()[-1]
-            message = (f"a process that reads data failed ({reason}). It may lack memory, shared memory "
+            message = (f"a data worker failed ({reason}). It may lack memory, shared memory "
                        f"(/dev/shm) or open files (ulimit -n): run again to resume, or use --workers 0")
         elif out_of_memory(error):
             message = f"out of memory; {memory_advice}"

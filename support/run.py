@@ -1,5 +1,5 @@
 """
-A training run: a folder that can be left at any moment and resumed, and the processes that work on it.
+A training run: its folder, which can be resumed after any interruption, and its processes.
 
     runs/NAME/step-00000500/    a checkpoint: unet/, optimizer.safetensors, state.json with their checksums
     runs/NAME/log.csv           one row for each step
@@ -7,7 +7,6 @@ A training run: a folder that can be left at any moment and resumed, and the pro
 
 import contextlib
 import csv
-import errno
 import json
 import os
 import shutil
@@ -24,8 +23,9 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm import tqdm
 
-from model import read_tensors
-from support.files import WRITING, atomic_write, error_summary, read_csv, write_csv, write_json
+from model import read_json, read_tensors
+from support.files import (
+    WRITING, atomic_write, error_summary, name_in_errors, read_csv, share_weights, write_csv, write_json)
 from support.hub import Preset
 from support.text import TOKENIZERS, load_text
 from support.vae import load_vae, save_vae
@@ -36,14 +36,14 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CHECKPOINTS = "step-" + 8 * "[0-9]"  # pattern of their folders' names
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside the number of its steps
 
 
 def lock_run_dir(folder: Path):
     """
-    Makes the folder of a run and locks it until the process ends; keep the file that this returns open.
+    Creates a run's folder and locks it until the process ends; the caller keeps the returned file open.
 
-    Raises OSError if another process has the lock, or if the folder has a model and no run.
+    Raises OSError if another process has the lock, or if the folder has a model but no run.
     """
     if (folder / "model_index.json").exists() and not (folder / "log.csv").exists():
         raise FileExistsError(f"{folder} contains a model, but no run of this program; give another --out")
@@ -52,9 +52,9 @@ def lock_run_dir(folder: Path):
     try:
         if fcntl:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
+    except (BlockingIOError, PermissionError):
+        raise BlockingIOError(f"another process is using {folder}; wait, or give another --out") from None
+    except OSError as error:                                     # a file system without locks
         print(f"warning: {folder} cannot be locked ({error_summary(error)}); run one process on it at a time",
               file=sys.stderr)
     for leftover in list(folder.rglob(f"{WRITING}*")):           # by a process that was killed
@@ -63,7 +63,7 @@ def lock_run_dir(folder: Path):
 
 
 def fingerprint(*networks: nn.Module) -> str:
-    """A checksum that tells models apart: of each parameter's name and about 1,024 of its numbers."""
+    """A checksum to tell models apart, over each parameter's name and about 1,024 of its values."""
     checksum = 0
     for network in networks:
         for name, parameter in network.named_parameters():
@@ -88,15 +88,15 @@ def file_checksum(path: Path) -> int:
 def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
                     optimizer: torch.optim.Optimizer, save_weights: Callable[[Path], object]):
     """
-    Writes the checkpoint of `state["step"]`, and removes all but it and the one before.
+    Writes the checkpoint of `state["step"]`, and deletes all others but the previous one.
 
-    `save_weights(folder)` writes the weights; a folder unet/ that it makes appears in the run's folder too.
-    `state` is everything else, as JSON. Raises OSError, and FloatingPointError rather than save numbers that
-    are not finite.
+    `save_weights(folder)` writes the weights; a folder unet/ that it creates is also copied to the run's
+    folder. `state` is everything else, as JSON. Raises OSError, or FloatingPointError instead of saving
+    non-finite numbers.
     """
     moments = {f"{moment}.{name}": optimizer.state[parameter][moment]
                for name, parameter in network.named_parameters() if parameter in optimizer.state
-               for moment in MOMENTS}
+               for moment in ("step", *MOMENTS)}
     tensors = [*network.parameters(), *moments.values()]
     if not torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all():
         raise FloatingPointError(f"step {state['step']} has numbers that are not finite and is not saved; "
@@ -107,8 +107,6 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
         save_weights(folder)
         save_file({name: moment.cpu().contiguous() for name, moment in moments.items()},
                   folder / "optimizer.safetensors")
-        with contextlib.suppress(OSError):                       # not every file system has modes
-            (folder / "optimizer.safetensors").chmod(folder.stat().st_mode & 0o666)  # by the umask
         files = {path.relative_to(folder).as_posix(): file_checksum(path)
                  for path in sorted(folder.rglob("*")) if path.is_file()}
         content = json.dumps({"identity": identity, "state": state, "files": files})
@@ -153,14 +151,14 @@ def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
             print(f"warning: {folder} is damaged: {error_summary(error)}; trying the checkpoint before",
                   file=sys.stderr)
     if folders:
-        raise ValueError(f"no checkpoint in {run} is undamaged; move the folder away to start again")
+        raise ValueError(f"all checkpoints in {run} are damaged; move the folder away to start over")
     return None
 
 
 def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer: torch.optim.Optimizer,
            load_weights: Callable[[Path], object]) -> dict:
     """
-    Restores weights and moments of the newest checkpoint, and returns its state; without one, `state`.
+    Restores weights and moments of the newest checkpoint and returns its state, or else `state`.
 
     Raises ValueError if the run was started with another `identity`.
     """
@@ -172,8 +170,8 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
     load_weights(folder)
     moments = read_tensors(folder / "optimizer.safetensors")
     for name, parameter in network.named_parameters():
-        if f"{MOMENTS[0]}.{name}" in moments:
-            restored = {"step": torch.tensor(float(content["state"]["updates"]), device=parameter.device)}
+        if f"step.{name}" in moments:
+            restored = {"step": moments.pop(f"step.{name}").to(parameter.device)}
             for moment in MOMENTS:
                 restored[moment] = torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}"))
             optimizer.state[parameter] = restored
@@ -182,13 +180,13 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
     return content["state"]
 
 
-def record_step(state: dict, step: int, finite: bool, skipped: dict[str, int]):
+def record_step(state: dict, finite: bool, skipped: dict[str, int]):
     """
-    Records a step in a run's state; one whose gradients are not finite changed nothing.
+    Records a step in a run's state; one with non-finite gradients changed nothing.
 
     Raises FloatingPointError after 20 steps in a row that changed nothing.
     """
-    state["step"], state["updates"] = step, state["updates"] + finite
+    state["step"] += 1
     state["skipped_steps"] += not finite
     state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
     for reason, count in skipped.items():
@@ -208,18 +206,20 @@ def check_settings(where: str, before: dict, now: dict, flag: str):
 
 def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
     """
-    Makes a run's folder a whole model: the teacher's other networks, the VAE, and how it is sampled.
+    Makes a run's folder a complete model: adds the teacher's text encoders, the VAE and the preset.
 
-    All of it is float32, as the student is, because diffusers needs one dtype.
+    Everything is float32, like the student, because diffusers needs one dtype.
     """
-    load_text(teacher, torch.float32).save(run)
-    save_vae(load_vae(vae, torch.float32), run / "vae")
-    for part in ("scheduler", *TOKENIZERS, "."):
-        for path in [*teacher.glob(f"{part}/*.json"), *teacher.glob(f"{part}/*.txt")]:
-            atomic_write(run / path.relative_to(teacher), partial(shutil.copyfile, path))
-    sampling = preset._asdict()
-    del sampling["source"], sampling["student"]
-    write_json(run / "preset.json", sampling)
+    with name_in_errors(run):
+        load_text(teacher, torch.float32).save(run)
+        save_vae(load_vae(vae, torch.float32), run / "vae")
+        share_weights(run)
+        for part in ("scheduler", *TOKENIZERS):
+            if (teacher / part).is_dir():
+                shutil.copytree(teacher / part, run / part, copy_function=shutil.copyfile, dirs_exist_ok=True)
+    write_json(run / "preset.json", {name: value for name, value in preset._asdict().items()
+                                     if name not in ("source", "student")})
+    write_json(run / "model_index.json", read_json(teacher / "model_index.json"))  # last: now it is whole
 
 
 class Log:
@@ -236,7 +236,7 @@ class Log:
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
     def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more):
-        """Writes the row of a step of so many images, and shows its losses beside the progress bar."""
+        """Writes the row of a step with `images` images, and shows its losses in the progress bar."""
         shown = losses | {"images_per_s": images / seconds}
         row = shown | more | {
             "step": state["step"], "seconds": seconds, "images": state["step"] * images,
@@ -271,7 +271,7 @@ def process_ranks() -> Ranks:
 
 @contextlib.contextmanager
 def first_on_machine():
-    """Lets the first process of a machine run the block; the others enter when it is done."""
+    """The first process on a machine enters the block; the others follow when it is done."""
     rank, world, local = process_ranks()
     if world > 1 and local > 0:
         dist.barrier()
@@ -285,7 +285,7 @@ SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, 
 
 class StopSignal:
     """
-    Within `with`, the first SIGINT, SIGTERM or SIGHUP is stored in `received` and ends nothing.
+    In its block, stores the first SIGINT, SIGTERM or SIGHUP in `received` instead of exiting.
 
     Later ones are ignored. SIGQUIT (Ctrl-\\) and SIGKILL end the process at once.
     """

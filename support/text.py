@@ -1,11 +1,10 @@
 """
-SDXL's text conditions, from the CLIP text encoders and tokenizers of transformers, which stay frozen.
+SDXL's text conditioning, with the frozen CLIP text encoders and tokenizers of transformers.
 
 SDXL has two encoders, OpenAI's and OpenCLIP's; Stable Diffusion 1 and 2 have one. Shapes: B batch, L text
 tokens (77 in the official models), D token width of all encoders together, P pooled width.
 """
 
-import contextlib
 import sys
 from pathlib import Path
 
@@ -26,14 +25,15 @@ class TextEncoders(nn.Module):
         super().__init__()
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
         self.length = tokenizers[0].model_max_length             # L
-        self.words = small_vocabulary(tokenizers[0])
 
     def tokenize(self, tokenizer, prompts: list[str]) -> Tensor:
         """Token ids (B, L). Raises ValueError for words that a small vocabulary lacks."""
-        unknown = sorted(set(" ".join(prompts).lower().split()) - set(self.words)) if self.words else []
-        if unknown:
-            raise ValueError(f"this small model does not know {', '.join(unknown)}; it knows "
-                             f"{', '.join(self.words)}. A larger one knows more, such as 700m")
+        if len(tokenizer) < SMALL_VOCABULARY:
+            words = dict.fromkeys(" ".join(prompts).lower().split())
+            unknown = [word for word in words if f"{word}</w>" not in tokenizer.get_vocab()]
+            if unknown:
+                raise ValueError(f"the toy does not know: {', '.join(unknown)}. It reads captions such as "
+                                 f'"a red circle left of a blue square" (see docs/toy.md)')
         return tokenizer(prompts, padding="max_length", truncation=True, max_length=self.length,
                          return_tensors="pt").input_ids
 
@@ -54,7 +54,7 @@ class TextEncoders(nn.Module):
         return torch.cat([output.hidden_states[-2] for output in outputs], dim=2), outputs[1].text_embeds
 
     def warn_of_cuts(self, prompts: list[str]):
-        """Prints what CLIP does not read of the prompts."""
+        """Prints the part of each prompt that CLIP cuts off."""
         tokenizer = self.tokenizers[0]
         for prompt in dict.fromkeys(prompts):
             rest = tokenizer(prompt, verbose=False).input_ids[self.length - 1:-1]
@@ -66,26 +66,14 @@ class TextEncoders(nn.Module):
         """Writes the encoders in the official layout."""
         for name, encoder in zip(ENCODERS, self.encoders):
             encoder.save_pretrained(folder / name)
-            mode = (folder / name / "config.json").stat().st_mode  # safetensors' own is 600
-            with contextlib.suppress(OSError):
-                (folder / name / "model.safetensors").chmod(mode)
-
-
-def small_vocabulary(tokenizer) -> list[str]:
-    """The words of a small vocabulary; empty for a full one, which can spell any word."""
-    ends = sorted(token for token in tokenizer.get_vocab() if token.endswith("</w>"))
-    if len(tokenizer) >= SMALL_VOCABULARY:
-        return []
-    whole = [word for word in ends if sum(token.endswith(word) for token in ends) == 1]  # no part of another
-    return [word.removesuffix("</w>") for word in whole]
 
 
 def encoder_names(folder: str | Path) -> list[str]:
     """The ENCODERS that a model has: both, or the first alone. Raises FileNotFoundError."""
     names = [name for name in ENCODERS if Path(folder, name).is_dir()]
     if ENCODERS[0] not in names:
-        raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is a part of a model, or a "
-                                f"refiner, and draws nothing from text alone")
+        raise FileNotFoundError(f"no {ENCODERS[0]} in the folder {folder}: it is part of a model, or a "
+                                f"refiner, and cannot draw from text alone")
     return names
 
 

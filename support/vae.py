@@ -1,5 +1,5 @@
 """
-SDXL's VAE, an AutoencoderKL: images in [-1, 1] to latents and back. Frozen, and trained only by toy/make.py.
+SDXL's VAE, an AutoencoderKL: images in [-1, 1] to latents and back. Only toy/make.py trains it.
 
 Modules are named as in the official files. Shapes: B batch, C channels, H W height and width of latents.
 """
@@ -95,7 +95,7 @@ class VAEMid(nn.Module):
 
 
 def vae_stage(cin: int, cout: int, blocks: int, groups: int, sampler: dict[str, nn.Module]) -> nn.Sequential:
-    """Residual blocks, and the down- or upsampler, by its official name, if there is one."""
+    """Residual blocks, then the down- or upsampler, if any, under its official name."""
     widths = [cin] + [cout] * (blocks - 1)
     resnets = nn.Sequential(*(ResBlock(width, cout, groups, 1e-6) for width in widths))
     samplers = {name: nn.Sequential(module) for name, module in sampler.items()}

@@ -1,5 +1,5 @@
 """
-Drawing with teacher and student, and what the toy's judge says of them.
+Draws with teacher and student, and scores both with the toy's judge.
 """
 
 import copy
@@ -26,7 +26,7 @@ def draw(pipeline: Pipeline, unet: UNet, prompts: list[str],
 
 
 def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: list[str], png: Path):
-    """Draws the teacher's images and below them the student's, from the same noise; grey where it fails."""
+    """Draws the teacher's images above the student's, from the same noise; gray where drawing fails."""
     unets = {"teacher": teacher, "student": student} if teacher else {"student": student}
     rows = []
     for name, unet in unets.items():
@@ -43,9 +43,8 @@ def judge_run(run: Path, steps: int, count: int, pipeline: Pipeline, unets: dict
     """
     Prints the judge's scores of U-Nets, by name, on `count` captions; writes scores.csv and judged.png.
 
-    A U-Net that is None is left out. The student before training can draw nothing yet: of more than eight
-    captions it draws eight, and has no scores. Scores are kept with the run's steps; a longer run is judged
-    again.
+    Skips a U-Net that is None. The untrained student cannot draw yet: of more than eight captions it draws
+    eight and gets no scores. Scores are kept with the run's steps; a longer run is judged again.
     """
     path, header = run / "scores.csv", ["", *shapes.SCORES, "steps", "captions"]
     rows = [list(row.values()) for row in read_csv(path)] if path.exists() else []

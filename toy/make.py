@@ -1,14 +1,14 @@
 """
-How a toy such as toy/checkpoint is made: a whole SDXL in miniature, trained on captioned shapes.
+Trains a toy such as toy/checkpoint: a miniature SDXL, on captioned shapes.
 
     python -m toy.make                                               # hours; rerun it to resume
     python -m toy.make judge --captions 256
     python -m toy.make publish                                       # to toy/checkpoint, in float16
     python -m toy.make publish --out runs/1b                         # a run of distill.py, to toy/students/1b
 
-First the VAE is trained, then the U-Net and both text encoders together. Everything has SDXL's form: the text
-is the second-to-last layers of two CLIP encoders, side by side; the second's pooled text and six size numbers
-are further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the plain loss.
+First the VAE is trained, then the U-Net and both text encoders together. Everything mirrors SDXL: the text
+condition joins the second-to-last layers of two CLIP encoders; the second's pooled text and six size numbers
+are further conditions. The U-Net predicts v (Salimans and Ho, arXiv 2202.00512), with the unweighted loss.
 """
 
 import argparse
@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import model
-from sample import SDXL_SCHEDULER, NoiseSchedule, load_pipeline
-from support.files import write_json
+from sample import NoiseSchedule, load_pipeline
 from support.hub import PRESETS, STUDENTS, TOY, ArgumentParser, number, path, run
 from support.plots import image_grid
 from support.run import lock_run_dir, resume, save_checkpoint
@@ -39,14 +38,14 @@ VAE_CONFIG = VAEConfig(channels=(16, 32), layers=1, groups=8, force_upcast=False
 UNET_CONFIG = model.UNetConfig(  # the text encoders have widths 32 and 64
     channels=(16, 32, 64), heads=(1, 2, 4), context_dim=32 + 64, pooled_dim=64, size_dim=32, groups=8,
     sample_size=shapes.SIZE // VAE_CONFIG.downscale)
-# Stronger noise than SDXL's: shapes are so coarse that they still show at its last timestep, sigma 14.6, and
-# a sample's initial noise, not its caption, would decide where things are. Here sigma is 73.
-SCHEDULER = SDXL_SCHEDULER | {"prediction_type": "v_prediction", "beta_start": 0.008, "beta_end": 0.0091}
+# Stronger noise than SDXL's: at its last timestep, sigma 14.6, coarse shapes still show, and the initial
+# noise instead of the caption would decide where objects are. Here the last sigma is 73.
+SCHEDULER = model.read_json(TOY / "scheduler" / "scheduler_config.json")
 SAVE_EVERY = 100  # steps
 
 
 class Toy(nn.Module):
-    """What is trained together: the text encoders and the U-Net."""
+    """The networks trained together: text encoders and U-Net."""
 
     def __init__(self, text: TextEncoders, unet: model.UNet):
         super().__init__()
@@ -60,11 +59,10 @@ class Toy(nn.Module):
 
     def save(self, bundle: Path):
         """Makes a folder with a VAE a whole model in the official layout."""
-        for name in TOKENIZERS:
+        for name in ("scheduler", *TOKENIZERS):
             shutil.copytree(TOY / name, bundle / name, dirs_exist_ok=True)
         self.text.save(bundle)
         model.save_unet(self.unet, bundle / "unet")
-        write_json(bundle / "scheduler" / "scheduler_config.json", SCHEDULER)
         shutil.copyfile(TOY / "model_index.json", bundle / "model_index.json")
 
 
@@ -76,7 +74,7 @@ def new_toy() -> Toy:
             module.reset_parameters()
     for name, parameter in toy.named_parameters():
         if name.endswith("token_embedding.weight"):
-            nn.init.normal_(parameter, std=0.7)  # from CLIP's 0.02 cross-attention hardly learns
+            nn.init.normal_(parameter, std=0.7)  # with CLIP's 0.02, cross-attention hardly learns
         if name.endswith("position_embedding.weight"):
             nn.init.normal_(parameter, std=0.3)  # large, so that the order of two objects shows
         if any(f"{last}." in name for last in ("proj_out", "conv2", "conv_out")):
@@ -119,9 +117,9 @@ def train_vae(steps: int) -> VAE:
 
 class MeanPictures:
     """
-    The mean latents, nearly, of all pictures of a caption: the best prediction where all else is noise.
+    Approximate mean latents of all pictures of a caption: the best prediction when the input is pure noise.
 
-    From single pictures the U-Net learned the axis of "left of" but, in thousands of steps, not the side;
+    From single pictures the U-Net learned the axis of "left of" but not the side, even in thousands of steps;
     from means, once it could draw, it learned the side in three hundred.
     """
 
@@ -131,7 +129,7 @@ class MeanPictures:
             scene = shapes.scene(shapes.TRAIN_SEED, index)
             for i, o in enumerate(scene.objects):
                 places.setdefault((len(scene.objects), scene.relation, i), []).append(o)
-        # Objects do not overlap: nearly, a picture's latents are the empty one's and what each object adds.
+        # Objects do not overlap: latents are about those of the empty picture plus what each object adds.
         self.empty, self.added = self.mean(vae, [[]]), {}
         for place, objects in tqdm(places.items(), "mean pictures"):
             for kind in product(shapes.COLOURS, shapes.SHAPES):
@@ -165,12 +163,12 @@ def examples(indices: range, vae: VAE, means: MeanPictures | None) -> tuple[Tens
 
 
 def on_means(args: argparse.Namespace, step: int) -> bool:
-    """Whether a step is trained on mean pictures: the first ones of each half of a cycle."""
+    """Whether a step trains on mean pictures, as the first steps of each half-cycle do."""
     return step % args.cycle % ((args.cycle + 1) // 2) < args.mean_steps
 
 
 def learning_rate(args: argparse.Namespace, step: int) -> float:
-    """In each cycle it rises within 100 steps and, at the end, falls to 0."""
+    """In each cycle, warms up over 100 steps and falls to 0 at the end."""
     step = step % args.cycle
     return args.lr * min(1, (step + 1) / 100, (args.cycle - step) / (args.decay * args.cycle))
 
@@ -217,7 +215,7 @@ def train(args: argparse.Namespace):
                 mean.lerp_(parameter, weight)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if done % SAVE_EVERY == 0 or done == args.steps:
-            save_checkpoint(args.out, identity, {"step": done, "updates": done}, toy, optimizer,
+            save_checkpoint(args.out, identity, {"step": done}, toy, optimizer,
                             lambda folder: save_model(both, folder / "weights.safetensors"))
         if done % args.judge_every == 0 or done == args.steps:
             average.save(bundle)
@@ -250,16 +248,16 @@ def main(argv: list[str] | None = None):
     parser = ArgumentParser(__doc__, "python -m toy.make [train | judge | publish] [options]")
     add, count = parser.add_argument, number(int, 1)
     add("command", nargs="?", choices=["train", "judge", "publish"], default="train", help="what to do")
-    add("--steps", type=count, default=12000, metavar="N", help="a finished run goes on if given more")
-    add("--cycle", type=count, default=6000, metavar="N", help="steps until the rate starts again")
-    add("--mean-steps", type=number(int, 0), default=400, metavar="N", help="of half a cycle: mean pictures")
+    add("--steps", type=count, default=12000, metavar="N", help="total; raise it to extend a run")
+    add("--cycle", type=count, default=6000, metavar="N", help="steps per learning-rate cycle")
+    add("--mean-steps", type=number(int, 0), default=400, metavar="N", help="mean pictures per half-cycle")
     add("--vae-steps", type=count, default=900, metavar="N", help="of the VAE, in batches of 16")
     add("--batch", type=count, default=16, metavar="N", help="images in a step")
     add("--lr", type=number(float, 0), default=1e-3, metavar="X", help="AdamW's rate")
     add("--decay", type=number(float, 1e-9, 1), default=0.5, metavar="X",
-        help="last share of a cycle, over which it falls to 0")
+        help="last fraction of a cycle: the rate falls to 0")
     add("--init", type=path, metavar="FOLDER", help="first weights, such as toy/checkpoint [random]")
-    add("--judge-every", type=count, default=1000, metavar="N", help="steps between judgements")
+    add("--judge-every", type=count, default=1000, metavar="N", help="steps between judgments")
     add("--captions", type=count, default=64, metavar="N", help="to judge on")
     add("--out", type=path, default=Path("runs/toy"), metavar="FOLDER", help="of the run")
     args = parser.parse_args(argv)

@@ -7,10 +7,10 @@ such as "a red circle left of a blue square". Nothing is stored: the training se
     image, caption = sample(seed=0, index=7)        # a 64 x 64 picture and its caption
     judge(image, caption)                           # {"colour": 1.0, "shape": 1.0, "spatial": 1.0}
 
-The judge's colour, shape and spatial scores are the toy's T2I-CompBench (Huang et al., 2023). There, a VQA
-model is asked about each object and its answers are multiplied; here the pixels are read: a score is 0 or 1.
+The judge's colour, shape and spatial scores are the toy's T2I-CompBench (Huang et al., 2023). It asks a
+VQA model about each object and multiplies the answers; this judge reads the pixels, and a score is 0 or 1.
 
-Coordinates are in pixels from the top left corner; y grows downwards.
+Coordinates are in pixels from the top left corner; y grows downward.
 """
 
 import re
@@ -52,7 +52,7 @@ WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLOURS, *SHAPES)
 class Object(NamedTuple):
     colour: str | None              # None: the judge found a colour that has no name here
     shape: str | None               # None: the judge found a blob
-    x: float                        # centre of the box around the object
+    x: float                        # center of the box around the object
     y: float
     radius: float
 
@@ -94,7 +94,7 @@ def scene(seed: int, index: int) -> Scene:
         if kind == "one":
             return Scene(objects, None)
         a, b = objects
-        # The places give the relation, so all four are equally likely; a doubtful one is drawn again.
+        # The positions give the relation, so all four are equally likely; ambiguous ones are redrawn.
         relation = relate(a, b, dominance=1.5) if kind == "relation" else None
         apart = max(abs(a.x - b.x), abs(a.y - b.y)) >= a.radius + b.radius + GAP
         if apart and (relation or kind == "two"):
@@ -205,7 +205,7 @@ def read(image: Image.Image) -> list[Object]:
     for part in parts:
         if part.sum() < 40:         # a speck: a quarter of the smallest object
             continue
-        # The nearest colour need not be near: a pale, grey or brown object has none of the names. 60 is well
+        # The nearest colour need not be near: a pale, gray or brown object has none of the names. 60 is well
         # above what noise does to a median, and the two most similar colors are 85 apart.
         paint = np.median(picture[part], axis=0)
         error = {name: np.linalg.norm(paint - rgb) for name, rgb in COLOURS.items()}
@@ -231,7 +231,7 @@ def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
     shape    and each colour has its own shape (the binding of attributes)
     spatial  each of its two colors is there once, in the caption's relation; None if the caption has none
 
-    Raises ValueError for a caption that `parse` refuses and for a picture that `read` refuses.
+    Raises ValueError if `parse` rejects the caption or `read` the picture.
     """
     asked, relation = parse(caption)
     found = read(image)
