@@ -298,10 +298,10 @@ class Pipeline:
             raise ValueError(f"{height} x {width} is not a multiple of {downscale}, this VAE's factor")
         context, pooled = (part.to(dtype) for part in conditions)
         widths, channels = (context.shape[2], pooled.shape[1]), self.vae_config.latent_channels
-        needed = (config.context_dim, config.pooled_dim), (config.in_channels, config.out_channels)
-        if needed != (widths, (channels, channels)):
-            raise ValueError(f"the U-Net is of another model: it reads texts of widths {needed[0]} and latents of "
-                             f"{needed[1]} channels, but gets {widths} and {channels}")
+        if (config.context_dim, config.pooled_dim) != widths or config.in_channels != channels:
+            raise ValueError(f"the U-Net is of another model: it reads texts of widths {config.context_dim}, "
+                             f"{config.pooled_dim} and latents of {config.in_channels} channels, but gets "
+                             f"{widths} and {channels}")
         shape = (config.in_channels, height // downscale, width // downscale)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
