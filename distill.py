@@ -224,17 +224,14 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
     """
     This process's micro-batches from `step` on, read by `--workers` other processes.
 
-    Raises ValueError if no sample is usable, and RuntimeError if a worker died.
+    Raises RuntimeError if a worker died.
     """
     rank, world, _ = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
     loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
                         pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals)
     try:
-        for batch in loader:
-            if "error" in batch:
-                raise ValueError(batch["error"])
-            yield batch
+        yield from loader
     except (ConnectionError, EOFError) as error:
         raise RuntimeError("DataLoader worker died as it handed over samples") from error
 

@@ -36,10 +36,9 @@ class Cache:
         self.sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in self.layout.values()]
         identity = identity | {name: f"{shape} {dtype}" for name, (shape, dtype) in self.layout.items()}
         settings = folder / "cache.json"
-        if settings.exists():
-            check_settings(f"--cache {folder}", read_json(settings), identity, "--cache")
-        else:
+        if not settings.exists():
             write_json(settings, identity)
+        check_settings(f"--cache {folder}", read_json(settings), identity, "--cache")
         self.path.touch()
 
     def reader(self) -> Callable[[int], dict[str, Tensor] | None]:
@@ -50,29 +49,26 @@ class Cache:
         """Encodes a batch of samples: runs `encode_new` only on new ones, and caches the results."""
         records = batch.get("record")                            # (B, bytes) if all are cached
         if "pixels" in batch:
-            encoded, new = self.encode_new(batch), [i for i, is_new in enumerate(batch["new"]) if is_new]
-            parts = [encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
-                     for name, (_, dtype) in self.layout.items()]
-            made = torch.cat(parts, dim=1)
-            old = [i for i in range(len(batch["new"])) if i not in new]
-            records = made if not old else torch.cat([made, records])[torch.tensor(new + old).argsort()]
-            self.write([batch["index"][i] for i in new], made.cpu())
-        tensors, parts = {}, records.split(self.sizes, dim=1)
-        for part, (name, (shape, dtype)) in zip(parts, self.layout.items()):
-            tensors[name] = part.clone().view(dtype).view(-1, *shape)
-        return tensors
+            encoded, new = self.encode_new(batch), torch.tensor(batch["new"])
+            records = encoded["mean"].new_empty(len(new), sum(self.sizes), dtype=torch.uint8)
+            for part, (name, (_, dtype)) in zip(records.split(self.sizes, dim=1), self.layout.items()):
+                part[new] = encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
+            if "record" in batch:
+                records[~new] = batch["record"]
+            if not self.full:
+                self.write(batch["index"], records.cpu())        # cached ones are written again, unchanged
+        parts = zip(self.layout.items(), records.split(self.sizes, dim=1))
+        return {name: part.clone().view(dtype).view(-1, *shape) for (name, (shape, dtype)), part in parts}
 
     def write(self, indices: list[int], records: Tensor):
-        """Writes records, until the disk is full."""
+        """Writes records; when the disk is full, the rest of the run does without."""
         try:
             with open(self.path, "r+b") as file:
-                for index, record in zip(indices, records):
-                    if not self.full:
-                        content = record.numpy().tobytes()
-                        file.seek(index * (len(content) + 4))
-                        file.write(content + checksum(index, content))
+                for index, record in zip(indices, records.numpy()):
+                    file.seek(index * (len(record) + 4))
+                    file.write(record.tobytes() + checksum(index, record))
         except OSError as error:
-            self.full = True                                     # for the rest of the run
+            self.full = True
             print(f"warning: {self.path} cannot be written ({error.strerror}); the run goes on without it",
                   file=sys.stderr)
 

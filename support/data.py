@@ -14,11 +14,10 @@ import os
 import shutil
 import sys
 import tarfile
-import zlib
 from array import array
 from collections import Counter
-from itertools import groupby, product
-from pathlib import Path, PurePosixPath
+from itertools import product
+from pathlib import Path
 from typing import Callable, Iterator
 
 import numpy as np
@@ -27,23 +26,22 @@ from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from model import UNetConfig
+from model import UNetConfig, read_json
 from support.cache import Cache
-from support.files import atomic_write
-from support.run import fingerprint, process_ranks
+from support.files import atomic_write, write_json
+from support.run import file_checksum, fingerprint, process_ranks
 from toy import shapes
 
-REASONS = {  # why a sample is not used
-    "unreadable": "the file is gone or may not be read",
-    "bad_image": "Pillow cannot decode it",
-    "too_large": f"more than 64 MB, or {Image.MAX_IMAGE_PIXELS:,} pixels",
-    "too_small": "its short side is less than an eighth of --size",
-    "no_caption": 'no "text" in its line of metadata.jsonl',
-    "blank_caption": "nothing to read in it",
-    "bad_encoding": "the caption is not UTF-8",
-}
+REASONS = (          # why a sample is not used
+    "unreadable",    # the image or its caption is gone, or may not be read
+    "bad_image",     # Pillow cannot decode it
+    "too_large",     # more than LARGEST_FILE, or than Pillow's limit of 89 million pixels
+    "too_small",     # its short side is less than an eighth of --size
+    "no_caption",    # nothing to read in it
+    "bad_encoding")  # the caption is not UTF-8
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; EPS would run a program
-IMAGES = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+KINDS = {ending: "image" for ending, name in Image.registered_extensions().items() if name in FORMATS}
+KINDS |= {".txt": "txt", ".json": "json"}
 LARGEST_FILE = 64 * 2**20  # bytes; a larger file is no image of a training set
 PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
     f"{subject}, {style}" for subject, style in product(
@@ -88,46 +86,27 @@ class CaptionedImages:
     The captioned images of a folder: name.jpg with name.txt, or metadata.jsonl, or img2dataset's .tar shards.
 
     If there is a metadata.jsonl, only its images are used; otherwise, if there are shards, only theirs.
-    `skipped` counts by reason what is left out. `caption` replaces all captions. The folder `index` holds one
-    line of JSON for each pair, because millions of objects would take gigabytes in each process; the index of
-    shards is used again until they change. Raises FileNotFoundError or ValueError if there is no pair.
+    `skipped` counts by reason what is left out. `caption` replaces all captions. The folder `index` has one
+    line of JSON for each pair, because millions of objects would take gigabytes in each process.
+    Raises ValueError if there is no pair.
     """
 
     def __init__(self, folder: str | Path, index: Path, caption: str | None = None):
         self.root, self.index, self.caption, self.skipped = Path(folder), index, caption, Counter()
-        self.pairs = self.starts = None                          # the index, mapped into memory when used
-        if not self.root.is_dir():
-            raise FileNotFoundError(f"--data: no folder {folder}; give one, or shapes")
-        shards = [name for name in self.walk() if name.endswith(".tar")]
-        has_metadata = (self.root / "metadata.jsonl").is_file()
-        state, pairs = None, self.from_metadata() if has_metadata else self.loose_pairs()
-        if shards and not has_metadata:
-            status = [(self.root / name).stat() for name in shards]
-            state = [str(self.root), caption is None,
-                     *([name, file.st_size, file.st_mtime_ns] for name, file in zip(shards, status))]
-            pairs = (pair for name in shards for pair in self.shard_pairs(name))
-        keep = state or process_ranks().local                    # the first has just made the index
-        if not (keep and self.read_index(state)):
-            self.write_index(pairs, state)
-        if has_metadata or shards:
-            images = sum(file_kind(name) == "image" for name in self.walk())
-            self.skipped["hidden"] = max(0, images - has_metadata * len(self))
-        if not len(self):
-            others = [name for name in self.walk() if Path(name).name in ("metadata.csv", "metadata.jsonl")]
-            hint = f"; {others[0]} is not read: write a metadata.jsonl at the top" if others else ""
-            raise ValueError(f"--data: {folder} has no image with a caption ({format_counts(self.skipped)})"
-                             f"{hint}; see --help")
+        if process_ranks().local == 0:                           # the other processes read what it writes
+            self.write_index()
+        facts = read_json(index / "index.json")
+        self.length, self.fingerprint = facts["length"], facts["fingerprint"]
+        self.skipped = Counter(facts["skipped"])
+        if not self.length:
+            raise ValueError(f"--data: no folder {folder} of images with .txt files, a metadata.jsonl or "
+                             f".tar shards; left out: {format_counts(self.skipped)}")
 
     def __len__(self) -> int:
         return self.length
 
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"pairs": None, "starts": None}   # another process maps the index itself
-
-    # What is there
-
-    def walk(self) -> Iterator[str]:
-        """The files below the folder, linked folders too, but for hidden ones; names use slashes."""
+    def walk(self) -> Iterator[dict[str, list]]:
+        """Where the files of each folder are, by name; of linked folders too, but not hidden ones."""
         seen = set()
         for folder, folders, files in os.walk(self.root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -135,103 +114,87 @@ class CaptionedImages:
                 folders.clear()
                 continue
             seen.add(os.path.realpath(folder))
-            for name in sorted(files):
-                if not name.startswith("."):
-                    yield Path(folder, name).relative_to(self.root).as_posix()
+            below = Path(folder).relative_to(self.root)
+            names = [(below / name).as_posix() for name in sorted(files) if not name.startswith(".")]
+            yield {name: [name] for name in names}
 
-    def group(self, names: list[str]) -> Iterator[dict[str, str]]:
-        """The files of each pair, whose names differ only in their ending, by kind. Counts the others."""
-        for _, group in groupby(sorted(names, key=os.path.splitext), lambda name: os.path.splitext(name)[0]):
-            files = {}
-            for name in group:
-                kind = file_kind(name)
-                self.skipped["duplicate"] += kind == "image" and kind in files
-                self.skipped["other_file"] += kind is None
-                files.setdefault(kind, name)
-            if "image" not in files:
-                self.skipped["no_image"] += "txt" in files
-            elif "txt" not in files and not self.caption:
-                self.skipped["no_caption"] += 1
-            else:
-                yield files
-
-    def loose_pairs(self) -> Iterator[dict[str, list]]:
-        for _, names in groupby(self.walk(), os.path.dirname):
-            for files in self.group(list(names)):
-                yield {kind: [name] for kind, name in files.items() if kind}
-
-    def shard_pairs(self, shard: str) -> Iterator[dict[str, list]]:
-        """A whole shard ends in a block of zeros, which tarfile does not check."""
-        members, end, path = {}, 0, self.root / shard
+    def members(self, shard: str) -> dict[str, list]:
+        """Where the files of a shard are, by name: shard, first byte, size. Of a damaged one, the first."""
+        path, members, end = self.root / shard, {}, 0
         size = path.stat().st_size
         with contextlib.suppress(tarfile.TarError, ArithmeticError, ValueError, MemoryError):  # a bad header
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
                     end = member.offset_data + -(-member.size // 512) * 512
                     if member.isreg() and end <= size:
-                        self.skipped["duplicate"] += member.name in members
                         members.setdefault(member.name, [shard, member.offset_data, member.size])
-        if not 0 < end <= size or self.read(shard, end, 512) != bytes(512):
+        # A whole shard ends in a block of zeros, which tarfile does not check.
+        if end > size or self.read(shard, end, 512) != bytes(512):
             self.skipped["bad_shard"] += 1
-            print(f"warning: {path} is cut or damaged after byte {min(end, size)}; the rest is lost",
-                  file=sys.stderr)
-        for files in self.group(list(members)):
-            yield {kind: members[name] for kind, name in files.items() if kind}
+            print(f"warning: {path} is cut or damaged; the rest of it is lost", file=sys.stderr)
+        return members
 
-    def from_metadata(self) -> Iterator[dict[str, list]]:
-        start = 0
+    def pairs(self, shards: list[str]) -> Iterator[dict[str, list]]:
+        """Where the files of each pair are, by kind: their names differ only in the ending."""
+        for files in map(self.members, shards) if shards else self.walk():
+            pairs = {}
+            for name in sorted(files, key=os.path.splitext):
+                stem, ending = os.path.splitext(name)
+                kind = KINDS.get(ending.lower())
+                if kind:
+                    pairs.setdefault(stem, {}).setdefault(kind, files[name])
+            for pair in pairs.values():
+                if "image" in pair and ("txt" in pair or self.caption):
+                    yield pair
+                elif "image" in pair:
+                    self.skipped["no_caption"] += 1
+                elif "txt" in pair:
+                    self.skipped["no_image"] += 1
+
+    def metadata_pairs(self) -> Iterator[dict[str, list | str]]:
+        """The pairs of metadata.jsonl, whose captions are in the index."""
         with open(self.root / "metadata.jsonl", "rb") as file:
             for line in file:
                 try:
-                    name = PurePosixPath(json.loads(line)["file_name"])
-                    if name.is_absolute() or ".." in name.parts:
-                        raise ValueError("outside of the folder")
-                    yield {"image": [str(name)], "line": ["metadata.jsonl", start, len(line)]}
-                except (ValueError, KeyError, TypeError, RecursionError):
+                    entry = json.loads(line)
+                    text = entry.get("text")
+                    yield {"image": [str(entry["file_name"])], "text": text if isinstance(text, str) else ""}
+                except (ValueError, KeyError, AttributeError, RecursionError):
                     self.skipped["bad_line"] += bool(line.strip())
-                start += len(line)
 
-    # The index
+    def write_index(self):
+        """Writes the pairs and where their lines start, unless there is an index of the same shards."""
+        shards, pairs = [], self.metadata_pairs()
+        if not (self.root / "metadata.jsonl").is_file():
+            shards = [name for files in self.walk() for name in files if name.endswith(".tar")]
+            pairs = self.pairs(shards)
+        files = [(self.root / name).stat() for name in shards]
+        state = [self.caption is None, shards, [[file.st_size, file.st_mtime_ns] for file in files]]
+        facts = self.index / "index.json"
+        if shards and facts.exists() and read_json(facts)["state"] == state:
+            return
 
-    def write_index(self, pairs: Iterator[dict[str, list]], state: list | None):
-        """Writes the pairs, line by line, and where the lines start."""
         def write(folder: Path):
             folder.mkdir()
-            starts, checksum = array("q", [0]), 0
+            starts = array("q", [0])
             with open(folder / "pairs.jsonl", "wb") as file:
                 for pair in pairs:
-                    line = json.dumps(pair).encode() + b"\n"
-                    file.write(line)
-                    starts.append(starts[-1] + len(line))
-                    checksum = zlib.crc32(line, checksum)
+                    file.write(json.dumps(pair).encode() + b"\n")
+                    starts.append(file.tell())
             np.save(folder / "starts.npy", starts)
-            facts = {"state": state, "skipped": self.skipped, "fingerprint": f"{checksum:08x}"}
-            (folder / "index.json").write_text(json.dumps(facts), encoding="utf-8")
+            write_json(folder / "index.json", {
+                "state": state, "skipped": self.skipped, "length": len(starts) - 1,
+                "fingerprint": f"{file_checksum(folder / 'pairs.jsonl'):08x}"})
 
         shutil.rmtree(self.index, ignore_errors=True)
         atomic_write(self.index, write)
-        self.read_index(state)
 
-    def read_index(self, state: list | None) -> bool:
-        """Takes the index that is there; False if there is none, or if it is of other shards."""
-        try:
-            facts = json.loads((self.index / "index.json").read_text(encoding="utf-8"))
-            length = len(np.load(self.index / "starts.npy", mmap_mode="r")) - 1
-        except (OSError, ValueError, EOFError):
-            return False
-        if facts["state"] != state:
-            return False
-        self.length, self.skipped, self.fingerprint = length, Counter(facts["skipped"]), facts["fingerprint"]
-        return True
-
-    def pair(self, index: int) -> dict[str, list]:
-        """Where the files of a pair are, by kind: a path, and in a shard the first byte and the size."""
-        if self.starts is None:
-            self.starts = np.load(self.index / "starts.npy", mmap_mode="r")
-            self.pairs = np.memmap(self.index / "pairs.jsonl", np.uint8, "r")
-        return json.loads(self.pairs[self.starts[index]:self.starts[index + 1]].tobytes())
-
-    # Reading
+    def pair(self, index: int) -> dict[str, list | str]:
+        """A line of the index."""
+        start, end = np.load(self.index / "starts.npy", mmap_mode="r")[index:index + 2]
+        with open(self.index / "pairs.jsonl", "rb") as file:
+            file.seek(start)
+            return json.loads(file.read(end - start))
 
     def read(self, path: str, start: int = 0, size: int = LARGEST_FILE + 1) -> bytes:
         """Reads a file, or a part of it. Raises Skip."""
@@ -248,15 +211,13 @@ class CaptionedImages:
     def load(self, index: int) -> tuple[Image.Image, str, tuple[int, int]]:
         """An RGB image, its caption, and its original (height, width). Raises Skip."""
         pair = self.pair(index)
-        caption = self.caption or self.read_caption(pair)
+        caption = self.read_caption(pair)
         content = io.BytesIO(self.read(*pair["image"]))
         try:
             stored = Image.open(content, formats=FORMATS)
             if stored.width * stored.height > Image.MAX_IMAGE_PIXELS:
-                raise Skip("too_large")
+                raise Image.DecompressionBombError               # Pillow itself only warns up to twice that
             image = to_rgb(ImageOps.exif_transpose(stored))
-        except Skip:
-            raise
         except Image.DecompressionBombError:
             raise Skip("too_large") from None
         except Exception:                                        # damaged files make decoders raise anything
@@ -270,21 +231,18 @@ class CaptionedImages:
                 height, width = reversed(original) if turned else original
         return image, caption, (height, width)
 
-    def read_caption(self, pair: dict[str, list]) -> str:
+    def read_caption(self, pair: dict[str, list | str]) -> str:
         """The caption of a pair, with single spaces between its words. Raises Skip."""
+        if self.caption:
+            return self.caption
         try:
-            if "txt" in pair:
-                text = self.read(*pair["txt"]).decode("utf-8-sig")
-            else:
-                text = json.loads(self.read(*pair["line"]))["text"]
-                text.encode()                                    # JSON can spell halves of characters
+            text = self.read(*pair["txt"]).decode("utf-8-sig") if "txt" in pair else pair["text"]
+            text.encode()                                        # JSON can spell halves of characters
         except UnicodeError:
             raise Skip("bad_encoding") from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Skip("no_caption") from None
         # `strip` alone would keep invisible characters, such as a zero-width space.
         if not any(character.isprintable() and not character.isspace() for character in text):
-            raise Skip("blank_caption")
+            raise Skip("no_caption")
         return " ".join(text[:2**16].split())                    # CLIP reads 77 tokens
 
     def prompts(self, count: int) -> list[str]:
@@ -292,16 +250,10 @@ class CaptionedImages:
         prompts = []
         for index in range(len(self)):
             with contextlib.suppress(Skip):
-                prompts.append(self.caption or self.read_caption(self.pair(index)))
+                prompts.append(self.read_caption(self.pair(index)))
             if len(prompts) == count:
                 break
         return prompts
-
-
-def file_kind(name: str) -> str | None:
-    """image, txt or json by a file's ending; None for others."""
-    ending = os.path.splitext(name)[1].lower()
-    return "image" if ending in IMAGES else ending[1:] if ending in (".txt", ".json") else None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -358,7 +310,8 @@ class Samples(Dataset):
         return int(self.order[place])
 
     def __getitem__(self, p: int) -> dict:
-        skipped = Counter()
+        """The sample at position p. Raises ValueError if no sample can be used."""
+        skipped = []
         # A bad item is replaced by the next good one. At worst, this takes the rest of an epoch and the next.
         for place in range(p, p + 2 * len(self.source)):
             index = self.index_at(place)
@@ -366,17 +319,15 @@ class Samples(Dataset):
                 sample = (self.cached and self.cached(index)) or self.picture(index, p)
                 break
             except Skip as reason:
-                skipped[str(reason)] += 1
-        else:  # for the main process to raise: from a reader it would come with the reader's traceback
-            reasons = "; ".join(f"{reason} ({REASONS[reason]})" for reason in skipped)
-            return {"error": f"--data: no sample can be used: {reasons}"}
+                skipped.append(str(reason))
+        else:
+            raise ValueError(f"--data: no sample can be used: {', '.join(sorted(set(skipped)))}")
         rng = np.random.default_rng((self.seed, 2, p))
         noise, latent_noise = rng.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        reason = next(iter(skipped), None)                       # of the item of this position
         return sample | {
-            "index": index, "skipped": [None, *REASONS].index(reason), "timestep": int(rng.integers(1000)),
-            "dropped": bool(rng.random() < self.DROPPED), "noise": torch.from_numpy(noise),
-            "latent_noise": torch.from_numpy(latent_noise)}
+            "index": index, "skipped": REASONS.index(skipped[0]) + 1 if skipped else 0,
+            "timestep": int(rng.integers(1000)), "dropped": bool(rng.random() < self.DROPPED),
+            "noise": torch.from_numpy(noise), "latent_noise": torch.from_numpy(latent_noise)}
 
     def picture(self, index: int, p: int) -> dict:
         """Resizes an image by its short side, and crops it at random."""
@@ -404,9 +355,6 @@ def collate(samples: list[dict]) -> dict[str, Tensor | list]:
 
     `new`, a list, says which samples have pixels; the others are cached, and their entries are stacked apart.
     """
-    errors = [sample for sample in samples if "error" in sample]
-    if errors:
-        return errors[0]
     batch = {"new": ["pixels" in sample for sample in samples]}
     for name in dict.fromkeys(name for sample in samples for name in sample):
         values = [sample[name] for sample in samples if name in sample]
@@ -430,17 +378,19 @@ def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pip
     """
     Training samples for a student of this configuration, and what encodes a batch: `encode` or a cache.
 
-    Raises ValueError if the data or the cache does not fit the run.
+    Raises ValueError if no sample can be used, or if the data or the cache does not fit the run.
     """
     downscale, text = pipeline.vae_config.downscale, pipeline.text
     size = args.size or config.sample_size * downscale
     shape = (config.in_channels, size // downscale, size // downscale)
     if args.data == "shapes" and size != shapes.SIZE:
         raise ValueError(f"--data shapes has pictures of {shapes.SIZE} pixels, not {size}: give a folder")
-    if not args.cache:
-        return Samples(source, size, shape, args.seed), encode
-    identity = {"data": source.fingerprint, "size": size, "caption": args.caption,
-                "encoders": fingerprint(pipeline.vae, text.encoders)}
-    cache = Cache(args.cache, identity, encode, shape, (text.length, config.context_dim), config.pooled_dim,
-                  pipeline.dtype)
-    return Samples(source, size, shape, args.seed, cache.reader()), cache.encode
+    samples = Samples(source, size, shape, args.seed)
+    if args.cache:
+        identity = {"data": source.fingerprint, "size": size, "caption": args.caption,
+                    "encoders": fingerprint(pipeline.vae, text.encoders)}
+        cache = Cache(args.cache, identity, encode, shape, (text.length, config.context_dim),
+                      config.pooled_dim, pipeline.dtype)
+        samples.cached, encode = cache.reader(), cache.encode
+    samples[0]                                                   # raises now, not in a reader of data
+    return samples, encode

@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import struct
 import tarfile
 import zlib
 from collections import Counter
@@ -12,10 +11,10 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, features
+from PIL import Image, ImageCms
 from torch.utils.data import DataLoader
 
-from common import equal, refusal
+from common import RUN, equal, refusal
 from support.data import (
     LARGEST_FILE, REASONS, CaptionedImages, Samples, Shapes, Skip, collate, micro_batches)
 
@@ -100,9 +99,8 @@ def test_each_bad_image_is_counted_by_its_reason(source):
 
 @pytest.mark.parametrize("text, read", [
     ("\ufeffa box".encode(), "a box"), (b"a\r\n  box\r\n", "a box"), (b"a b " * 10**6, "a b " * 2**14),
-    ("größer\u3000Koala 🐨".encode(), "größer Koala 🐨"), (b"\xff\xfea\0", "bad_encoding"),
-    ("Größe".encode("latin-1"), "bad_encoding"),
-    *[(text.encode(), "blank_caption") for text in ("", " \t\r\n\u3000", "\ufeff ", "\u200b", "\0")]],
+    ("größer\u3000Koala 🐨".encode(), "größer Koala 🐨"), ("Größe".encode("latin-1"), "bad_encoding"),
+    *[(text.encode(), "no_caption") for text in ("", " \t\r\n\u3000", "\u200b", "\0")]],
     ids=lambda text: ascii(text[:9]))
 def test_captions(source, text, read):
     def caption(made):
@@ -111,73 +109,62 @@ def test_captions(source, text, read):
         except Skip as reason:
             return str(reason)
 
-    read = read.strip()
-    assert caption(source(pair("x", text=text))) == read
+    assert caption(source(pair("x", text=text))) == read.strip()
     if read != "bad_encoding":
         line = json.dumps({"file_name": "x.png", "text": text.decode("utf-8-sig")})
-        assert caption(source({"metadata.jsonl": line.encode()})) == read
+        assert caption(source({"metadata.jsonl": line.encode()})) == read.strip()
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_pictures_never_end_a_run(source):
     """What Pillow raises for a changed byte is not only OSError."""
-    rng, exif, files = np.random.default_rng(0), Image.Exif(), {}
-    exif[0x0112], exif[0x010e] = 6, "words"
-    kinds = ["PNG", "JPEG", "WEBP", "TIFF", "GIF"] + ["AVIF"] * features.check("avif")
-    for kind in kinds:
-        whole = encoded(plain(), kind, **({"exif": exif} if kind in ("PNG", "JPEG", "WEBP") else {}))
+    rng, files = np.random.default_rng(0), {}
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF"):
+        whole = encoded(plain(), kind)
         for i in range(30):
             damaged = np.frombuffer(whole, np.uint8).copy()
             damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
             files |= pair(f"{kind}-{i}", damaged.tobytes(), ending=".jpg")
     good, skipped = one_pass(source(files))
-    assert 0 < good < len(kinds) * 30 == good + skipped.total()
+    assert 0 < good < 150 == good + skipped.total()
 
 
 def test_names_hidden_files_and_linked_folders(source, tmp_path):
     """Endings in capitals, dots, folders; of two pictures of a name the first; each folder once."""
     files = pair("A", ending=".JPG") | pair("b.c.d", text=b"dots") | pair("b.c", text=b"few") | pair(".x")
-    files |= pair("deep/x", text=b"deep") | {"deep/x.webp": noisy("WEBP")} | pair(".cache/y")
+    files |= pair("deep/x", text=b"deep") | {"deep/x.webp": b""} | pair(".ipynb_checkpoints/y")
     made = source(files | {"lonely.bmp": GOOD, "silent.txt": TEXT, "notes.md": TEXT})
     write(tmp_path / "elsewhere", pair("z", text=b"linked"))
     (made.root / "link").symlink_to(tmp_path / "elsewhere")
     (made.root / "deep" / "loop").symlink_to(made.root)
     made = source()
     assert [made.load(i)[1] for i in range(len(made))] == ["a red box", "few", "dots", "deep", "linked"]
-    assert +made.skipped == {"duplicate": 1, "no_caption": 1, "no_image": 1, "other_file": 1}
+    assert made.skipped == {"no_caption": 1, "no_image": 1}
     made = source(caption="a [V] dog")
     assert [made.load(i)[1] for i in range(len(made))] == ["a [V] dog"] * 6
 
 
-def test_metadata(source, tmp_path):
+def test_metadata(source):
     lines = ['{"file_name": "a.png", "text": "one"}', "", "{broken", "[1]", '{"text": "no name"}',
              '{"file_name": "b.png"}', '{"file_name": "b.png", "text": ["list"]}', '{"a":' * 100_000,
-             '{"file_name": "absent.png", "text": "two"}', r'{"file_name": "b.png", "text": "a \ud83d box"}']
-    lines += [json.dumps({"file_name": name, "text": "three"}) for name in (
-        "x" * 5000, "a\0b", "../secret.png", "x/../../secret.png", str(tmp_path / "secret.png"), 7, "b.png")]
-    write(tmp_path, {"secret.png": GOOD})
-    made = source({"a.png": GOOD, "b.png": GOOD, "metadata.jsonl": "\r\n".join(lines).encode()})
-    assert one_pass(made) == (2, {"bad_line": 8, "no_caption": 2, "unreadable": 3, "bad_encoding": 1})
+             '{"file_name": "absent.png", "text": "two"}', r'{"file_name": "b.png", "text": "a \ud83d box"}',
+             r'{"file_name": "a\u0000b", "text": "three"}', '{"file_name": "sub/b.png", "text": "three"}']
+    files = {"a.png": GOOD, "sub/b.png": GOOD, "metadata.jsonl": "\r\n".join(lines).encode()}
+    skipped = {"bad_line": 4, "no_caption": 2, "unreadable": 2, "bad_encoding": 1}
+    assert one_pass(source(files | pair("c") | {"0.tar": tar(pair("d"))})) == (2, skipped)
 
 
-def test_what_shards_and_metadata_hide_is_counted(source):
-    assert one_pass(source(pair("a") | pair("b") | {"0.tar": tar(pair("c"))})) == (1, {"hidden": 2})
-    assert one_pass(source({"metadata.jsonl": b'{"file_name": "a.png", "text": "a"}'})) == (1, {"hidden": 1})
-
-
-@pytest.mark.parametrize("files, words", [
-    ({"a.png": GOOD, "b.txt": TEXT}, "no_caption 1, no_image 1"), ({"a.tar": b""}, "bad_shard 1"),
-    ({}, "none"),
-    ({"a.png": GOOD, "sub/metadata.csv": b"file_name,text\n"}, "sub/metadata.csv")])
-def test_a_folder_without_pairs_is_refused(source, tmp_path, files, words):
-    assert words in refusal(source, files)
+def test_a_folder_without_pairs_is_refused(source, tmp_path):
     assert str(tmp_path / "no") in refusal(CaptionedImages, tmp_path / "no", tmp_path / "index")
+    assert "no_caption 1, no_image 1" in refusal(source, {"a.png": GOOD, "b.txt": TEXT})
+    assert "bad_shard 1" in refusal(source, {"a.tar": b""})
 
 
-def test_pairs_of_which_none_is_good_are_an_error(source):
-    sample = samples(source(pair("a", b"") | pair("b", text=b"") | pair("c", b"")))[1]
-    error = collate([sample, samples(Shapes(), 64)[0]])["error"]  # for the main process to raise
-    assert "bad_image" in error and "blank_caption" in error and "\n" not in error
+def test_pairs_of_which_none_is_good_end_a_run(source, program, teacher, tmp_path):
+    source(pair("a", b"") | pair("b", text=b"") | pair("c", b""))
+    code, _, error = program("--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "run", *RUN,
+                             "--workers", 1)
+    assert code == 1 and error.endswith("bad_image, no_caption") and "\n" not in error
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -185,21 +172,18 @@ def test_pairs_of_which_none_is_good_are_an_error(source):
 
 
 def test_shards(source, tmp_path):
-    """Keys with dots and capitals, one repeated, in two shards or without a partner, links, ../, /."""
+    """Keys with dots and capitals, one repeated, in two shards or without a partner, links, ../."""
     info = b'{"original_width": 999, "original_height": 500}'
     first = [("0.png", GOOD), ("0.txt", b"zero"), ("0.json", info), ("1.a.JPG", GOOD), ("1.a.txt", b"one"),
              ("1.b.txt", TEXT), ("0.png", b""), ("0.txt", b"again"), ("3.png", GOOD), ("3.json", info),
-             *pair("../../x", text=b"up").items(), *pair(f"{tmp_path}/x", text=b"root").items()]
-    links = tar([("d.txt", TEXT)], end=False)
-    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE):
-        member = tarfile.TarInfo("d.png")
-        member.type, member.linkname = kind, "/etc/hostname"
-        links += member.tobuf()
+             *pair("../../x", text=b"up").items()]
+    link = tarfile.TarInfo("d.png")
+    link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
     made = source({"b/1.tar": tar(pair("0", text=b"other")), "a.tar": tar(first), "a_stats.json": b"{}",
-                   "c.tar": links + bytes(1024)})
+                   "c.tar": link.tobuf() + tar({"d.txt": TEXT})} | pair("beside"))
     found = {text: size for _, text, size in map(made.load, range(len(made)))}
-    assert found == {"zero": (500, 999)} | dict.fromkeys(["one", "other", "up", "root"], (24, 40))
-    assert +made.skipped == {"no_image": 2, "no_caption": 1, "duplicate": 2}
+    assert found == {"zero": (500, 999)} | dict.fromkeys(["one", "other", "up"], (24, 40))
+    assert made.skipped == {"no_image": 2, "no_caption": 1}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "index"]  # nothing is unpacked
 
 
@@ -217,15 +201,13 @@ def test_a_shard_that_is_cut_anywhere(source, capsys):
 
 
 def test_damaged_shards_are_counted(source, capsys):
-    flipped = bytearray(tar(pair("0") | pair("1")))
+    flipped, large = bytearray(tar(pair("0") | pair("1"))), tarfile.TarInfo("0.png")
     flipped[len(tar(pair("0"), end=False))] ^= 1                 # in the name of the second picture
-    large = tarfile.TarInfo("0.png")
     large.size = 10 * 2**30
-    bad = [bytes(10240), b"<html>", tar(pair("0"), end=False), zlib.compress(tar(pair("0"))), flipped,
-           large.tobuf() + bytes(1024), tar(pair("0"))[:512] + bytes(512)]
-    made = source({f"{i}.tar": content for i, content in enumerate(bad)})
-    assert made.skipped["bad_shard"] == len(bad) == capsys.readouterr().err.count("warning: ")
-    assert len(made) == 2                                        # before the damage
+    made = source({"0.tar": b"<html>", "1.tar": zlib.compress(tar(pair("0"))), "2.tar": flipped,
+                   "3.tar": large.tobuf() + bytes(1024)})
+    assert made.skipped["bad_shard"] == 4 == capsys.readouterr().err.count("warning: ")
+    assert len(made) == 1                                        # before the damage
 
 
 def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch):
@@ -233,13 +215,9 @@ def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
         again = source()
-    assert one_pass(again) == (2, {"bad_image": 1, "no_caption": 1})
-    assert isinstance(again.pairs, np.memmap) and len(pickle.dumps(again)) < 1000
-    assert again.fingerprint == first.fingerprint
+    assert one_pass(again) == (2, {"bad_image": 1, "no_caption": 1}) and again.fingerprint == first.fingerprint
+    assert len(pickle.dumps(again)) < 1000                       # of any number of pairs
     assert pickle.loads(pickle.dumps(again)).load(0)[1] == "a red box"
-    for name in ("starts.npy", "index.json"):
-        (first.index / name).write_bytes(b"")
-        assert one_pass(source()) == (2, {"bad_image": 1, "no_caption": 1})
     assert len(source(caption="a [V] dog")) == 4
     made = source({"a.tar": tar(pair("0"))})
     assert one_pass(made) == (2, {"no_caption": 1}) and made.fingerprint != first.fingerprint
@@ -255,22 +233,10 @@ def palette(**options):
     return encoded(image, **options)
 
 
-def icc(name: bytes, *colours: tuple[float, float, float]) -> bytes:
-    """A profile of three primaries in XYZ, with a gamma of 2.2."""
-    tags = {b"desc": struct.pack(">4s4xI", b"desc", 4) + name.ljust(80, b"\0")}
-    for tag, numbers in zip((b"rXYZ", b"gXYZ", b"bXYZ", b"wtpt"), (*colours, (0.9642, 1, 0.8249))):
-        tags[tag] = struct.pack(">4s4x3i", b"XYZ ", *(round(65536 * number) for number in numbers))
-    tags |= {tag: struct.pack(">4s4xIHxx", b"curv", 1, 563) for tag in (b"rTRC", b"gTRC", b"bTRC")}
-    table, body, start = struct.pack(">I", len(tags)), b"".join(tags.values()), 132 + 12 * len(tags)
-    for tag, content in tags.items():
-        table += struct.pack(">4sII", tag, start, len(content))
-        start += len(content)
-    return struct.pack(">I4xI12s12x4s28xIII48x", start, 0x02400000, b"mntrRGB XYZ ", b"acsp", 63190, 65536,
-                       54061) + table + body
-
-
-P3 = icc(b"Display P3", (0.5151, 0.2412, -0.001), (0.292, 0.6922, 0.0419), (0.1571, 0.0666, 0.7841))
-RED = (234, 51, 35)  # sRGB's red (255, 0, 0), in Display P3
+# A profile in which red is green and green is red, and one that says that it is sRGB.
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+NAMED = SRGB.replace(b"rXYZ", b"####").replace(b"gXYZ", b"rXYZ").replace(b"####", b"gXYZ")
+SWAPPED = NAMED.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
 MOVING = {"save_all": True, "append_images": [plain((0, 0, 250))]}
 MODES = {  # contents, and the colour they show
     "1": (encoded(plain(1, mode="1")), (255, 255, 255)),
@@ -282,10 +248,10 @@ MODES = {  # contents, and the colour they show
     "CMYK JPEG": (encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=100), (255, 0, 0)),
     "I;16": (encoded(Image.fromarray(np.full((24, 40), 100 * 257, np.uint16))), (100, 100, 100)),
     "GIF, animated": (encoded(plain((250, 0, 0)), "GIF", **MOVING), (250, 0, 0)),
-    "P3 JPEG": (encoded(plain(RED), "JPEG", quality=100, icc_profile=P3), (255, 0, 0)),
-    "P3, RGBA": (encoded(plain((*RED, 255), mode="RGBA"), icc_profile=P3), (255, 0, 0)),
-    "sRGB by name": (encoded(plain(RED), icc_profile=P3.replace(b"Display P3", b"sRGB IEC61")), RED),
-    "damaged profile": (encoded(plain(RED), icc_profile=P3[:200]), RED),
+    "profile, JPEG": (encoded(plain(), "JPEG", quality=100, icc_profile=SWAPPED), (30, 200, 40)),
+    "profile, RGBA": (encoded(plain((200, 30, 40, 255), mode="RGBA"), icc_profile=SWAPPED), (30, 200, 40)),
+    "profile, sRGB": (encoded(plain(), icc_profile=NAMED), (200, 30, 40)),
+    "profile, damaged": (encoded(plain(), icc_profile=SWAPPED[:200]), (200, 30, 40)),
 }
 
 
@@ -294,7 +260,7 @@ def test_every_kind_of_picture_becomes_srgb(source, name):
     content, colour = MODES[name]
     image, _, size = source(pair("x", content, ending=".jpg")).load(0)  # whatever its name says
     assert image.mode == "RGB" and image.size == (40, 24) and size == (24, 40)
-    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 2 * ("JPEG" in name) + 6 * ("P3" in name)
+    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 3 * ("JPEG" in name)
 
 
 def test_pictures_are_turned_upright_and_measured_after_it(source):
@@ -318,9 +284,6 @@ def test_original_sizes_that_make_no_sense(source):
             f'{{"original_width": {width}, "original_height": 9}}' for width in (
                 "null", '"wide"', "NaN", "9" * 5000, "1e999"))):
         assert source(pair("x") | {"x.json": text.encode("latin-1")}).load(0)[2] == (24, 40), text[:50]
-    for width, clipped in (("-9", 1), ("70000", 65536)):
-        text = f'{{"original_width": {width}, "original_height": 9}}'
-        assert source({"x.json": text.encode()}).load(0)[2] == (9, clipped)
 
 
 @pytest.mark.parametrize("height, width, scale", [(64, 200, 1), (150, 64, 1), (64, 64, 1), (192, 480, 3)])
@@ -386,7 +349,7 @@ def test_an_epoch_has_each_pair_once_and_a_bad_one_is_replaced_by_the_next_good_
     order = [data.index_at(p) for p in range(36)]
     assert [sorted(order[e:e + 12]) for e in (0, 12, 24)] == [[*range(12)]] * 3
     assert len({tuple(order[e:e + 12]) for e in (0, 12, 24)} | {tuple(range(12))}) == 4
-    bad = {i: "bad_image" if i % 3 == 0 else "blank_caption" for i in (0, 3, 5, 6, 9)}
+    bad = {i: "bad_image" if i % 3 == 0 else "no_caption" for i in (0, 3, 5, 6, 9)}
     for p in range(24):
         next_good = next(i for i in order[p:] if i not in bad)
         assert (data[p]["caption"], data[p]["index"]) == (f"number {next_good}", next_good)
