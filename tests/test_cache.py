@@ -48,13 +48,10 @@ def test_damaged_half_written_and_misplaced_records_are_made_again(make):
     cache = make()
     whole, _ = encode(cache, 0, 1, 2)
     content = cache.path.read_bytes()
-    size = len(content) // 3
-    for i in [*range(0, 2 * size, 3), size - 1, 2 * size - 1]:
-        cache.path.write_bytes(content[:i] + bytes([content[i] ^ 1 << i % 8]) + content[i + 1:])
-        read = cache.reader()
-        assert [read(index) is None for index in range(3)] == [i // size == index for index in range(3)]
+    size, middle = len(content) // 3, len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
     swapped = content[size:2 * size] + content[:size] + content[2 * size:]
-    for damaged, lost in ((content[:-1], [2]), (content[:size] + bytes(2 * size), [1, 2]),
+    for damaged, lost in ((flipped, [1]), (content[:-1], [2]), (content[:size] + bytes(2 * size), [1, 2]),
                           (content[1:], [0, 1, 2]), (swapped, [0, 1])):
         cache.path.write_bytes(damaged)
         again, made = encode(cache, 0, 1, 2)
@@ -63,11 +60,8 @@ def test_damaged_half_written_and_misplaced_records_are_made_again(make):
 
 def test_another_identity_is_refused(make):
     folder = make().path.parent
-    assert "data was 12ab and is other" in refusal(make, IDENTITY | {"data": "other"})
-    for identity, dtype in ((IDENTITY | {"more": 1}, HALF), ({}, HALF), (IDENTITY, torch.float16)):
-        assert f"--cache {folder}" in refusal(make, identity, dtype)
-    (folder / "cache.json").write_text("{")
-    assert "cache.json" in refusal(make)
+    assert f"--cache {folder}" in refusal(make, IDENTITY | {"data": "other"})
+    assert "context was (5, 2) torch.bfloat16" in refusal(make, dtype=torch.float16)
 
 
 def test_a_full_disk_only_warns(make, capsys):

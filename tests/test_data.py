@@ -49,15 +49,13 @@ def write(folder, files):
         (folder / name).write_bytes(content)
 
 
-def tar(files, end=True) -> bytes:
+def tar(files) -> bytes:
     file = io.BytesIO()
-    archive = tarfile.open(fileobj=file, mode="w")
-    for name, content in files if isinstance(files, list) else files.items():
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
-    if end:
-        archive.close()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        for name, content in files if isinstance(files, list) else files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
     return file.getvalue()
 
 
@@ -91,10 +89,11 @@ def test_each_bad_image_is_counted_by_its_reason(source):
     bad = {"zero.jpg": b"", "cut.jpg": noisy("JPEG")[:900], "cut2.png": noisy()[:900], "page.webp": b"<html>"}
     bad |= {f"{side}.png": encoded(plain(0, (side, 10_000), "1")) for side in (9_000, 18_000)}
     bad |= {"dot.png": encoded(plain(size=(1, 1))), "line.png": encoded(plain(size=(99, 1))), "file.png": b""}
+    bad |= {"chunk.png": GOOD[:11] + b"\x0c" + GOOD[12:]}         # for which Pillow raises ValueError
     made = source(pair("good") | bad | {f"{name.split('.')[0]}.txt": TEXT for name in [*bad, "link"]})
     os.truncate(made.root / "file.png", LARGEST_FILE + 1)
     (made.root / "link.png").symlink_to("nowhere.png")
-    assert one_pass(source()) == (1, {"bad_image": 4, "too_large": 3, "too_small": 2, "unreadable": 1})
+    assert one_pass(source()) == (1, {"bad_image": 5, "too_large": 3, "too_small": 2, "unreadable": 1})
 
 
 @pytest.mark.parametrize("text, read", [
@@ -113,20 +112,6 @@ def test_captions(source, text, read):
     if read != "bad_encoding":
         line = json.dumps({"file_name": "x.png", "text": text.decode("utf-8-sig")})
         assert caption(source({"metadata.jsonl": line.encode()})) == read.strip()
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_damaged_pictures_never_end_a_run(source):
-    """What Pillow raises for a changed byte is not only OSError."""
-    rng, files = np.random.default_rng(0), {}
-    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF"):
-        whole = encoded(plain(), kind)
-        for i in range(30):
-            damaged = np.frombuffer(whole, np.uint8).copy()
-            damaged[rng.integers(len(whole), size=3)] = rng.integers(256, size=3)
-            files |= pair(f"{kind}-{i}", damaged.tobytes(), ending=".jpg")
-    good, skipped = one_pass(source(files))
-    assert 0 < good < 150 == good + skipped.total()
 
 
 def test_names_hidden_files_and_linked_folders(source, tmp_path):
@@ -162,13 +147,9 @@ def test_a_folder_without_pairs_is_refused(source, tmp_path):
 
 def test_pairs_of_which_none_is_good_end_a_run(source, program, teacher, tmp_path):
     source(pair("a", b"") | pair("b", text=b"") | pair("c", b""))
-    code, _, error = program("--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "run", *RUN,
-                             "--workers", 1)
+    flags = ["--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "run", *RUN]
+    code, _, error = program(*flags, "--workers", 1)
     assert code == 1 and error.endswith("bad_image, no_caption") and "\n" not in error
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Shards
 
 
 def test_shards(source, tmp_path):
@@ -198,16 +179,9 @@ def test_a_shard_that_is_cut_anywhere(source, capsys):
             assert len(made) == 1 + sum(end <= cut for end in ends[1:]), cut
             warned = "a.tar" in capsys.readouterr().err
             assert warned == (made.skipped["bad_shard"] == 1) == (cut < ends[-1] + 512), cut
-
-
-def test_damaged_shards_are_counted(source, capsys):
-    flipped, large = bytearray(tar(pair("0") | pair("1"))), tarfile.TarInfo("0.png")
-    flipped[len(tar(pair("0"), end=False))] ^= 1                 # in the name of the second picture
-    large.size = 10 * 2**30
-    made = source({"0.tar": b"<html>", "1.tar": zlib.compress(tar(pair("0"))), "2.tar": flipped,
-                   "3.tar": large.tobuf() + bytes(1024)})
-    assert made.skipped["bad_shard"] == 4 == capsys.readouterr().err.count("warning: ")
-    assert len(made) == 1                                        # before the damage
+    flipped = bytearray(whole)
+    flipped[ends[1]] ^= 1                                        # in the name of the second picture
+    assert source({"a.tar": flipped, "b.tar": b"<html>"}).skipped == {"bad_shard": 2}
 
 
 def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch):
@@ -215,8 +189,8 @@ def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(tarfile, "open", None)
         again = source()
-    assert one_pass(again) == (2, {"bad_image": 1, "no_caption": 1}) and again.fingerprint == first.fingerprint
-    assert len(pickle.dumps(again)) < 1000                       # of any number of pairs
+    assert one_pass(again) == (2, {"bad_image": 1, "no_caption": 1})
+    assert again.fingerprint == first.fingerprint and len(pickle.dumps(again)) < 1000
     assert pickle.loads(pickle.dumps(again)).load(0)[1] == "a red box"
     assert len(source(caption="a [V] dog")) == 4
     made = source({"a.tar": tar(pair("0"))})
@@ -226,28 +200,18 @@ def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch
 # ------------------------------------------------------------------------------------------------------------
 # What is made of a picture
 
-
-def palette(**options):
-    image = Image.new("P", (40, 24), 1)
-    image.putpalette([9, 9, 9, 10, 20, 200])
-    return encoded(image, **options)
-
-
 # A profile in which red is green and green is red, and one that says that it is sRGB.
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NAMED = SRGB.replace(b"rXYZ", b"####").replace(b"gXYZ", b"rXYZ").replace(b"####", b"gXYZ")
 SWAPPED = NAMED.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
-MOVING = {"save_all": True, "append_images": [plain((0, 0, 250))]}
 MODES = {  # contents, and the colour they show
-    "1": (encoded(plain(1, mode="1")), (255, 255, 255)),
     "LA": (encoded(plain((100, 0), mode="LA")), (255, 255, 255)),
-    "P": (palette(), (10, 20, 200)),
-    "P, transparent": (palette(transparency=1), (255, 255, 255)),
-    "RGB, transparent": (encoded(plain((1, 2, 3)), transparency=(1, 2, 3)), (255, 255, 255)),
+    "P": (encoded(plain().quantize(2)), (200, 30, 40)),
+    "P, transparent": (encoded(plain().quantize(2), transparency=0), (255, 255, 255)),
     "RGBA": (encoded(plain((255, 0, 0, 51), mode="RGBA")), (255, 204, 204)),
     "CMYK JPEG": (encoded(plain((0, 255, 255, 0), mode="CMYK"), "JPEG", quality=100), (255, 0, 0)),
     "I;16": (encoded(Image.fromarray(np.full((24, 40), 100 * 257, np.uint16))), (100, 100, 100)),
-    "GIF, animated": (encoded(plain((250, 0, 0)), "GIF", **MOVING), (250, 0, 0)),
+    "GIF, animated": (encoded(plain(), "GIF", save_all=True, append_images=[plain(0)]), (200, 30, 40)),
     "profile, JPEG": (encoded(plain(), "JPEG", quality=100, icc_profile=SWAPPED), (30, 200, 40)),
     "profile, RGBA": (encoded(plain((200, 30, 40, 255), mode="RGBA"), icc_profile=SWAPPED), (30, 200, 40)),
     "profile, sRGB": (encoded(plain(), icc_profile=NAMED), (200, 30, 40)),
@@ -328,8 +292,8 @@ def test_a_run_sees_the_numbers_that_the_first_version_saw(many, shapes, expecte
 
 
 def test_sample_p_is_the_same_in_any_batch_and_any_process(many):
-    straight = {p: samples(many)[p] for p in reversed(range(24))}
-    for workers, batch, micro, world in ((0, 6, 3, 1), (0, 8, 2, 2), (2, 8, 2, 2), (0, 24, 1, 4)):
+    straight = [samples(many)[p] for p in range(24)]
+    for workers, batch, micro, world in ((0, 6, 3, 1), (2, 8, 2, 2), (0, 24, 1, 4)):
         steps = [set() for _ in range(24 // batch)]
         for rank in range(world):
             positions = list(micro_batches(0, len(steps), batch, micro, rank, world))
@@ -365,7 +329,7 @@ def test_with_a_cache_an_image_has_one_crop(many):
             crops.setdefault(sample["index"], set()).add(tuple(sample["time_ids"].tolist()))
         assert torch.equal(cached[p]["noise"], without[p]["noise"]) and all(
             cached[p][name] == without[p][name] for name in ("timestep", "dropped", "index", "skipped"))
-    assert {len(places) for places in crops.values()} == {1} and len({*map(tuple, crops.values())}) > 2
+    assert {len(places) for places in crops.values()} == {1}
     half = samples(many, cached=lambda index: {"record": torch.ones(2)} if index % 2 else None)
     batch = collate([half[p] for p in range(12)])
     assert batch["new"] == [index % 2 == 0 for index in batch["index"]]
