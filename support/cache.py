@@ -52,7 +52,7 @@ class Cache:
             encoded, new = self.encode_new(batch), torch.tensor(batch["new"])
             records = encoded["mean"].new_empty(len(new), sum(self.sizes), dtype=torch.uint8)
             for part, (name, (_, dtype)) in zip(records.split(self.sizes, dim=1), self.layout.items()):
-                part[new] = encoded[name].to(dtype).flatten(1).contiguous().view(torch.uint8)
+                part[new] = encoded[name].to(dtype).flatten(1).view(torch.uint8)
             if "record" in batch:
                 records[~new] = batch["record"]
             if not self.full:

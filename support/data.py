@@ -32,13 +32,8 @@ from support.files import atomic_write, write_json
 from support.run import file_checksum, fingerprint, process_ranks
 from toy import shapes
 
-REASONS = (          # why a sample is not used
-    "unreadable",    # the image or its caption is gone, or may not be read
-    "bad_image",     # Pillow cannot decode it
-    "too_large",     # more than LARGEST_FILE, or than Pillow's limit of 89 million pixels
-    "too_small",     # its short side is less than an eighth of --size
-    "no_caption",    # nothing to read in it
-    "bad_encoding")  # the caption is not UTF-8
+# Why a sample is not used.
+REASONS = ("unreadable", "bad_image", "too_large", "too_small", "no_caption", "bad_encoding")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; EPS would run a program
 KINDS = {ending: "image" for ending, name in Image.registered_extensions().items() if name in FORMATS}
 KINDS |= {".txt": "txt", ".json": "json"}
@@ -106,7 +101,7 @@ class CaptionedImages:
         return self.length
 
     def walk(self) -> Iterator[dict[str, list]]:
-        """Where the files of each folder are, by name; of linked folders too, but not hidden ones."""
+        """Where the files of each folder are, by name; linked folders are followed, hidden names left out."""
         seen = set()
         for folder, folders, files in os.walk(self.root, followlinks=True):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -119,23 +114,22 @@ class CaptionedImages:
             yield {name: [name] for name in names}
 
     def members(self, shard: str) -> dict[str, list]:
-        """Where the files of a shard are, by name: shard, first byte, size. Of a damaged one, the first."""
+        """Where the files of a shard are, by name: [shard, first byte, size]; those before any damage."""
         path, members, end = self.root / shard, {}, 0
         size = path.stat().st_size
-        with contextlib.suppress(tarfile.TarError, ArithmeticError, ValueError, MemoryError):  # a bad header
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    end = member.offset_data + -(-member.size // 512) * 512
-                    if member.isreg() and end <= size:
-                        members.setdefault(member.name, [shard, member.offset_data, member.size])
+        with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // 512) * 512
+                if member.isreg() and end <= size:
+                    members.setdefault(member.name, [shard, member.offset_data, member.size])
         # A whole shard ends in a block of zeros, which tarfile does not check.
-        if end > size or self.read(shard, end, 512) != bytes(512):
+        if self.read(shard, end, 512) != bytes(512):
             self.skipped["bad_shard"] += 1
             print(f"warning: {path} is cut or damaged; the rest of it is lost", file=sys.stderr)
         return members
 
     def pairs(self, shards: list[str]) -> Iterator[dict[str, list]]:
-        """Where the files of each pair are, by kind: their names differ only in the ending."""
+        """Where the files of each pair are, by kind; their names differ only in the ending."""
         for files in map(self.members, shards) if shards else self.walk():
             pairs = {}
             for name in sorted(files, key=os.path.splitext):
@@ -163,7 +157,7 @@ class CaptionedImages:
                     self.skipped["bad_line"] += bool(line.strip())
 
     def write_index(self):
-        """Writes the pairs and where their lines start, unless there is an index of the same shards."""
+        """Writes a line for each pair, and where the lines start; an index of the same shards is kept."""
         shards, pairs = [], self.metadata_pairs()
         if not (self.root / "metadata.jsonl").is_file():
             shards = [name for files in self.walk() for name in files if name.endswith(".tar")]

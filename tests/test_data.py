@@ -94,6 +94,9 @@ def test_each_bad_image_is_counted_by_its_reason(source):
     os.truncate(made.root / "file.png", LARGEST_FILE + 1)
     (made.root / "link.png").symlink_to("nowhere.png")
     assert one_pass(source()) == (1, {"bad_image": 5, "too_large": 3, "too_small": 2, "unreadable": 1})
+    strip = source({"0.tar": tar(pair("strip", encoded(plain(0, (11_000, 128), "L"))))})
+    with pytest.raises(Skip, match="too_large"):                 # when its short side is 1024
+        samples(strip, 1024).picture(0, 0)
 
 
 @pytest.mark.parametrize("text, read", [
