@@ -257,6 +257,8 @@ def run(main: Callable[[], int | None], memory_advice: str):
         sys.exit(130)
     except (OSError, ValueError, FloatingPointError) as error:
         message = error_summary(error)
+        if "DataLoader worker" in message:                       # its own error comes last
+            message = str(error).strip().splitlines()[-1]
     except (MemoryError, RuntimeError) as error:
         if "DataLoader worker" in str(error):
             reason = str(error).strip().splitlines()[-1]
