@@ -13,6 +13,7 @@ VQA model about each object and multiplies the answers; this judge reads the pix
 Coordinates are in pixels from the top left corner; y grows downward.
 """
 
+import math
 import re
 from collections import Counter
 from typing import Iterable, Iterator, NamedTuple
@@ -223,13 +224,13 @@ def read(image: Image.Image) -> list[Object]:
     return found
 
 
-def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
+def judge(image: Image.Image, caption: str) -> dict[str, float]:
     """
     Whether a picture shows what its caption says: 1.0 or 0.0 for each of SCORES.
 
     colour   the objects have exactly the caption's colors: one each, none missing, none besides
     shape    and each colour has its own shape (the binding of attributes)
-    spatial  each of its two colors is there once, in the caption's relation; None if the caption has none
+    spatial  each of its two colors is there once, in the caption's relation; nan if the caption has none
 
     Raises ValueError if `parse` rejects the caption or `read` the picture.
     """
@@ -237,7 +238,7 @@ def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
     found = read(image)
     colour = Counter(o.colour for o in found) == Counter(name for name, _ in asked)
     shape = Counter((o.colour, o.shape) for o in found) == Counter(asked)
-    spatial = None
+    spatial = math.nan
     if relation:
         first, second = ([o for o in found if o.colour == name] for name, _ in asked)
         spatial = float(len(first) == len(second) == 1 and relate(first[0], second[0]) == relation)
@@ -246,9 +247,5 @@ def judge(image: Image.Image, caption: str) -> dict[str, float | None]:
 
 def scores(images: Iterable[Image.Image], captions: Iterable[str]) -> dict[str, float]:
     """The mean of each of the judge's scores over the captions it applies to; nan if there is none."""
-    verdicts = [judge(image, caption) for image, caption in zip(images, captions, strict=True)]
-    means = {}
-    for key in SCORES:
-        values = [verdict[key] for verdict in verdicts if verdict[key] is not None]
-        means[key] = sum(values) / len(values) if values else float("nan")
-    return means
+    verdicts = [list(judge(*pair).values()) for pair in zip(images, captions, strict=True)]
+    return dict(zip(SCORES, np.nanmean(verdicts, axis=0).tolist()))
