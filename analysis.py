@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Iterator
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
@@ -30,28 +29,28 @@ from tqdm import tqdm
 
 import model
 from sample import Pipeline, load_pipeline
-from support.costs import SA_STAGES, budget, latency
-from support.data import PROMPTS
+from support.costs import budget, latency
 from support.files import atomic_write, write_csv
 from support.hub import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
-from support.plots import WIDTH, dot_chart, image_grid, line_chart, loss_curves, print_table
+from support.plots import dot_chart, image_grid, line_chart, loss_curves, print_table
 from support.table3 import ablation, picture_distance
-from support.table4 import SCORERS, all_toys, judge, mean_and_error, quality, read_prompt_file
+from support.table4 import CLIPS, OWN_SCORERS, UNKNOWN, all_toys, mean_and_error, quality, read_prompts
 from toy import shapes
 
 
-def read_prompts(args: argparse.Namespace, count: int) -> list[str]:
-    """The prompts of a file; else, if all models are toys, `count` captions of two objects; else PROMPTS."""
-    if args.prompts:
-        return read_prompt_file(args.prompts)
-    if not all_toys(args.model):
-        return PROMPTS
+def choose_prompts(args: argparse.Namespace, count: int) -> list[str]:
+    """`read_prompts`; but `count` captions of two objects if all models are toys, unless there is a file."""
+    if args.prompts or not all_toys(args.model):
+        return sum(read_prompts(args.prompts).values(), [])
     return [caption for caption in shapes.judge_captions(10 * count) if shapes.parse(caption)[1]][:count]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Figures 4 and 9: self-attention maps
+
+SA_STAGES = [*model.stages(model.CONFIGS["sdxl"])][1:-1]  # those with self-attention
+PICTURE = 152  # pixels of a small picture
 
 
 def attention_map(attention: model.Attention, x: Tensor) -> Tensor:
@@ -88,23 +87,20 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
     follows, look half way through the sampling; a mean does not depend on how deep a stage is.
     """
-    unet, steps = pipeline.unet, steps or pipeline.preset.steps
-    stages = [stage for stage in model.stages(unet.config) if stage in SA_STAGES]
-    layers = {stage: model.feature_paths(unet, "SA", stage) for stage in stages}
-    layers = {stage: paths for stage, paths in layers.items() if paths}  # SD's UP-1 has none
-    norms = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
+    unet, steps, maps = pipeline.unet, steps or pipeline.preset.steps, {}
+    layers = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
+    layers = {stage: paths for stage, paths in layers.items() if paths and stage in SA_STAGES}
     # What enters the self-attention layers: the layers themselves are fused, and keep no map.
-    features = model.Features(unet, list(norms.values()))
-    maps = {}
+    inputs = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
+    features = model.Features(unet, [*inputs.values()])
 
     def measure(step: int):
-        if step != min(int(at * steps), steps - 1):
-            return
-        for stage, paths in layers.items():
-            total = 0
-            for path in paths:
-                total += attention_map(unet.get_submodule(path), captured[norms[path]][-1:])[0]
-            maps[stage] = total.cpu() / len(paths)
+        if step == min(int(at * steps), steps - 1):
+            for stage, paths in layers.items():
+                total = 0
+                for path in paths:
+                    total += attention_map(unet.get_submodule(path), captured[inputs[path]][-1:])[0]
+                maps[stage] = total.cpu() / len(paths)
 
     for i, prompt in enumerate(tqdm(prompts, "attention", unit="image")):
         with features as captured:
@@ -135,24 +131,16 @@ def on_object(row: Tensor, target: shapes.Object | None) -> float:
     return ((row * area).sum() / area.mean()).item()
 
 
-def draw_tokens(colors: Tensor, size: int) -> Image.Image:
-    """Colors (T, 3) in 0..1 of the tokens of a square image, drawn `size` pixels wide."""
+def draw_tokens(colors: Tensor) -> Image.Image:
+    """Colors (T, 3) in 0..1 of the tokens of a square image, as a picture."""
     side = math.isqrt(len(colors))
     pixels = (colors.float() * 255).round().byte().view(side, side, 3).numpy()
-    return Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
-
-
-def draw_query(image: Image.Image, x: float, y: float) -> Image.Image:
-    """The image with a red box around the query at (x, y), shares of width and height."""
-    image, half, cx, cy = image.copy(), image.width / 32, x * image.width, y * image.height
-    ImageDraw.Draw(image).rectangle((cx - half, cy - half, cx + half, cy + half), outline="red", width=3)
-    return image
+    return Image.fromarray(pixels).resize((PICTURE, PICTURE), Image.Resampling.NEAREST)
 
 
 def attention(args: argparse.Namespace) -> Image.Image:
     """Measures all prompts' maps; draws (b) components and (c) one query's row of the first `--rows`."""
-    prompts, rows, drawn = read_prompts(args, 24), [], []
-    size = 152                                                   # pixels of a picture
+    prompts, rows, drawn = choose_prompts(args, 24), [], []
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
@@ -166,10 +154,11 @@ def attention(args: argparse.Namespace) -> Image.Image:
                 rows.append([name, prompts[i], stage, len(weights), *explained.tolist(),
                              on_object(query, target)])
                 low, high = scores.amin(0), scores.amax(0)
-                components[stage] = draw_tokens((scores - low) / (high - low), size)  # as red, green, blue
-                queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3), size)
+                components[stage] = draw_tokens((scores - low) / (high - low))  # as red, green, blue
+                queries[stage] = draw_tokens((query / query.max())[:, None].expand(-1, 3))
             if i < args.rows:
-                image = draw_query(image.resize((size, size)), x, y)
+                image, x, y = image.resize((PICTURE, PICTURE)), x * PICTURE, y * PICTURE
+                ImageDraw.Draw(image).rectangle((x - 5, y - 5, x + 5, y + 5), outline="red", width=3)
                 drawn.append((i, Path(name).name, [image, *components.values(), *queries.values()]))
         del pipeline                                             # before the next is loaded
     header = ["model", "prompt", "stage", "tokens", "PC1", "PC2", "PC3", "on object"]
@@ -191,8 +180,7 @@ def attention(args: argparse.Namespace) -> Image.Image:
 
 def block_similarity(outputs: Tensor) -> Tensor:
     """Cosines (N - 1,) of N consecutive outputs (N, T, D), each to the one before, the mean over tokens."""
-    a, b = outputs[:-1].float(), outputs[1:].float()             # not double, which MPS does not have
-    return ((a * b).sum(2) / ((a * a).sum(2) * (b * b).sum(2)).sqrt()).mean(dim=1)
+    return F.cosine_similarity(outputs[:-1].float(), outputs[1:].float(), dim=2).mean(dim=1)
 
 
 def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int,
@@ -224,7 +212,7 @@ def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int,
 
 def similarity(args: argparse.Namespace) -> Image.Image:
     """Draws a curve for each stage: the mean over prompts, and its spread."""
-    prompts, rows, charts = read_prompts(args, 32), [], []
+    prompts, rows, charts = choose_prompts(args, 32), [], []
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         curves = {}
@@ -281,36 +269,34 @@ def feature_groups(unet: model.UNet) -> dict[tuple[str, str], list[str]]:
 def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]:
     """The distance of a picture to the intact one, and the judge's scores, nan unless it is the toy's."""
     try:
-        return [picture_distance(image, intact), *judge(image, prompt)]
+        scores = shapes.judge(image, prompt).values()
     except ValueError:
-        return [picture_distance(image, intact), *[math.nan] * len(shapes.SCORES)]
+        scores = [math.nan] * len(shapes.SCORES)
+    return [picture_distance(image, intact), *scores]
 
 
-def draw_knockouts(name: str, how: str, stages: list[str], images: dict[tuple, Image.Image],
-                   results: dict[tuple, list[tuple[float, float]]]) -> list[Image.Image]:
+def draw_knockouts(title: str, stages: list[str], images: dict[tuple[str, str], Image.Image],
+                   results: dict[tuple[str, str], list[tuple[float, float]]]) -> list[Image.Image]:
     """A picture of each knockout; distances by stage; and the scores of knockouts at all stages, if any."""
-    kinds, stages, pictures, distances = list(model.FEATURE_TYPES), [ALL, *stages], [], {}
-    size = (WIDTH - 90) // (1 + len(stages)) - 4                 # pixels of a picture
-    images = {group: image.resize((size, size)) for group, image in images.items()}
+    kinds, pictures, distances = [*model.FEATURE_TYPES], [], {}
     for kind in kinds:
         pictures.append([images["intact", ALL], *[images.get((kind, stage)) for stage in stages]])
     for stage in stages:
-        distances[stage] = [results.get((kind, stage), [(math.nan, 0.0)])[0] for kind in kinds]
+        distances[stage] = [results.get((kind, stage), [UNKNOWN])[0] for kind in kinds]
     charts = [image_grid(pictures, kinds, ["intact", *stages], gap=4),
-              dot_chart(f"{name}: how far its pictures are from the intact ones", kinds,
-                        {f"{how} at": distances},
+              dot_chart(f"{title}: how far pictures are from the intact ones", kinds, distances,
                         "root mean square distance in 0..1, and its standard error over prompts")]
     scores = {kind: results[kind, ALL][1:] for kind in ("intact", *kinds)}
     if not math.isnan(scores["intact"][0][0]):
-        charts.append(dot_chart(f"{name}: scores with a type of feature {how} at all stages", shapes.SCORES,
-                                {"": scores}, "mean, and its standard error over prompts", share=True))
+        charts.append(dot_chart(f"{title} at all stages: scores", shapes.SCORES, scores,
+                                "mean, and its standard error over prompts", share=True))
     return charts
 
 
 def knockout(args: argparse.Namespace) -> Image.Image:
     """Draws with each group of features replaced, from the same noise, and compares with intact pictures."""
-    prompts, rows, charts = read_prompts(args, args.limit)[:args.limit], [], []
-    seeds, how = [args.seed + i for i in range(len(prompts))], "zero" if args.zero else "averaged"
+    prompts, rows, charts = choose_prompts(args, args.limit)[:args.limit], [], []
+    seeds = [args.seed + i for i in range(len(prompts))]
     for name in args.model:
         pipeline, images, results, intact = load_pipeline(name, device=args.device), {}, {}, []
         groups = {("intact", ALL): []} | feature_groups(pipeline.unet)
@@ -318,12 +304,12 @@ def knockout(args: argparse.Namespace) -> Image.Image:
             with knock_out(pipeline.unet, paths, args.zero):
                 drawn = pipeline(prompts, seed=seeds, steps=args.steps)
             intact = intact or drawn
-            compared = [compare(*pair, prompt) for *pair, prompt in zip(drawn, intact, prompts)]
-            numbers = [mean_and_error(column) for column in np.array(compared).T]
-            rows.append([name, *group, *sum(numbers, ())])
-            results[group] = [(mean, np.nan_to_num(error)) for mean, error in numbers]
-            images[group] = drawn[0]
-        charts += draw_knockouts(name, how, list(model.stages(pipeline.unet.config)), images, results)
+            compared = [compare(*pictures) for pictures in zip(drawn, intact, prompts)]
+            results[group] = [mean_and_error(column) for column in zip(*compared)]
+            rows.append([name, *group, *sum(results[group], ())])
+            images[group] = drawn[0].resize((PICTURE, PICTURE))
+        title = f"{name}, features of one type {'set to zero' if args.zero else 'averaged'}"
+        charts += draw_knockouts(title, [ALL, *model.stages(pipeline.unet.config)], images, results)
         del pipeline                                             # before the next is loaded
     columns = [column + kind for column in ("distance", *shapes.SCORES) for kind in ("", " error")]
     header = ["model", "features", "stage", *columns]
@@ -351,8 +337,7 @@ def main(argv: list[str] | None = None):
         command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
-                             help="the picture" if draw is curves else
-                             "the picture; numbers go into a .csv beside it")
+                             help="the picture; numbers, if there are any, go into a .csv beside it")
         if models:
             command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
                                  default=models.split(),
@@ -382,14 +367,13 @@ def main(argv: list[str] | None = None):
     table3("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     table3("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
     table3("--steps", type=number(int, 1, 10**9), default=200, metavar="N", help="of each run")
-    table3("--batch", type=number(int, 1, 10**6), default=8, metavar="N", help="images in a step")
     table3("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
     table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where runs are kept")
     table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
     table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     table4("--scorer", type=nonempty, metavar="NAME",
-           help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
+           help=f"{', '.join((*CLIPS, *OWN_SCORERS))}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
     table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
     table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
     table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")

@@ -6,7 +6,6 @@ weights nor memory. A multiply-add is two FLOPs.
 """
 
 import argparse
-import copy
 import math
 import statistics
 import time
@@ -29,8 +28,8 @@ from support.plots import bar_chart, image_grid, print_table
 from support.text import ENCODERS, encoder_names
 from support.vae import VAE, VAEConfig
 
-STAGES = list(model.stages(model.CONFIGS["sdxl"]))
-SA_STAGES = STAGES[1:-1]  # those with self-attention
+BLOCKS = {"resnets": "residual", "attentions": "transformer"}  # of a stage
+KINDS = (*BLOCKS.values(), "rest")
 SDXL_CLIPS = [  # from the config.json of its two text encoders
     {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
      "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": 768, "hidden_act": "quick_gelu"},
@@ -64,29 +63,20 @@ def count_parameters(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def count_clip(config: dict, projection: bool) -> tuple[int, int]:
-    """Parameters of a CLIP text encoder, and multiply-adds of one prompt."""
-    width, inner = config["hidden_size"], config["intermediate_size"]
-    tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
-    head = width * config["projection_dim"] if projection else 0
-    weights = 4 * width**2 + 2 * width * inner                   # of a layer: attention and MLP
-    biases = 4 * width + inner + width + 4 * width               # theirs, and two layer norms
-    embeddings = (config["vocab_size"] + tokens) * width
-    attention = 2 * tokens**2 * width                            # Q K^T, and the mean of V
-    return (embeddings + layers * (weights + biases) + 2 * width + head,
-            layers * (tokens * weights + attention) + head)
-
-
 def count_clips(configs: list[dict]) -> tuple[int, int]:
-    """`count_clip` of all text encoders of a model; SDXL's second one has a projection."""
-    counts = [count_clip(config, projection=i == 1) for i, config in enumerate(configs)]
-    return sum(parameters for parameters, _ in counts), sum(macs for _, macs in counts)
-
-
-def unet_inputs(config: model.UNetConfig, tokens: int, side: int, batch: int = 1) -> list[Tensor]:
-    """What a U-Net's `forward` takes, all zeros, for latents of `side` x `side` and a text of `tokens`."""
-    shapes = ((config.in_channels, side, side), (), (tokens, config.context_dim), (config.pooled_dim,), (6,))
-    return [torch.zeros(batch, *shape) for shape in shapes]
+    """Parameters of a model's CLIP text encoders, and FLOPs of one prompt; the second one projects."""
+    parameters = flops = 0
+    for i, config in enumerate(configs):
+        width, inner = config["hidden_size"], config["intermediate_size"]
+        tokens, layers = config["max_position_embeddings"], config["num_hidden_layers"]
+        head = width * config["projection_dim"] if i == 1 else 0
+        weights = 4 * width**2 + 2 * width * inner               # of a layer: attention and MLP
+        biases = 4 * width + inner + width + 4 * width           # theirs, and two layer norms
+        embeddings = (config["vocab_size"] + tokens) * width
+        attention = 2 * tokens**2 * width                        # Q K^T, and the mean of V
+        parameters += embeddings + layers * (weights + biases) + 2 * width + head
+        flops += 2 * (layers * (tokens * weights + attention) + head)
+    return parameters, flops
 
 
 def build_networks(clips: list[dict], vae: VAEConfig, unet: model.UNetConfig, size: int,
@@ -96,16 +86,17 @@ def build_networks(clips: list[dict], vae: VAEConfig, unet: model.UNetConfig, si
     `batch` is the U-Net's, 2 for guidance.
     """
     side, tokens = size // vae.downscale, clips[0]["max_position_embeddings"]
+    shapes = ((unet.in_channels, side, side), (), (tokens, unet.context_dim), (unet.pooled_dim,), (6,))
     with torch.device("meta"):
         coder = VAE(vae)
         image, latent = torch.zeros(1, 3, size, size), torch.zeros(1, vae.latent_channels, side, side)
-        return {"U-Net": (model.UNet(unet), unet_inputs(unet, tokens, side, batch)),
+        return {"U-Net": (model.UNet(unet), [torch.zeros(batch, *shape) for shape in shapes]),
                 "VAE decoder": (nn.Sequential(coder.post_quant_conv, coder.decoder), [latent]),
                 "VAE encoder": (nn.Sequential(coder.encoder, coder.quant_conv), [image])}
 
 
 def count_network(network: nn.Module, inputs: list[Tensor], backward: bool = False) -> tuple[int, int]:
-    """Parameters, and FLOPs of a forward pass, or of a forward and a backward pass."""
+    """Parameters, and FLOPs of a forward pass, or of both a forward and a backward pass."""
     with FlopCounterMode(display=False) as counter:
         output = network(*inputs)
         if backward:
@@ -114,39 +105,33 @@ def count_network(network: nn.Module, inputs: list[Tensor], backward: bool = Fal
 
 
 def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Parameters and multiply-adds of a pass, by stage ("rest": outside of all) and kind of block."""
+    """Parameters, and FLOPs of a pass, by stage ("rest": outside of all) and kind of block."""
     with FlopCounterMode(display=False) as counter:
         unet(*inputs)
-    flops, counts = counter.get_flop_counts(), {}
+    modules, counts = counter.get_flop_counts(), {}
     for stage, stage_path in model.stages(unet.config).items():
         for name, blocks in unet.get_submodule(stage_path).named_children():
-            kind = {"resnets": "residual", "attentions": "transformer"}.get(name, "rest")
-            work = sum(sum(flops[f"UNet.{stage_path}.{name}.{i}"].values()) for i in range(len(blocks)))
+            flops = sum(sum(modules[f"UNet.{stage_path}.{name}.{i}"].values()) for i in range(len(blocks)))
             if len(blocks):                                      # DW-1 and UP-3 have no transformers
-                counts[stage, kind] = count_parameters(blocks), work // 2
-    parameters, macs = (sum(column) for column in zip(*counts.values()))
-    counts["rest", "rest"] = count_parameters(unet) - parameters, counter.get_total_flops() // 2 - macs
+                counts[stage, BLOCKS.get(name, "rest")] = count_parameters(blocks), flops
+    parameters, flops = (sum(column) for column in zip(*counts.values()))
+    counts["rest", "rest"] = count_parameters(unet) - parameters, counter.get_total_flops() - flops
     return counts
 
 
 def step_flops(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
                texts: list[dict], size: int) -> dict[str, tuple[int, int]]:
-    """
-    Parameters, and FLOPs of a training image of `size` x `size`, of the networks of a distillation.
-
-    The student's FLOPs are of its forward and backward pass, with nothing recomputed.
-    """
+    """Parameters, and FLOPs of a training image of `size` x `size`, of the networks of a distillation."""
     counts, networks = {}, build_networks(texts, vae, student, size)
     if teacher:
         counts["teacher"] = count_network(*build_networks(texts, vae, teacher, size)["U-Net"])
     counts["student"] = count_network(*networks["U-Net"], backward=True)
     counts["VAE encoder"] = count_network(*networks["VAE encoder"])
-    parameters, macs = count_clips(texts)
-    return counts | {"text encoders": (parameters, 2 * macs)}
+    return counts | {"text encoders": count_clips(texts)}
 
 
 class FusedAttention(TorchFunctionMode):
-    """Within `with`, attention is fused, as on a GPU; the meta device would store maps (B, heads, T, T)."""
+    """Within `with`, attention is fused, as on a GPU, and keeps no maps."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is F.scaled_dot_product_attention:
@@ -156,14 +141,11 @@ class FusedAttention(TorchFunctionMode):
 
 def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> int:
     """
-    The bytes that a U-Net on the meta device keeps for its backward pass, as under a GPU's autocast to bf16.
-
-    It leaves out what does not grow with the batch (weights, their bf16 copies, gradients, Adam's moments,
-    the teacher), float32 copies of features that are compared, and what lives for a moment (a block that is
-    recomputed, gradients of activations, workspaces).
+    The bytes that a U-Net on the meta device, which is changed, keeps for its backward pass under autocast to
+    bf16; without what lives for a moment, such as a recomputed block.
     """
-    unet, saved = copy.deepcopy(unet).to(torch.bfloat16), {}
     unet.set_checkpointing(checkpointing)
+    saved = {}
 
     def autocast(module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
         return inputs[0].to(module.weight.dtype)
@@ -172,16 +154,13 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
         saved[tensor.untyped_storage()._cdata] = tensor.untyped_storage()  # once, however many views it has
         return tensor
 
-    for module in unet.modules():
-        if isinstance(module, (nn.GroupNorm, nn.LayerNorm)):     # autocast computes these in float32
-            module.float()
-        if hasattr(module, "weight"):
-            module.register_forward_pre_hook(autocast)
+    for module in [module for module in unet.modules() if hasattr(module, "weight")]:
+        module.register_forward_pre_hook(autocast)
+        module.to(torch.float32 if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) else torch.bfloat16)
     with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = unet(*inputs)                                   # alive, so that no storage is used again
-    for parameter in unet.parameters():
-        saved.pop(parameter.untyped_storage()._cdata, None)
-    return sum(storage.nbytes() for storage in saved.values())
+    weights = [parameter.untyped_storage()._cdata for parameter in unet.parameters()]
+    return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
 
 
 def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[dict], vae: VAEConfig,
@@ -199,12 +178,10 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     print()
     print_table(["network", "parameters", "TFLOP an image"], rows)
     print(f"a step of {args.batch}: {args.batch * rows[-1][2]:.4g} TFLOP")
-
-    with torch.device("meta"):
-        inputs = unet_inputs(student.config, texts[0]["max_position_embeddings"], size // vae.downscale)
-    frozen = 2 * sum(parameters for name, (parameters, _) in counts.items() if name != "student")
-    fixed = (16 + 2) * counts["student"][0] + frozen             # and the student's copies in 16 bits
-    image = saved_bytes(student, inputs, args.checkpointing)
+    # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits.
+    fixed = 16 * counts["student"][0] + 2 * rows[-1][1]
+    networks = build_networks(texts, vae, student.config, size)
+    image = saved_bytes(*networks["U-Net"], args.checkpointing)
     print(f"memory of a GPU in 16 bits, counted: {fixed / 1e9:.1f} GB and {image / 1e9:.2f} GB an image, so "
           f"{(fixed + args.micro_batch * image) / 1e9:.1f} GB at --micro-batch {args.micro_batch}")
 
@@ -215,34 +192,33 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
 
 def budget(args: argparse.Namespace) -> Image.Image:
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
-    rows, table = [], []
-    parameter_bars, work_bars = defaultdict(dict), defaultdict(dict)  # by stage, then by model
+    counts, table, parameter_bars, work_bars = {}, [], {}, {}    # by model, network, stage and kind
     for name in args.model:
         clips, vae, unet = read_configs(name)
         networks = build_networks(clips, vae, unet, unet.sample_size * vae.downscale)
-        parts, others = count_unet(*networks.pop("U-Net")), {"text encoders": count_clips(clips)}
-        for network, built in networks.items():
-            parameters, flops = count_network(*built)
-            others[network] = parameters, flops // 2
-        rows += [[name, "U-Net", *part, *counts] for part, counts in parts.items()]
-        rows += [[name, network, "", "", *counts] for network, counts in others.items()]
-        totals = {"U-Net": [sum(column) for column in zip(*parts.values())]} | others
-        for network, (parameters, macs) in totals.items():
-            millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
-            table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12,
-                          4 * parameters / 1e9, gigabytes])
-        for stage in dict.fromkeys([*model.stages(unet), "rest"]):
-            counts = [parts.get((stage, kind), (0, 0)) for kind in ("residual", "transformer", "rest")]
-            parameter_bars[stage][name] = [parameters / 1e6 for parameters, _ in counts]
-            work_bars[stage][name] = [macs / 1e9 for _, macs in counts]
-    write_csv(args.out.with_suffix(".csv"),
-              ["model", "network", "stage", "kind", "parameters", "multiply-adds"], rows)
+        for (stage, kind), count in count_unet(*networks["U-Net"]).items():
+            counts[name, "U-Net", stage, kind] = count
+        counts[name, "text encoders", "", ""] = count_clips(clips)
+        for network in ("VAE decoder", "VAE encoder"):
+            counts[name, network, "", ""] = count_network(*networks[network])
+    rows = [[*part, parameters, flops // 2] for part, (parameters, flops) in counts.items()]
+    for name, network in dict.fromkeys((name, network) for name, network, *_ in rows):
+        parameters, macs = (sum(row[i] for row in rows if row[:2] == [name, network]) for i in (4, 5))
+        millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
+        table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12, 4 * parameters / 1e9,
+                      gigabytes])
+    for stage, name in product(dict.fromkeys(row[2] for row in rows if row[2]), args.model):
+        parts = [counts.get((name, "U-Net", stage, kind), (0, 0)) for kind in KINDS]
+        if any(parameters for parameters, _ in parts):           # KOALA-700M has no Mid
+            parameter_bars[f"{stage}  {name}"] = [parameters / 1e6 for parameters, _ in parts]
+            work_bars[f"{stage}  {name}"] = [flops / 2e9 for _, flops in parts]
+    header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(["", "M parameters", "paper's M", "T multiply-adds", "GB in float32", "paper's GB"], table)
     print("multiply-adds are of one image, and of one pass of the U-Net, without guidance")
-    names = ["residual blocks", "transformers", "rest"]
     return image_grid([
-        [bar_chart("Parameters by stage", names, parameter_bars, "millions")],
-        [bar_chart("Work by stage, in one pass", names, work_bars, "billions of multiply-adds")]])
+        [bar_chart("Parameters by stage", KINDS, parameter_bars, "millions")],
+        [bar_chart("Work by stage, in one pass", KINDS, work_bars, "billions of multiply-adds")]])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -301,25 +277,23 @@ def describe_device(device: str, dtype: torch.dtype) -> str:
 def latency(args: argparse.Namespace) -> Image.Image:
     """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
     device, names = resolve_device(args.device), ["text encoders", "U-Net", "VAE decoder"]
-    dtype, rows, bars = resolve_dtype(args.precision, device), [], defaultdict(lambda: defaultdict(list))
-    for model_name, name in tqdm([*product(args.model, names)], "latency"):
+    dtype, rows, bars = resolve_dtype(args.precision, device), [], defaultdict(list)
+    for model_name in tqdm(args.model, "latency"):
         clips, vae, unet = read_configs(model_name)
-        size, passes = args.size or unet.sample_size * vae.downscale, args.steps if name == "U-Net" else 1
-        if name == "text encoders":
-            network, inputs = build_clips(clips)
-        else:
-            network, inputs = build_networks(clips, vae, unet, size, batch=2)[name]
-        flops = passes * count_network(network, inputs)[1]
-        reset_peak_memory(device)
-        seconds = time_network(network, fill(network, inputs, dtype, device), passes, args.repeat)
-        del network, inputs                                      # before the next is built and measured
-        bars["measured"][model_name].append(seconds)
-        paper = math.nan
-        if model_name in PAPER and (size, args.steps) == (1024, 25):
-            paper = PAPER[model_name][name][2]
-            bars["paper, RTX 4090"][model_name].append(paper)
-        rows.append([model_name, name, flops / 1e9, seconds, flops / seconds / 1e9, peak_memory(device),
-                     paper])
+        size = args.size or unet.sample_size * vae.downscale
+        networks = {"text encoders": build_clips(clips)} | build_networks(clips, vae, unet, size, batch=2)
+        for name in names:
+            network, inputs = networks.pop(name)                 # alone on the device: the one before is gone
+            passes, paper = args.steps if name == "U-Net" else 1, math.nan
+            flops = passes * count_network(network, inputs)[1]
+            reset_peak_memory(device)
+            seconds = time_network(network, fill(network, inputs, dtype, device), passes, args.repeat)
+            bars[f"{model_name}, measured"].append(seconds)
+            if model_name in PAPER and (size, args.steps) == (1024, 25):
+                paper = PAPER[model_name][name][2]
+                bars[f"{model_name}, paper's RTX 4090"].append(paper)
+            rows.append([model_name, name, flops / 1e9, seconds, flops / seconds / 1e9, peak_memory(device),
+                         paper])
     header = ["model", "network", "GFLOP", "seconds", "GFLOP/s", "peak GB", "paper, RTX 4090"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)

@@ -16,7 +16,6 @@ import sys
 import tarfile
 from array import array
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -38,12 +37,6 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; 
 KINDS = {ending: "image" for ending, name in Image.registered_extensions().items() if name in FORMATS}
 KINDS |= {".txt": "txt", ".json": "json"}
 LARGEST_FILE = 64 * 2**20  # bytes; a larger file is no image of a training set
-PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
-    f"{subject}, {style}" for subject, style in product(
-        ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
-         "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
-         "a knight resting under a tree", "a koala on a branch"),
-        ("anime", "concept art", "oil painting", "photo"))]
 
 
 class Skip(Exception):

@@ -5,7 +5,7 @@ Tables in the terminal, and pictures: grids of images, charts of lines, bars and
 import math
 from functools import cache
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -25,19 +25,14 @@ def font(size: int = 26) -> ImageFont.ImageFont:
 
 
 def format_number(value: object) -> str:
-    """A number with commas or with four digits; nan is blank, and text stays as it is."""
+    """A number with commas or with four digits, nan blank; "mean ± spread" of a pair; a text as it is."""
+    if isinstance(value, tuple):
+        return " ± ".join(format_number(number) for number in value if not math.isnan(number))
     if isinstance(value, float):
         if math.isnan(value):
             return ""
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def format_score(mean: float, spread: float = math.nan, digits: int = 3) -> str:
-    """A mean, with its spread unless that is nan; blank if the mean is nan."""
-    if math.isnan(mean):
-        return ""
-    return f"{mean:.{digits}f}" if math.isnan(spread) else f"{mean:.{digits}f} ± {spread:.{digits}f}"
 
 
 def print_table(header: list[str], rows: list[list]):
@@ -49,18 +44,14 @@ def print_table(header: list[str], rows: list[list]):
         print(first.ljust(widths[0]), *cells, sep="  ")
 
 
-def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None = None,
-               column_names: list[str] | None = None, gap: int = 0) -> Image.Image:
-    """
-    Images of one width, and of one height in each row, `gap` pixels apart, with the names of rows and columns
-    if there are any; None leaves a place empty.
-    """
+def image_grid(rows: list[list[Image.Image | None]], row_names: Sequence[str] = (),
+               column_names: Sequence[str] = (), gap: int = 0) -> Image.Image:
+    """Images of one width, and of one height in each row, `gap` pixels apart; None leaves a place empty."""
     width = max(image.width for row in rows for image in row if image)
     heights = [max(image.height for image in row if image) for row in rows]
-    size = 25 if width >= 150 else 16 if width >= 96 else 12     # of letters
     across = width + gap
-    left = 16 + int(max(font(size).getlength(name) for name in row_names)) if row_names else 0
-    top = size + 12 if column_names else 0
+    left = 16 + int(max(font().getlength(name) for name in row_names)) if row_names else 0
+    top = 38 if column_names else 0
     tops = [top + sum(heights[:y]) + gap * y for y in range(len(rows))]
     right = left + across * max(len(row) for row in rows) - gap
     picture = Image.new("RGB", (right, tops[-1] + heights[-1]), "white")
@@ -69,10 +60,10 @@ def image_grid(rows: list[list[Image.Image | None]], row_names: list[str] | None
         for x, image in enumerate(row):
             if image:
                 picture.paste(image, (left + x * across, tops[y]))
-    for y, name in enumerate(row_names or []):
-        draw.text((left // 2, tops[y] + heights[y] // 2), name, INK, font(size), "mm")
-    for x, name in enumerate(column_names or []):
-        draw.text((left + x * across + width // 2, top // 2), name, INK, font(size), "mm")
+    for y, name in enumerate(row_names):
+        draw.text((left // 2, tops[y] + heights[y] // 2), name, INK, font(), "mm")
+    for x, name in enumerate(column_names):
+        draw.text((left + x * across + width // 2, top // 2), name, INK, font(), "mm")
     return picture
 
 
@@ -89,13 +80,16 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
     return [round(step * i, 10) for i in range(first, last + 1)]
 
 
-def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float, str], height: int,
-         x_name: str, y_name: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw, Callable]:
+def axes(title: str, names: list[str], x_name: str, x_ticks: list[float], y_ticks: dict[float, str],
+         y_name: str = "") -> tuple[Image.Image, ImageDraw.ImageDraw, Callable]:
     """
     An empty chart, a pen for it, and a function from (x, y) to pixels. `names` are the legend's, in COLORS.
 
-    Ticks reach from one end of an axis to the other. Without `y_name` the y axis has categories.
+    Ticks reach from one end of an axis to the other. Without `y_name` they are rows, 0, 1, ... from the top.
     """
+    low, high, height = min(y_ticks), max(y_ticks), 560
+    if not y_name:
+        low, high, height = len(y_ticks) - 0.5, -0.5, max(40, 14 * len(names)) * len(y_ticks)
     left, top = 56 + max(font().getlength(label) for label in y_ticks.values()), 176 if y_name else 130
     right, bottom = WIDTH - 48, top + height
     picture = Image.new("RGB", (WIDTH, bottom + 110), "white")
@@ -103,7 +97,7 @@ def axes(title: str, names: list[str], x_ticks: list[float], y_ticks: dict[float
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (left + (right - left) * (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]),
-                bottom - height * (y - min(y_ticks)) / (max(y_ticks) - min(y_ticks)))
+                bottom - height * (y - low) / (high - low))
 
     draw.text((24, 38), title, INK, font(30), "lm")
     draw.text((24, 142), y_name, INK, font(), "lm")
@@ -130,7 +124,7 @@ def line_chart(title: str, x_name: str, y_name: str, curves: dict[str, list[tupl
     """Curves of points (x, y, spread), each in a band; with `log`, y and spread are decimal logarithms."""
     xs, ys, spreads = np.array(sum(curves.values(), [])).T       # (points,) each
     y_ticks = {y: f"{10**y:.2g}" if log else f"{y:g}" for y in ticks(min(ys - spreads), max(ys + spreads))}
-    picture, draw, place = axes(title, list(curves), ticks(min(xs), max(xs)), y_ticks, 560, x_name, y_name)
+    picture, draw, place = axes(title, list(curves), x_name, ticks(min(xs), max(xs)), y_ticks, y_name)
     for curve, color in zip(curves.values(), COLORS):
         if not curve:
             continue                                             # but it keeps its color
@@ -143,52 +137,34 @@ def line_chart(title: str, x_name: str, y_name: str, curves: dict[str, list[tupl
     return picture
 
 
-def row_axes(title: str, names: list[str], groups: dict[str, dict[str, list]], x_ticks: list[float],
-             x_name: str) -> tuple[Image.Image, ImageDraw.ImageDraw, Callable, list[tuple[float, list]]]:
-    """`axes` with a row for each label of `groups`, below its heading; and the y and content of each row."""
-    labels, headings, rows = [], {}, []                          # labels from the top; y grows upwards
-    for heading, group in groups.items():
-        headings[-len(labels)] = heading
-        labels.append("")
-        for label, content in group.items():
-            rows.append((-len(labels), content))
-            labels.append(label)
-    y_ticks = {0.6: ""} | {-i: label for i, label in enumerate(labels)} | {0.4 - len(labels): ""}
-    height = max(40, 14 * len(names)) * len(labels)
-    picture, draw, place = axes(title, names, x_ticks, y_ticks, height, x_name)
-    for y, heading in headings.items():
-        draw.text((24, place(0, y)[1]), heading, INK, font(), "lm")
-    return picture, draw, place, rows
-
-
-def bar_chart(title: str, names: list[str], groups: dict[str, dict[str, list[float]]],
-              x_name: str) -> Image.Image:
-    """A bar for each label of `groups`, with its total; a bar has a length for each of `names`."""
-    longest = max(sum(bar) for group in groups.values() for bar in group.values())
-    picture, draw, place, rows = row_axes(title, names, groups, ticks(0, 1.1 * longest), x_name)
-    for y, bar in rows:
+def bar_chart(title: str, names: list[str], rows: dict[str, list[float]], x_name: str) -> Image.Image:
+    """A bar for each row, with its total; it has a length for each of `names`."""
+    longest = max(sum(lengths) for lengths in rows.values())
+    picture, draw, place = axes(title, names, x_name, ticks(0, 1.1 * longest), dict(enumerate(rows)))
+    for y, lengths in enumerate(rows.values()):
         total = 0.0
-        for length, color in zip(bar, COLORS):
-            draw.rectangle((*place(total, y + 0.4), *place(total + length, y - 0.4)), color)
+        for length, color in zip(lengths, COLORS):
+            draw.rectangle((*place(total, y - 0.4), *place(total + length, y + 0.4)), color)
             total += length
-        x, middle = place(total, y)
-        draw.text((x + 12, middle), format_number(total), INK, font(), "lm")
+        end, middle = place(total, y)
+        draw.text((end + 12, middle), format_number(total), INK, font(), "lm")
     return picture
 
 
-def dot_chart(title: str, names: list[str], groups: dict[str, dict[str, list[tuple[float, float]]]],
-              x_name: str, share: bool = False) -> Image.Image:
-    """For each label of `groups` a (value, spread), or nan, for each of `names`; `share`: from 0 to 1."""
-    dots = np.array([dot for group in groups.values() for row in group.values() for dot in row])
-    low, high = (0.0, 1.0) if share else (np.nanmin(dots[:, 0] - dots[:, 1]), np.nanmax(dots.sum(axis=1)))
-    picture, draw, place, rows = row_axes(title, names, groups, ticks(low, high), x_name)
-    for y, row in rows:
-        for i, ((value, spread), color) in enumerate(zip(row, COLORS)):
-            y_dot = y + 0.7 * ((len(row) - 1) / 2 - i) / len(row)  # dots of a row do not hide each other
-            if not math.isnan(value):
-                ends = max(low, value - spread), min(high, value + spread)
-                draw.line((*place(ends[0], y_dot), *place(ends[1], y_dot)), color, 4)
-                draw.circle(place(value, y_dot), 8, color)
+def dot_chart(title: str, names: list[str], rows: dict[str, list[tuple[float, float]]], x_name: str,
+              share: bool = False) -> Image.Image:
+    """A row of dots (value, spread), each number or nan, one for each of `names`; `share`: from 0 to 1."""
+    dots = np.array(list(rows.values()))                         # (rows, names, 2)
+    values, spreads = dots[..., 0], np.nan_to_num(dots[..., 1])
+    low, high = (0.0, 1.0) if share else (np.nanmin(values - spreads), np.nanmax(values + spreads))
+    picture, draw, place = axes(title, names, x_name, ticks(low, high), dict(enumerate(rows)))
+    for (row, i), value in np.ndenumerate(values):
+        if not math.isnan(value):
+            y = row + 0.7 * (i - (len(names) - 1) / 2) / len(names)  # dots of a row do not hide each other
+            start, end = np.clip([value - spreads[row, i], value + spreads[row, i]], low, high)
+            color = COLORS[i % len(COLORS)]
+            draw.line((*place(start, y), *place(end, y)), color, 4)
+            draw.circle(place(value, y), 8, color)
     return picture
 
 

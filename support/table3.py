@@ -24,37 +24,36 @@ from tqdm import tqdm
 
 import distill
 from sample import load_pipeline
-from support.data import PROMPTS
 from support.files import read_csv, write_csv
 from support.hub import resolve_device
-from support.plots import dot_chart, format_score, print_table
-from support.table4 import all_toys, find_clip, load_clip
+from support.plots import dot_chart, print_table
+from support.table4 import PROMPTS, all_toys, find_clip, load_clip
 from toy import shapes
 
 
 class Row(NamedTuple):
-    """A row of Table 3: what is distilled, and the paper's HPSv2."""
+    """A row of Table 3: the paper's HPSv2, and what is distilled, as flags of distill.py have it."""
 
-    hpsv2: float
+    hpsv2: str
     features: str
     blocks: str = "bottom"
-    normalize: bool = False                                      # each feature by its teacher's mean square
+    normalize: bool = False
 
 
 TABLE = {  # from the paper's best row to its worst
-    "3a": {"SA": Row(26.74, "SA"), "LF (BK-SDM)": Row(26.63, "LF"), "FFN": Row(26.48, "FFN"),
-           "Res": Row(26.27, "Res"), "CA": Row(26.11, "CA"), "task loss only": Row(25.53, "none")},
-    "3b": {"SA at UP-1": Row(26.52, "SA@UP-1"), "SA at UP-2": Row(26.05, "SA@UP-2"),
-           "SA at Mid": Row(25.66, "SA@Mid"), "SA at DW-3": Row(25.57, "SA@DW-3"),
-           "task loss only": Row(25.53, "none"), "SA at DW-2": Row(25.32, "SA@DW-2")},
-    "3c": {"SA-bottom": Row(26.74, "SA"), "SA-interleave": Row(26.58, "SA", "interleave"),
-           "SA-up": Row(26.48, "SA", "up")},
-    "3d": {"SA + LF at DW-1 & UP-3": Row(26.98, "SA,LF@DW-1,LF@UP-3"),
-           "SA + Res at DW-1 & UP-3": Row(26.94, "SA,Res@DW-1,Res@UP-3"),
-           "SA + LF all": Row(26.83, "SA,LF"), "SA + Res all": Row(26.80, "SA,Res"),
-           "SA only": Row(26.74, "SA"),
-           "SA + CA + Res + FFN + LF all": Row(26.39, "SA,CA,Res,FFN,LF"),
-           "SA + LF at DW-1 & UP-3, normalized": Row(math.nan, "SA,LF@DW-1,LF@UP-3", normalize=True)}}
+    "3a": {"SA": Row("26.74", "SA"), "LF (BK-SDM)": Row("26.63", "LF"), "FFN": Row("26.48", "FFN"),
+           "Res": Row("26.27", "Res"), "CA": Row("26.11", "CA"), "task loss only": Row("25.53", "none")},
+    "3b": {"SA at UP-1": Row("26.52", "SA@UP-1"), "SA at UP-2": Row("26.05", "SA@UP-2"),
+           "SA at Mid": Row("25.66", "SA@Mid"), "SA at DW-3": Row("25.57", "SA@DW-3"),
+           "task loss only": Row("25.53", "none"), "SA at DW-2": Row("25.32", "SA@DW-2")},
+    "3c": {"SA-bottom": Row("26.74", "SA"), "SA-interleave": Row("26.58", "SA", "interleave"),
+           "SA-up": Row("26.48", "SA", "up")},
+    "3d": {"SA + LF at DW-1 & UP-3": Row("26.98", "SA,LF@DW-1,LF@UP-3"),
+           "SA + Res at DW-1 & UP-3": Row("26.94", "SA,Res@DW-1,Res@UP-3"),
+           "SA + LF all": Row("26.83", "SA,LF"), "SA + Res all": Row("26.80", "SA,Res"),
+           "SA only": Row("26.74", "SA"),
+           "SA + CA + Res + FFN + LF all": Row("26.39", "SA,CA,Res,FFN,LF"),
+           "SA + LF at DW-1 & UP-3, normalized": Row("", "SA,LF@DW-1,LF@UP-3", normalize=True)}}
 FINDINGS = {  # of section 4.2: the mean of some rows is better than that of each group of others
     "3a": ("F1, self-attention is the best type of feature",
            ["SA"], [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
@@ -70,8 +69,8 @@ SCORES = (*shapes.SCORES, "distance")  # of a run
 def distill_flags(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
     """The flags of a run: KOALA-1B on task and featKD, without outKD (section 4.2). Later flags win."""
     return [*args.distill, "--student", "1b", "--out-kd", "0", "--feat-kd", "1", "--features", row.features,
-            "--sa-blocks", row.blocks, "--steps", str(args.steps), "--batch", str(args.batch),
-            "--seed", str(seed), "--judge", "0", "--preview-every", "0",
+            "--sa-blocks", row.blocks, "--steps", str(args.steps), "--seed", str(seed), "--judge", "0",
+            "--preview-every", "0",
             "--normalize-features" if row.normalize else "--no-normalize-features"]
 
 
@@ -110,54 +109,54 @@ def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
 
     The judge's are nan unless the teacher is a toy. The distance is to the teacher's images.
     """
-    name = f"score-{steps}-{len(prompts)}"                       # by steps, as a run may be made longer
-    path = folder / (f"{name}-{quote(scorer, safe='')}.csv" if scorer else f"{name}.csv")
-    if not path.exists():
-        images = draw(teacher, prompts, folder / "unet")
+    name = f"score-{steps}-{len(prompts)}-{quote(scorer or '', safe='')}.csv"  # a run may be made longer
+    if not (folder / name).exists():
+        images, expected = draw(teacher, prompts, folder / "unet"), draw(teacher, prompts)
         scores = dict.fromkeys(SCORES, math.nan)
         if all_toys([teacher]):
             scores |= shapes.scores(images, prompts)
-        scores["distance"] = statistics.fmean(map(picture_distance, images, draw(teacher, prompts)))
+        scores["distance"] = statistics.fmean(map(picture_distance, images, expected))
         if scorer:
-            clip = load_clip(find_clip(scorer), resolve_device(None))  # after the pipelines, which are gone
-            scores[scorer] = statistics.fmean(clip(*pair)[0] for pair in zip(images, prompts))
-        write_csv(path, list(scores), [list(scores.values())])
-    names = [*SCORES, scorer] if scorer else SCORES
-    row, = read_csv(path, names)
-    return [float(row[name]) for name in names]
+            clip = load_clip(scorer, resolve_device(None))       # after the pipelines, which are gone
+            scores[scorer] = statistics.fmean(map(clip, images, prompts))
+        write_csv(folder / name, list(scores), [list(scores.values())])
+    row, = read_csv(folder / name)
+    return [float(value) for value in row.values()]
 
 
-def verdict(gains: list[np.ndarray]) -> str:
-    """
-    Whether some rows are better than each group of others, from their gains (seeds,) over each group.
-
-    A gain is clear if its mean is larger than its standard deviation; runs of a seed share data and noise.
-    """
-    if len(gains[0]) < 2:
-        return "too close to tell, for one seed has no spread"
-    if all(gain.mean() > gain.std(ddof=1) for gain in gains):
-        return "agrees"
-    if any(gain.mean() < -gain.std(ddof=1) for gain in gains):
-        return "disagrees"
-    return "too close to tell"
+def mean_and_spread(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation over seeds, the last axis; a single one has a spread of nan."""
+    means = scores.mean(axis=-1)
+    return means, scores.std(axis=-1, ddof=1) if scores.shape[-1] > 1 else means * math.nan
 
 
 def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray],
                   names: Sequence[str] = SCORES) -> str:
-    """What each of `names` says of a finding; `scores` (names, seeds) are by row of the finding's table."""
-    best, verdicts = np.mean([scores[row] for row in better], axis=0), []  # (names, seeds)
+    """
+    What each of `names` says of a finding; `scores` (names, seeds) are by row of the finding's table.
+
+    A gain is clear if its mean is larger than its spread over seeds: runs of a seed share data and noise.
+    """
+    best, verdicts = np.mean([scores[row] for row in better], axis=0), []
     gains = [best - np.mean([scores[row] for row in group], axis=0) for group in worse]
-    for i, name in enumerate(names):
-        sign = -1 if name == "distance" else 1                   # of all others, more is better
-        if not np.isnan(best[i]).any():
-            verdicts.append(f"by {name} {verdict([sign * gain[i] for gain in gains])}")
+    means, spreads = mean_and_spread(np.stack(gains))            # (groups, names)
+    for name, gain, spread in zip(names, means.T, spreads.T):    # (groups,)
+        if name == "distance":                                   # of all others, more is better
+            gain = -gain
+        if (gain > spread).all():
+            verdicts.append(f"by {name} agrees")
+        elif (gain < -spread).any():
+            verdicts.append(f"by {name} disagrees")
+        elif not np.isnan(gain).any():
+            verdicts.append(f"by {name} too close to tell")
     return "; ".join(verdicts)
 
 
 def ablation(args: argparse.Namespace) -> Image.Image:
     """Runs and scores every row with every seed; rows that are the same run are run once."""
     tables = list(TABLE) if args.table == "all" else [args.table]
-    teacher = distill.parse_args(distill_flags(args, TABLE["3a"]["SA"], 0)).teacher  # checks all flags, too
+    settings = distill.parse_args(distill_flags(args, TABLE["3a"]["SA"], 0))  # fails now if a flag is wrong
+    teacher = settings.teacher
     prompts, names, shown = tuple(PROMPTS[:args.judge]), [*SCORES], ["distance"]
     if all_toys([teacher]):                                      # captions that were not trained on
         prompts, shown = tuple(shapes.judge_captions(args.judge)), [*shapes.SCORES]
@@ -174,17 +173,14 @@ def ablation(args: argparse.Namespace) -> Image.Image:
         for run, folder in zip(runs, folders):
             results[run] = score(folder, args.steps, teacher, prompts, args.scorer)
 
-    rows, charts, verdicts = [], {}, []
+    rows, dots, verdicts = [], {}, []
     for table in tables:
-        scores, charts[f"Table {table}"] = {}, {}
+        scores = {}
         for label, row in TABLE[table].items():
             scores[label] = np.array([results[row, seed] for seed in range(args.seeds)]).T  # (names, seeds)
-            means = scores[label].mean(axis=1)
-            spreads = scores[label].std(axis=1, ddof=1) if args.seeds > 1 else means * math.nan
-            paper = format_score(row.hpsv2, digits=2)
-            rows.append([table, label, paper, *np.stack([means, spreads], axis=1).flatten().tolist()])
-            dots = dict(zip(names, zip(means, np.nan_to_num(spreads))))
-            charts[f"Table {table}"][f"{label}  {paper}"] = [dots[name] for name in shown]
+            cells = np.stack(mean_and_spread(scores[label]), axis=1)  # (names, 2)
+            rows.append([table, label, row.hpsv2, *cells.flatten().tolist()])
+            dots[f"{table}  {label}  {row.hpsv2}"] = [cells[names.index(name)] for name in shown]
         claim, better, worse = FINDINGS[table]
         verdicts.append(f"{claim}: {check_finding(better, worse, scores, names)}")
     columns = [name + kind for name, kind in product(names, ("", " spread"))]
@@ -192,7 +188,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(header, rows)
     print(*verdicts, sep="\n")
-    title = (f"Table 3, KOALA-1B of {Path(teacher).name}: {args.steps} steps of {args.batch}, "
+    title = (f"Table 3, KOALA-1B of {Path(teacher).name}: {args.steps} steps of {settings.batch}, "
              f"{args.seeds} seeds, {len(prompts)} captions")
-    return dot_chart(title, shown, charts, "score, and its spread over seeds; rows have the paper's HPSv2",
+    return dot_chart(title, shown, dots, "score, and its spread over seeds; rows have the paper's HPSv2",
                      share=shown == [*shapes.SCORES])

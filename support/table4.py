@@ -13,11 +13,11 @@ import re
 import statistics
 import time
 from collections import defaultdict
+from itertools import product
 from pathlib import Path
 from typing import Callable, Iterable
 from urllib.parse import quote
 
-import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
@@ -25,10 +25,9 @@ from tqdm import tqdm
 import model
 from sample import load_pipeline
 from support.costs import count_parameters, describe_device, read_configs
-from support.data import PROMPTS
 from support.files import atomic_write, write_csv
 from support.hub import local_folder, preset, resolve_device, resolve_dtype
-from support.plots import dot_chart, format_score, print_table
+from support.plots import dot_chart, print_table
 from support.text import SMALL_VOCABULARY
 from toy import shapes
 
@@ -36,7 +35,14 @@ CLIPS = {
     "hpsv2": "adams-story/HPSv2-hf",                             # xswu/HPSv2 as a CLIPModel
     "pickscore": "yuvalkirstain/PickScore_v1",
     "clip": "openai/clip-vit-large-patch14"}
-SCORERS = (*CLIPS, "compbench", "judge")
+OWN_SCORERS = {"judge": shapes.judge, "compbench": lambda image, prompt: math.nan}
+UNKNOWN = math.nan, math.nan  # a mean, and its standard error
+PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
+    f"{subject}, {style}" for subject, style in product(
+        ("a portrait of an old fisherman", "a fox and a rabbit in the snow", "a castle above a foggy valley",
+         "two children flying a kite", "a bowl of oranges beside a blue vase", "a tram in a rainy street",
+         "a knight resting under a tree", "a koala on a branch"),
+        ("anime", "concept art", "oil painting", "photo"))]
 COLUMNS = {  # of Table 4, named as the benchmarks' files are
     "hpsv2": ("anime", "concept-art", "paintings", "photo"),
     "compbench": ("color", "shape", "texture", "spatial", "non_spatial", "complex")}
@@ -64,105 +70,83 @@ python CLIPScore_eval/CLIP_similarity.py --outpath {{0}} --complex True
 (cd 3_in_1_eval && python 3_in_1.py --outpath {{0}})  # ten pictures a prompt: give each ten times"""}
 
 
-def paper_scores(name: str, scorer: str, columns: Iterable[str]) -> dict[str, float]:
-    """The published scores of a row of PAPER in these columns, and their average."""
-    scores = dict(zip(sum(COLUMNS.values(), ()), PAPER[name][1:]))
-    scores = {column: scores[column] for column in COLUMNS.get(scorer, ()) if column in columns}
-    return scores | {"average": statistics.fmean(scores.values())} if scores else {}
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Prompts
 
 
-def read_prompt_file(path: Path) -> list[str]:
-    """The prompts of a text, one a line, or of a JSON list, as HPSv2's are. Raises OSError or ValueError."""
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = json.loads(text) if path.suffix == ".json" else text.splitlines()
-        prompts = [line.strip() for line in lines if line.strip()]
-    except (ValueError, TypeError, AttributeError):
-        prompts = lines = []
-    if not prompts or not isinstance(lines, list):
-        raise ValueError(f"--prompts {path} has no prompts, or is neither UTF-8 nor a JSON list")
-    return prompts
-
-
-def read_prompt_groups(path: Path, limit: int | None) -> dict[str, list[str]]:
+def read_prompts(path: Path | None, limit: int | None = None) -> dict[str, list[str]]:
     """
-    The first `limit` prompts of a file, or of each file of a folder, by the name of the file.
+    The first `limit` prompts of a text, one a line, or of a JSON list, by the name of the file; or PROMPTS.
 
-    Of a folder these are the JSON lists, as HPSv2 publishes them, or T2I-CompBench's *_val.txt, or any *.txt.
+    Of a folder all JSON lists, as HPSv2 publishes them, or T2I-CompBench's *_val.txt, or else any *.txt.
+    Raises OSError or ValueError.
     """
-    files = [path]
-    if path.is_dir():
-        files = sorted(path.glob("*.json")) or sorted(path.glob("*_val.txt")) or sorted(path.glob("*.txt"))
-        if not files:
-            raise FileNotFoundError(f"--prompts {path} has no .json or .txt files")
-    return {file.stem.removesuffix("_val"): read_prompt_file(file)[:limit] for file in files}
+    if path is None:
+        return {"prompts": PROMPTS[:limit]}
+    groups = {}
+    files = sorted(path.glob("*.json")) or sorted(path.glob("*_val.txt")) or sorted(path.glob("*.txt"))
+    for file in files or [path]:
+        try:
+            text = file.read_text(encoding="utf-8")
+            lines = json.loads(text) if file.suffix == ".json" else text.splitlines()
+            prompts = [line.strip() for line in lines if line.strip()]
+        except (ValueError, TypeError, AttributeError):          # not UTF-8, not JSON, not a list of texts
+            prompts = []
+        if not prompts:
+            raise ValueError(f"--prompts {file} has no prompts, or is neither UTF-8 nor a JSON list")
+        groups[file.stem.removesuffix("_val")] = prompts[:limit]
+    return groups
 
 
 def all_toys(names: list[str]) -> bool:
     """Whether all these models have a vocabulary of fewer than 1,000 tokens, and so read only captions."""
-    for name in names:
-        vocabulary = local_folder(preset(name).source, ("tokenizer",)) / "tokenizer" / "vocab.json"
-        if not vocabulary.is_file() or len(model.read_json(vocabulary)) >= SMALL_VOCABULARY:
-            return False
-    return True
+    files = [local_folder(preset(name).source, ("tokenizer",)) / "tokenizer" / "vocab.json" for name in names]
+    return all(file.is_file() and len(model.read_json(file)) < SMALL_VOCABULARY for file in files)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
 
-def find_clip(name: str) -> Path:
+def load_clip(name: str, device: str) -> Callable[[Image.Image, str], float]:
     """
-    The folder of a key of CLIPS, or of another CLIPModel. HPSv2 (Wu et al., arXiv 2306.09341) and PickScore
-    (Kirstain et al., arXiv 2305.01569) are CLIPs that were trained on what people prefer.
+    What gives 100 x the cosine of a picture and its prompt, by a key of CLIPS or another CLIPModel. HPSv2 (Wu
+    et al., arXiv 2306.09341) and PickScore (Kirstain et al., arXiv 2305.01569) are CLIPs that were trained on
+    what people prefer. Raises OSError or ValueError.
     """
-    if name not in CLIPS and "/" not in name and not Path(name).is_dir():
-        raise ValueError(f"--scorer {name} is neither {', '.join(SCORERS)}, nor a hub id or folder")
-    return local_folder(CLIPS.get(name, name), ("scorer",))
-
-
-def load_clip(folder: Path, device: str) -> Callable[[Image.Image, str], list[float]]:
-    """What gives 100 x the cosine of a picture and its prompt. Raises FileNotFoundError or ValueError."""
-    import transformers  # slow to import, and seldom needed
+    import transformers                                          # slow, and seldom needed
     transformers.logging.set_verbosity_error()                   # no warnings about other packages
     transformers.logging.disable_progress_bar()
 
-    processor_folder = folder
+    folder = processor_folder = find_clip(name)
     if not any(folder.glob("*processor_config.json")):           # a conversion; OpenAI's is the same for all
         processor_folder = local_folder(CLIPS["clip"], ("scorer",), weights=False)
     processor = transformers.AutoProcessor.from_pretrained(processor_folder)
     network, report = transformers.CLIPModel.from_pretrained(
-        None, config=transformers.CLIPConfig.from_pretrained(folder), dtype=torch.float32,
-        state_dict=model.read_weights(folder, "model", torch.float32), output_loading_info=True)
+        folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
     if report["missing_keys"]:
         raise ValueError(f"{folder} lacks tensors of a CLIPModel, such as {min(report['missing_keys'])}")
     network.eval().to(device)
 
     @torch.inference_mode()
-    def score(image: Image.Image, prompt: str) -> list[float]:
+    def score(image: Image.Image, prompt: str) -> float:
         length = network.config.text_config.max_position_embeddings
         inputs = processor(images=image, text=prompt, truncation=True, max_length=length, return_tensors="pt")
         output = network(**inputs.to(device))
-        return [100 * (output.image_embeds * output.text_embeds).sum().item()]
+        return 100 * (output.image_embeds * output.text_embeds).sum().item()
     return score
 
 
-def judge(image: Image.Image, caption: str) -> list[float]:
-    """The toy's judge: colour, shape and spatial, 0 or 1, or nan. Raises ValueError for other prompts."""
-    return [math.nan if score is None else score for score in shapes.judge(image, caption).values()]
+def find_clip(name: str) -> Path:
+    """The folder of a key of CLIPS or of another CLIPModel. Raises FileNotFoundError."""
+    return local_folder(CLIPS.get(name, name), ("scorer",))
 
 
-def mean_and_error(scores: np.ndarray) -> tuple[float, float]:
-    """The mean of those scores that are not nan, and its standard error."""
-    scores = scores[~np.isnan(scores)]
-    if not len(scores):
-        return math.nan, math.nan
-    error = scores.std(ddof=1) / len(scores) ** 0.5 if len(scores) > 1 else math.nan
-    return float(scores.mean()), float(error)
+def mean_and_error(scores: Iterable[float]) -> tuple[float, float]:
+    """The mean of those scores that are not nan, and its standard error; nan where there are too few."""
+    scores = [score for score in scores if not math.isnan(score)]
+    return (statistics.fmean(scores) if scores else math.nan,
+            statistics.stdev(scores) / len(scores) ** 0.5 if len(scores) > 1 else math.nan)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -178,12 +162,12 @@ def picture_path(folder: Path, index: int, prompt: str) -> Path:
     return folder / "samples" / f"{name}_{index:06}.png"
 
 
-def read_texts(path: Path) -> dict[str, str]:
-    """The texts in a PNG; none if there is no such file."""
+def read_note(path: Path) -> dict:
+    """How `draw_pictures` drew a PNG; nothing if it did not, or if there is no such file."""
     if not path.is_file():
         return {}
     with Image.open(path) as image:
-        return dict(image.info)
+        return json.loads(image.info.get("note", "{}"))
 
 
 def draw_pictures(name: str, args: argparse.Namespace,
@@ -196,28 +180,27 @@ def draw_pictures(name: str, args: argparse.Namespace,
     device, chosen = resolve_device(args.device), preset(name)
     dtype, steps = resolve_dtype(args.precision, device), args.steps or chosen.steps
     unet = model.part_folder(local_folder(chosen.unet, ("unet",), dtype in model.HALF), "unet")
-    weights = [(file.name, file.stat().st_mtime_ns) for file in sorted(unet.glob("*.safetensors"))]
+    weights = [[file.name, file.stat().st_mtime_ns] for file in sorted(unet.glob("*.safetensors"))]
     folder, paths, missing = args.pictures / f"{quote(name, safe='')}-{steps}", defaultdict(list), []
     for group, prompts in groups.items():
         for i, prompt in enumerate(prompts):
-            path, seed = picture_path(folder / group, i, prompt), args.seed + i
-            settings = json.dumps([prompt, seed, steps, chosen.guidance, str(dtype), weights])
+            path = picture_path(folder / group, i, prompt)
+            settings = [prompt, args.seed + i, steps, chosen.guidance, str(dtype), weights]
             paths[group].append(path)
-            if read_texts(path).get("settings") != settings:
-                missing.append((path, prompt, seed, settings))
+            if read_note(path).get("settings") != settings:
+                missing.append((path, settings))
     pipeline = load_pipeline(name, None, dtype, device, args.low_memory) if missing else None
     for first in tqdm(range(0, len(missing), 32), f"drawing {name}", unit="batch"):
-        files, prompts, seeds, settings = zip(*missing[first:first + 32])
-        start = time.perf_counter()
-        images = pipeline(list(prompts), steps=steps, seed=list(seeds))
+        batch, start = missing[first:first + 32], time.perf_counter()
+        prompts, seeds = [settings[0] for _, settings in batch], [settings[1] for _, settings in batch]
+        images = pipeline(prompts, steps=steps, seed=seeds)
         seconds = (time.perf_counter() - start) / len(images)
-        for path, image, own in zip(files, images, settings):
+        for image, (path, settings) in zip(images, batch):
             for old in path.parent.glob(f"*{path.name[-11:]}"):  # of this number, perhaps of another prompt
                 old.unlink()
+            note = {"settings": settings, "seconds": seconds, "device": describe_device(device, dtype)}
             info = PngImagePlugin.PngInfo()
-            info.add_text("settings", own)
-            info.add_text("seconds", str(seconds))
-            info.add_text("device", describe_device(device, dtype))
+            info.add_text("note", json.dumps(note))
             atomic_write(path, lambda path: image.save(path, pnginfo=info))
     return paths
 
@@ -226,66 +209,60 @@ def draw_pictures(name: str, args: argparse.Namespace,
 # The table
 
 
-def score_pictures(score: Callable | None, groups: dict[str, list[str]],
+def score_pictures(score: Callable, groups: dict[str, list[str]],
                    paths: dict[str, list[Path]]) -> dict[str, tuple[float, float]]:
-    """
-    Mean and standard error of each column, and the average of the means; nan if `score` is None.
-
-    The judge has a column for each of its scores, others have one for each group.
-    """
+    """Mean and standard error of each group's scores; or of each of the judge's."""
     scores = defaultdict(list)
     for group, prompts in groups.items():
-        columns = shapes.SCORES if score is judge else [group]
         for path, prompt in zip(tqdm(paths[group], f"scoring {group}"), prompts):
             with Image.open(path) as image:
-                values = score(image.convert("RGB"), prompt) if score else [math.nan]
-            for column, value in zip(columns, values):
+                found = score(image, prompt)
+            for column, value in (found if score is shapes.judge else {group: found}).items():
                 scores[column].append(value)
-    results = {column: mean_and_error(np.array(values)) for column, values in scores.items()}
-    return results | {"average": (statistics.fmean(mean for mean, _ in results.values()), math.nan)}
+    return {column: mean_and_error(values) for column, values in scores.items()}
 
 
 def quality(args: argparse.Namespace) -> Image.Image:
     """Draws with all models, and only then loads the scorer: the two are never in memory together."""
-    toys = all_toys(args.model)
-    groups = {"prompts": PROMPTS[:args.limit]}
-    if args.prompts:
-        groups = read_prompt_groups(args.prompts, args.limit)
-    elif toys:
+    toys, groups = all_toys(args.model), read_prompts(args.prompts, args.limit)
+    if toys and not args.prompts:
         groups = {"captions": shapes.judge_captions(args.limit or 256)}
-    scorer, score = args.scorer or ("judge" if toys else "hpsv2"), None
-    clip = find_clip(scorer) if scorer not in ("judge", "compbench") else None  # fails now, not after hours
+    scorer = args.scorer or ("judge" if toys else "hpsv2")
+    if scorer not in OWN_SCORERS:
+        find_clip(scorer)                                        # fails now, and not after hours
     pictures = {name: draw_pictures(name, args, groups) for name in args.model}
-    if scorer != "compbench":
-        score = load_clip(clip, resolve_device(args.device)) if clip else judge
+    score = OWN_SCORERS.get(scorer) or load_clip(scorer, resolve_device(args.device))
 
-    rows, table, drawn, published = [], [], {}, {}
-    digits = {"judge": 3, "compbench": 4}.get(scorer, 2)
+    results, costs = {}, {}                                      # by model, of which there may be more
     for name, paths in pictures.items():
-        results = score_pictures(score, groups, paths)
-        texts = [read_texts(path) for path in sum(paths.values(), [])]
-        seconds = statistics.median(float(text["seconds"]) for text in texts)
+        results[name] = score_pictures(score, groups, paths)
+        notes = [read_note(path) for path in sum(paths.values(), [])]
         with torch.device("meta"):
             parameters = count_parameters(model.UNet(read_configs(name)[2]))
-        rows += [[name, column, *result, parameters, seconds] for column, result in results.items()]
-        cells = [format_score(*result, digits) for result in results.values()]
-        table.append([name, parameters / 1e6, seconds, *cells])
-        drawn[name] = [(mean, np.nan_to_num(error)) for mean, error in results.values()][:-1]
+        costs[name] = parameters, statistics.median(note["seconds"] for note in notes)
         for group in groups.keys() & COMPBENCH.keys():
             print(COMPBENCH[group].format(paths[group][0].parents[1].resolve()))
-    columns = list(results)                                      # the last is the average
-    for row in PAPER:
-        scores = paper_scores(row, scorer, columns)
-        if scores:
-            means = [scores.get(column, math.nan) for column in columns]
-            cells = [format_score(mean, digits=digits) for mean in means]
-            table.append([f"{row}, published", PAPER[row][0], math.nan, *cells])
-            published[row] = [(mean, 0.0) for mean in means[:-1]]
-    write_csv(args.out.with_suffix(".csv"),
-              ["model", "column", "mean", "standard error", "parameters", "seconds"], rows)
-    print_table(["model", "M parameters", "s a picture", *columns], table)
-    title = f"Table 4 by {scorer}: {len(texts)} prompts, on {texts[0]['device']}"
+    columns = list(results[name])
+    for name, (millions, *scores) in PAPER.items():
+        published = dict(zip(sum(COLUMNS.values(), ()), scores))
+        known = [column for column in columns if column in COLUMNS.get(scorer, ())]
+        if known:
+            results[f"{name}, published"] = {column: (published[column], math.nan) for column in known}
+            costs[f"{name}, published"] = 1e6 * millions, math.nan
+
+    rows, table, dots = [], [], {}
+    for name, (parameters, seconds) in costs.items():
+        dots[name] = [results[name].get(column, UNKNOWN) for column in columns]
+        average, _ = mean_and_error(mean for mean, _ in dots[name])
+        cells = [*dots[name], (average, math.nan)]
+        table.append([name, parameters / 1e6, seconds, *cells])
+        if name in pictures:
+            rows += [[name, column, *cell, parameters, seconds]
+                     for column, cell in zip([*columns, "average"], cells)]
+    header = ["model", "column", "mean", "standard error", "parameters", "seconds"]
+    write_csv(args.out.with_suffix(".csv"), header, rows)
+    print_table(["model", "M parameters", "s a picture", *columns, "average"], table)
+    title = f"Table 4 by {scorer}: {len(notes)} prompts, on {notes[0]['device']}"
     print(f"{title}; parameters are the U-Net's, ± is a standard error over prompts")
-    charts = {"drawn here": drawn} | ({"published": published} if published else {})
-    return dot_chart(title, columns[:-1], charts, "mean, and its standard error over prompts",
-                     share=scorer in ("judge", "compbench"))
+    return dot_chart(title, columns, dots, "mean, and its standard error over prompts",
+                     share=scorer in OWN_SCORERS)

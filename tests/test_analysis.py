@@ -18,10 +18,10 @@ from analysis import (
     principal_components)
 from sample import load_pipeline
 from support import plots
-from support.data import PROMPTS
 from support.files import read_csv, write_csv
 from support.hub import TOY
 from support.table3 import picture_distance
+from support.table4 import PROMPTS
 from toy import shapes
 
 
@@ -202,7 +202,7 @@ def pixels_of(picture: Image.Image, color: str) -> np.ndarray:
 
 
 def test_bars_are_as_long_as_their_numbers():
-    picture = plots.bar_chart("t", ["first", "second"], {"g": {"a": [1.0, 2.0], "b": [4.0]}}, "x")
+    picture = plots.bar_chart("t", ["first", "second"], {"a": [1.0, 2.0], "b": [4.0]}, "x")
     first, second = (pixels_of(picture, color)[:, 1] for color in plots.COLORS[:2])
     assert np.ptp(first) / np.ptp(second) == pytest.approx(2, rel=0.02)
     assert second.min() - first.min() == pytest.approx(np.ptp(first) / 4, rel=0.02)  # beside each other
@@ -215,8 +215,8 @@ def test_a_curve_goes_up_where_its_numbers_do():
 
 
 def test_dots_are_at_their_numbers_and_a_share_ends_at_one():
-    groups = {"g": {"a": [(0.0, 0.0), (math.nan, 0.0), (1.0, 0.5)]}}
-    picture = plots.dot_chart("t", ["x", "y", "z"], groups, "score", share=True)
+    rows = {"a": [(0.0, math.nan), (math.nan, math.nan), (1.0, 0.5)]}
+    picture = plots.dot_chart("t", ["x", "y", "z"], rows, "score", share=True)
     low, none, high = (pixels_of(picture, color) for color in plots.COLORS[:3])
     zero, one = low[:, 1].min() + 8, high[:, 1].max() - 8        # dots have a radius of 8
     assert np.ptp(low[:, 1]) == 16 and not len(none)
@@ -224,8 +224,9 @@ def test_dots_are_at_their_numbers_and_a_share_ends_at_one():
 
 
 def test_numbers_are_readable():
-    numbers = [1234567, 2567.46, 0.123456, math.nan, "text"]
-    assert [plots.format_number(number) for number in numbers] == ["1,234,567", "2,567", "0.1235", "", "text"]
+    numbers = [1234567, 2567.46, 0.123456, math.nan, "text", (0.5, 0.25), (0.5, math.nan)]
+    assert [plots.format_number(number) for number in numbers] == [
+        "1,234,567", "2,567", "0.1235", "", "text", "0.5 ± 0.25", "0.5"]
 
 
 def test_curves_draw_every_loss_that_a_run_has(tmp_path):
@@ -257,13 +258,13 @@ def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
 
 def test_small_vocabularies_are_given_captions_and_others_prompts(folder, tmp_path):
     args = argparse.Namespace(prompts=None, model=["toy", str(folder)])
-    captions = analysis.read_prompts(args, 5)
+    captions = analysis.choose_prompts(args, 5)
     assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
     large = tmp_path / "tokenizer" / "vocab.json"
     large.parent.mkdir()
     large.write_text(str({f"{i}": i for i in range(1000)}).replace("'", '"'))
     args.model.append(str(tmp_path))
-    assert analysis.read_prompts(args, 5) == PROMPTS
+    assert analysis.choose_prompts(args, 5) == PROMPTS
 
 
 @pytest.mark.parametrize("command", [[], ["attention"], ["budget"], ["ablation"], ["quality"]])

@@ -15,7 +15,7 @@ import distill
 from model import UNet, UNetConfig
 from support import table3
 from support.files import read_csv
-from support.table3 import FINDINGS, TABLE, verdict
+from support.table3 import FINDINGS, TABLE, check_finding
 
 
 def run(*words):
@@ -24,7 +24,7 @@ def run(*words):
 
 def test_every_row_is_a_different_run_of_distill():
     student, teacher = (UNet(UNetConfig.from_diffusers(UNETS[name])) for name in ("1b", "sdxl"))
-    args, settings = SimpleNamespace(steps=1, batch=1, distill=["--seed", "7", "--lr", "0.5"]), {}
+    args, settings = SimpleNamespace(steps=1, distill=["--seed", "7", "--lr", "0.5"]), {}
     for row in (row for table in TABLE.values() for row in table.values()):
         parsed = distill.parse_args(table3.distill_flags(args, row, 2))
         assert (parsed.seed, parsed.out_kd, parsed.lr) == (2, 0, 0.5)  # the table's flags win
@@ -34,28 +34,27 @@ def test_every_row_is_a_different_run_of_distill():
 
 
 def test_the_papers_numbers():
-    assert [row.hpsv2 for row in TABLE["3a"].values()] == [26.74, 26.63, 26.48, 26.27, 26.11, 25.53]
+    hpsv2 = [float(row.hpsv2) for row in TABLE["3a"].values()]
+    assert hpsv2 == [26.74, 26.63, 26.48, 26.27, 26.11, 25.53]
     for table, (_, better, worse) in FINDINGS.items():
-        assert set(sum(worse, better)) <= TABLE[table].keys()
-        scores = {name: np.full((1, 3), row.hpsv2) + [[0, 0.01, 0]] for name, row in TABLE[table].items()}
-        assert table3.check_finding(better, worse, scores, ["HPSv2"]) == "by HPSv2 agrees", table
+        scores = {label: np.array([[float(row.hpsv2) + x for x in (0, 0.01, 0)]])
+                  for label, row in TABLE[table].items() if row.hpsv2}
+        assert check_finding(better, worse, scores, ["HPSv2"]) == "by HPSv2 agrees", table
 
 
-def test_a_verdict_is_by_the_spread():
-    clear, wide = np.array([0.4, 0.32, 0.37]), np.array([0.7, -0.3, 0.1])  # its mean is less than its spread
-    assert verdict([clear]) == verdict([clear, 2 * clear]) == "agrees"
-    assert verdict([-clear]) == verdict([clear, -clear]) == "disagrees"
-    assert verdict([clear, wide]) == verdict([wide]) == verdict([-wide]) == "too close to tell"
-    assert verdict([clear[:1]]).startswith("too close to tell")
+def test_a_finding_compares_means_of_rows_by_the_spread_over_seeds():
+    def check(gain: list[float], other: list[float], name: str = "shape") -> str:
+        rows = {"a": np.array([gain]), "b": np.array([gain]), "c": 0 * np.array([gain]),
+                "d": np.array([gain]) - np.array([other])}
+        return check_finding(["a", "b"], [["c"], ["d"]], rows, [name])
 
-
-def test_a_finding_compares_means_of_rows_seed_by_seed():
-    first, second = np.full((4, 3), 0.5), np.full((4, 3), 0.7)
-    low = np.array([[0.1, 0.2, 0.3]] * 3 + [[0.9, 0.8, 0.9]])
-    text = table3.check_finding(["a", "b"], [["c"]], {"a": first, "b": second, "c": low})
-    assert text.split("; ") == [f"by {score} agrees" for score in ("colour", "shape", "spatial", "distance")]
-    low[:3] = np.nan                                             # a teacher that is not the toy has no judge
-    assert table3.check_finding(["c"], [["a"]], {"a": first, "c": low}) == "by distance disagrees"
+    clear, wide = [0.4, 0.32, 0.37], [0.7, -0.3, 0.1]            # its mean is less than its spread
+    assert check(clear, clear) == "by shape agrees"
+    assert check(clear, [-0.4, -0.32, -0.37]) == "by shape disagrees"
+    assert check(clear, [-0.4, -0.32, -0.37], "distance") == "by distance disagrees"
+    assert check([-0.4, -0.32, -0.37], [-0.4, -0.32, -0.37], "distance") == "by distance agrees"
+    assert check(clear, wide) == check(wide, wide) == check([0.4], [0.4]) == "by shape too close to tell"
+    assert check([math.nan], [math.nan]) == ""                   # a teacher that is not the toy has no judge
 
 
 def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch, capsys):
@@ -68,8 +67,8 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
     # In this thread: distill.py hears signals in the main thread alone.
     monkeypatch.setattr(table3, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(table3.subprocess, "run", run_here)
-    command = ("--table", "3c", "--seeds", 1, "--steps", 1, "--batch", 1, "--judge", 2, "--jobs", 2,
-               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png", "--", "--teacher", teacher)
+    command = ("--table", "3c", "--seeds", 1, "--steps", 1, "--judge", 2, "--jobs", 2,
+               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png", "--", "--teacher", teacher, "--batch", 1)
     run(*command)
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
@@ -81,34 +80,29 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
     assert read_csv(tmp_path / "t.csv") == rows
 
 
-@pytest.mark.parametrize("log, status, message", [
-    ("error: the disk is full\n", 1, "the disk is full"), ("", -9, "-9")])
-def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch, log, status, message):
+def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch):
     started = []
 
     def fail(command, stdout, **rest):
         started.append(command)
-        stdout.write(log)
-        return subprocess.CompletedProcess(command, status)
+        stdout.write("error: the disk is full\n")
+        return subprocess.CompletedProcess(command, 1)
 
     monkeypatch.setattr(table3.subprocess, "run", fail)
-    with pytest.raises(ValueError, match=f"SA-bottom-200-0: .*{message}"):
-        run("--runs", tmp_path, "--out", tmp_path / "t.png")
+    command = ("--runs", tmp_path, "--out", tmp_path / "t.png", "--")
+    with pytest.raises(SystemExit, match="2"):                   # flags are checked before any run
+        run(*command, "--micro-batch", "0")
+    assert not started
+    with pytest.raises(ValueError, match="SA-bottom-200-0: the disk is full"):
+        run(*command)
     assert len(started) == 1
-
-
-def test_flags_for_distill_are_checked_before_any_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(table3.subprocess, "run", None)
-    with pytest.raises(SystemExit, match="2"):
-        run("--runs", tmp_path, "--out", tmp_path / "t.png", "--", "--micro-batch", "0")
 
 
 def test_a_run_is_scored_by_a_clip_too(tmp_path, monkeypatch):
     drawn = {None: Image.new("RGB", (8, 8)), tmp_path / "unet": Image.new("RGB", (8, 8), "white")}
     monkeypatch.setattr(table3, "draw", lambda teacher, prompts, unet=None: 2 * [drawn[unet]])
-    monkeypatch.setattr(table3, "find_clip", lambda name: name)
     monkeypatch.setattr(table3, "all_toys", lambda names: False)
-    monkeypatch.setattr(table3, "load_clip", lambda name, device: lambda image, prompt: [len(prompt)])
+    monkeypatch.setattr(table3, "load_clip", lambda name, device: lambda image, prompt: len(prompt))
     *judged, distance, clip = table3.score(tmp_path, 1, "sdxl", ("a", "abc"), "a/clip")
     assert (distance, clip) == (1, 2) and all(math.isnan(score) for score in judged)
     assert len(table3.score(tmp_path, 1, "sdxl", ("a", "abc"))) == 4  # another file
