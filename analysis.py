@@ -35,7 +35,7 @@ from support.hub import (
     PRECISIONS, PRESETS, ArgumentParser, model_name, nonempty, number, path, png_path, run)
 from support.plots import dot_chart, image_grid, line_chart, loss_curves, print_table
 from support.table3 import ablation, picture_distance
-from support.table4 import CLIPS, OWN_SCORERS, UNKNOWN, all_toys, mean_and_error, quality, read_prompts
+from support.table4 import SCORERS, UNKNOWN, all_toys, mean_and_error, quality, read_prompts
 from toy import shapes
 
 
@@ -108,18 +108,14 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
         yield image, maps.copy()
 
 
-def find_query(image: Image.Image, prompt: str) -> tuple[float, float, shapes.Object | None]:
-    """
-    Where the query is whose attention is drawn, as shares of width and height, and the object there: the one
-    that the toy's caption names first, or the center and None.
-    """
+def find_object(image: Image.Image, prompt: str) -> shapes.Object | None:
+    """The object that the toy's caption names first; None if it is missing, and for other prompts."""
     try:
         colour, _ = shapes.parse(prompt)[0][0]
-        target = next(item for item in shapes.read(image) if item.colour == colour)
-    except (ValueError, StopIteration):                          # not the toy's, or the object is missing
-        return 0.5, 0.5, None
-    target = target._replace(shape=target.shape or "square")     # a shapeless blob is about as large
-    return target.x / shapes.SIZE, target.y / shapes.SIZE, target
+        found = [item for item in shapes.read(image) if item.colour == colour]
+    except ValueError:                                           # not the toy's
+        return None
+    return found[0]._replace(shape=found[0].shape or "square") if found else None  # a blob: about as large
 
 
 def on_object(row: Tensor, target: shapes.Object | None) -> float:
@@ -144,7 +140,8 @@ def attention(args: argparse.Namespace) -> Image.Image:
     for name in args.model:
         pipeline = load_pipeline(name, device=args.device)
         for i, (image, maps) in enumerate(stage_maps(pipeline, prompts, args.seed, args.steps, args.at)):
-            x, y, target = find_query(image, prompts[i])
+            target = find_object(image, prompts[i])              # the query is on it, or in the center
+            x, y = (target.x / shapes.SIZE, target.y / shapes.SIZE) if target else (0.5, 0.5)
             components = dict.fromkeys(SA_STAGES)                # None, a gap, at Mid if there is none
             queries = dict.fromkeys(SA_STAGES)
             for stage, weights in maps.items():                  # (T, T)
@@ -373,7 +370,7 @@ def main(argv: list[str] | None = None):
     table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
     table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
     table4("--scorer", type=nonempty, metavar="NAME",
-           help=f"{', '.join((*CLIPS, *OWN_SCORERS))}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
+           help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
     table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
     table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
     table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")

@@ -81,10 +81,7 @@ def count_clips(configs: list[dict]) -> tuple[int, int]:
 
 def build_networks(clips: list[dict], vae: VAEConfig, unet: model.UNetConfig, size: int,
                    batch: int = 1) -> dict[str, tuple[nn.Module, list[Tensor]]]:
-    """
-    U-Net and VAE on the meta device, each with what its `forward` takes for one image of `size` x `size`;
-    `batch` is the U-Net's, 2 for guidance.
-    """
+    """U-Net and VAE on the meta device, with inputs for an image; `batch` is the U-Net's, 2 for guidance."""
     side, tokens = size // vae.downscale, clips[0]["max_position_embeddings"]
     shapes = ((unet.in_channels, side, side), (), (tokens, unet.context_dim), (unet.pooled_dim,), (6,))
     with torch.device("meta"):
@@ -240,15 +237,11 @@ def build_clips(clips: list[dict]) -> tuple[nn.Module, list[Tensor]]:
 
 
 def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """
-    Fills a network of the meta device with noise: as fast as trained weights, and nothing to download.
-
-    Returns its inputs, as noise too; token ids, and positions in the text encoders' buffers, are 0.
-    """
+    """Fills a network of the meta device with noise, as fast as trained weights; returns its inputs, too."""
     network.requires_grad_(False).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.02)
-    for buffer in network.buffers():
+    for buffer in network.buffers():                             # positions of the text encoders
         nn.init.zeros_(buffer)
     return [torch.rand(x.shape).to(device, dtype if x.is_floating_point() else x.dtype) for x in inputs]
 

@@ -36,6 +36,7 @@ CLIPS = {
     "pickscore": "yuvalkirstain/PickScore_v1",
     "clip": "openai/clip-vit-large-patch14"}
 OWN_SCORERS = {"judge": shapes.judge, "compbench": lambda image, prompt: math.nan}
+SCORERS = (*CLIPS, *OWN_SCORERS)
 UNKNOWN = math.nan, math.nan  # a mean, and its standard error
 PROMPTS = [  # for real models, in the four styles of HPSv2's prompts (Wu et al., arXiv 2306.09341)
     f"{subject}, {style}" for subject, style in product(
@@ -154,10 +155,7 @@ def mean_and_error(scores: Iterable[float]) -> tuple[float, float]:
 
 
 def picture_path(folder: Path, index: int, prompt: str) -> Path:
-    """
-    Where T2I-CompBench's scripts look for a picture: they read its prompt and its number from its name, which
-    they split at _. What a file name cannot hold is left out.
-    """
+    """Where T2I-CompBench's scripts look for a picture; they split its name at _ into prompt and number."""
     name = re.sub(r'[\\/:*?"<>|_\s]+', " ", prompt).encode()[:200].decode(errors="ignore")
     return folder / "samples" / f"{name}_{index:06}.png"
 

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,11 @@ from torch import nn
 import analysis
 import model
 from analysis import (
-    ALL, attention_map, block_similarity, feature_groups, find_query, knock_out, main, on_object,
+    ALL, attention_map, block_similarity, find_object, knock_out, main, on_object,
     principal_components)
 from sample import load_pipeline
 from support import plots
 from support.files import read_csv, write_csv
-from support.hub import TOY
-from support.table3 import picture_distance
 from support.table4 import PROMPTS
 from toy import shapes
 
@@ -41,25 +38,13 @@ def prompts(tmp_path):
     return path
 
 
-# Attention
-
-
 @torch.no_grad()
-def test_an_attention_map_is_a_softmax():
+def test_an_attention_map_is_the_mean_of_softmaxes_over_heads():
     attention, x = fill(model.Attention(12, heads=3)), 4 * torch.randn(2, 5, 12)
     q, k = (layer(x).view(2, 5, 3, 4) for layer in (attention.to_q, attention.to_k))
-    expected = torch.einsum("bthd,bshd->bhts", q, k).div(2).exp()  # 2 = sqrt(d)
-    expected = (expected / expected.sum(3, keepdim=True)).mean(1)
-    found = attention_map(attention, x)
-    torch.testing.assert_close(found, expected)
-    assert found.std(2).mean() > 0.05, "a map that is not uniform"
-
-
-@torch.no_grad()
-def test_an_attention_map_is_what_the_layer_does():
-    attention, x = fill(model.Attention(12, heads=1)), torch.randn(2, 5, 12)
-    found = attention.to_out[0](attention_map(attention, x) @ attention.to_v(x))
-    torch.testing.assert_close(found, attention(x))
+    expected = torch.einsum("bthd,bshd->bhts", q, k).div(2).softmax(3).mean(1)  # 2 = sqrt(d)
+    torch.testing.assert_close(attention_map(attention, x), expected)
+    assert expected.std(2).mean() > 0.05, "a map that is not uniform"
 
 
 def test_principal_components_are_numpys():
@@ -76,10 +61,9 @@ def test_principal_components_are_numpys():
 def test_the_query_is_on_the_object_that_the_caption_names_first():
     blue, red = shapes.Object("blue", "square", 20, 40, 10), shapes.Object("red", "circle", 46, 18, 10)
     image = shapes.render(shapes.Scene([blue, red], None))
-    x, y, found = find_query(image, "a red circle and a blue square")
-    assert (round(x * 64), round(y * 64)) == (46, 18) and found.colour == "red"
-    assert find_query(image, "a portrait of a koala") == (0.5, 0.5, None)
-    assert find_query(image, "a green circle") == (0.5, 0.5, None)
+    found = find_object(image, "a red circle and a blue square")
+    assert (round(found.x), round(found.y), found.colour) == (46, 18, "red")
+    assert find_object(image, "a portrait of a koala") is find_object(image, "a green circle") is None
     uniform, patch = torch.full((64,), 1 / 64), torch.zeros(64)
     patch[2 * 8 + 5] = 1                                         # at (44, 20), inside the circle
     assert on_object(uniform, found) == pytest.approx(1)
@@ -91,12 +75,11 @@ def test_attention_measures_every_stage_with_self_attention(folder, prompts, tmp
     small = bundle(tmp_path / "700m", "700m")
     run("attention", "--model", folder, small, "--prompts", prompts, "--steps", 2,
         "--out", tmp_path / "a.png")
-    rows, expected = read_csv(tmp_path / "a.csv"), []
-    for name, stages in ((folder.name, ("DW-2", "DW-3", "Mid", "UP-1", "UP-2")),
-                         ("700m", ("DW-2", "DW-3", "UP-1", "UP-2"))):
-        for prompt in ("a red box", "blue sky on my box"):
-            expected += [(name, prompt, stage) for stage in stages]
-    assert [(Path(row["model"]).name, row["prompt"], row["stage"]) for row in rows] == expected
+    rows = read_csv(tmp_path / "a.csv")
+    with_mid, without = ["DW-2", "DW-3", "Mid", "UP-1", "UP-2"], ["DW-2", "DW-3", "UP-1", "UP-2"]
+    assert [row["stage"] for row in rows] == 2 * with_mid + 2 * without
+    assert [row["prompt"] for row in rows] == 5 * ["a red box"] + 5 * ["blue sky on my box"] + [
+        *4 * ["a red box"], *4 * ["blue sky on my box"]]
     for row in rows:
         parts = [float(row[f"PC{i}"]) for i in (1, 2, 3)]
         assert 1 >= parts[0] >= parts[1] >= parts[2] >= 0 and sum(parts) <= 1 + 1e-9
@@ -114,9 +97,6 @@ def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(folder):
     assert torch.equal(early, mid_map("a red box", 0.0))
     assert not torch.equal(early, mid_map("a red box", 1.0))
     assert not torch.equal(early, mid_map("blue sky", 0.0))
-
-
-# Similarity
 
 
 def test_similarity_of_known_vectors():
@@ -140,9 +120,6 @@ def test_similarity_is_the_mean_over_prompts(folder, prompts, tmp_path):
     assert [float(row["normalized index"]) for row in rows] == [0.5, 1.0]
 
 
-# Knockouts
-
-
 @torch.no_grad()
 def test_a_knockout_is_the_mean_over_tokens_or_pixels_and_ends():
     network = fill(nn.ModuleDict({"linear": nn.Linear(3, 5), "conv": nn.Conv2d(3, 5, 1)}))
@@ -157,23 +134,6 @@ def test_a_knockout_is_the_mean_over_tokens_or_pixels_and_ends():
     assert torch.equal(network["linear"](tokens), a) and torch.equal(network["conv"](pixels), b)
 
 
-def test_knockouts_are_the_same_on_the_unet_of_diffusers():
-    diffusers = pytest.importorskip("diffusers")
-    ours = load_pipeline("toy", device="cpu")
-    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(TOY)
-    groups, caption, first = feature_groups(ours.unet), "a red circle left of a blue square", None
-    # Not LF at DW stages: those of diffusers also return their skips.
-    for group in (None, ("SA", ALL), ("FFN", "UP-2"), ("Res", "DW-2"), ("LF", "UP-1"), None):
-        paths = groups[group] if group else []
-        with knock_out(ours.unet, paths), knock_out(theirs.unet, paths):
-            image, = ours([caption], steps=2, seed=5)
-            expected, = theirs(caption, num_inference_steps=2, guidance_scale=ours.preset.guidance,
-                               generator=torch.Generator().manual_seed(5)).images
-        assert abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1, group
-        first = first or image
-        assert (picture_distance(image, first) > 0.002) == (group is not None), group
-
-
 def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp_path):
     run("knockout", "--model", folder, "--prompts", prompts, "--limit", 1, "--steps", 1,
         "--out", tmp_path / "k.png")
@@ -185,11 +145,8 @@ def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp
     assert distances.pop(("intact", ALL)) == 0 and min(distances.values()) > 0
 
 
-# Charts
-
-
 def test_ticks_are_round_and_enclose():
-    for low, high in ((0, 1), (0.75, 1), (-3.2, 8.9), (0.0012, 0.0047), (5, 5.00001), (1, 1), (0.0, 0.0)):
+    for low, high in ((0.75, 1), (-3.2, 8.9), (0.0012, 0.0047), (5, 5.00001), (0.0, 0.0)):
         found = plots.ticks(low, high)
         assert found[0] <= low + 1e-9 and found[-1] >= high - 1e-9 and 2 <= len(found) <= 8
     assert plots.ticks(0, 1) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
@@ -244,12 +201,8 @@ def test_curves_draw_every_loss_that_a_run_has(tmp_path):
         plots.loss_curves([tmp_path / "new"])
 
 
-# The command line
-
-
 @pytest.mark.parametrize("words", [
-    "attention --model nothing", "budget --out x.txt", "similarity --at 2", "latency --size 60",
-    "ablation --table 3e", "", "figures"])
+    "attention --model nothing", "budget --out x.txt", "attention --at 2", "latency --size 6", "", "figures"])
 def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(*words.split())
@@ -265,12 +218,3 @@ def test_small_vocabularies_are_given_captions_and_others_prompts(folder, tmp_pa
     large.write_text(str({f"{i}": i for i in range(1000)}).replace("'", '"'))
     args.model.append(str(tmp_path))
     assert analysis.choose_prompts(args, 5) == PROMPTS
-
-
-@pytest.mark.parametrize("command", [[], ["attention"], ["budget"], ["ablation"], ["quality"]])
-def test_help_fits_a_screen(command, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "110")
-    with pytest.raises(SystemExit):
-        run(*command, "--help")
-    printed = capsys.readouterr().out
-    assert len(printed.splitlines()) <= 40 and "None" not in printed

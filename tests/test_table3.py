@@ -42,19 +42,15 @@ def test_the_papers_numbers():
         assert check_finding(better, worse, scores, ["HPSv2"]) == "by HPSv2 agrees", table
 
 
-def test_a_finding_compares_means_of_rows_by_the_spread_over_seeds():
-    def check(gain: list[float], other: list[float], name: str = "shape") -> str:
-        rows = {"a": np.array([gain]), "b": np.array([gain]), "c": 0 * np.array([gain]),
-                "d": np.array([gain]) - np.array([other])}
-        return check_finding(["a", "b"], [["c"], ["d"]], rows, [name])
-
-    clear, wide = [0.4, 0.32, 0.37], [0.7, -0.3, 0.1]            # its mean is less than its spread
-    assert check(clear, clear) == "by shape agrees"
-    assert check(clear, [-0.4, -0.32, -0.37]) == "by shape disagrees"
-    assert check(clear, [-0.4, -0.32, -0.37], "distance") == "by distance disagrees"
-    assert check([-0.4, -0.32, -0.37], [-0.4, -0.32, -0.37], "distance") == "by distance agrees"
-    assert check(clear, wide) == check(wide, wide) == check([0.4], [0.4]) == "by shape too close to tell"
-    assert check([math.nan], [math.nan]) == ""                   # a teacher that is not the toy has no judge
+@pytest.mark.parametrize("gain, other, name, expected", [
+    ([0.4, 0.3], [0.4, 0.3], "shape", "agrees"), ([0.4, 0.3], [-0.4, -0.3], "shape", "disagrees"),
+    ([0.4, 0.3], [0.7, -0.3], "shape", "too close to tell"),     # its mean is less than its spread
+    ([-0.4, -0.3], [-0.4, -0.3], "distance", "agrees"), ([0.4], [0.4], "shape", "too close to tell")])
+def test_a_finding_compares_means_of_rows_by_the_spread_over_seeds(gain, other, name, expected):
+    a, b = np.array([gain]), np.array([gain]) - np.array([other])
+    scores = {"best": a + 0.1, "second": a - 0.1, "zero": 0 * a, "other": b}
+    assert check_finding(["best", "second"], [["zero"], ["other"]], scores, [name]) == f"by {name} {expected}"
+    assert check_finding(["best"], [["nan"]], {"best": a, "nan": math.nan * a}, [name]) == ""  # not the toy
 
 
 def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch, capsys):
@@ -68,7 +64,8 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
     monkeypatch.setattr(table3, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(table3.subprocess, "run", run_here)
     command = ("--table", "3c", "--seeds", 1, "--steps", 1, "--judge", 2, "--jobs", 2,
-               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png", "--", "--teacher", teacher, "--batch", 1)
+               "--runs", tmp_path / "runs", "--out", tmp_path / "t.png",
+               "--", "--teacher", teacher, "--batch", 1)
     run(*command)
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
