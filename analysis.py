@@ -40,9 +40,10 @@ from toy import shapes
 
 
 def choose_prompts(args: argparse.Namespace, count: int) -> list[str]:
-    """`read_prompts`; but `count` captions of two objects if all models are toys, unless there is a file."""
+    """`read_prompts`; but without a file, if all models are toys, `count` captions of two objects."""
     if args.prompts or not all_toys(args.model):
-        return sum(read_prompts(args.prompts).values(), [])
+        return sum(read_prompts(args.prompts, args.limit).values(), [])
+    count = args.limit or count
     return [caption for caption in shapes.judge_captions(10 * count) if shapes.parse(caption)[1]][:count]
 
 
@@ -292,7 +293,7 @@ def draw_knockouts(title: str, stages: list[str], images: dict[tuple[str, str], 
 
 def knockout(args: argparse.Namespace) -> Image.Image:
     """Draws with each group of features replaced, from the same noise, and compares with intact pictures."""
-    prompts, rows, charts = choose_prompts(args, args.limit)[:args.limit], [], []
+    prompts, rows, charts = choose_prompts(args, 24), [], []
     seeds = [args.seed + i for i in range(len(prompts))]
     for name in args.model:
         pipeline, images, results, intact = load_pipeline(name, device=args.device), {}, {}, []
@@ -336,9 +337,8 @@ def main(argv: list[str] | None = None):
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
                              help="the picture; numbers, if there are any, go into a .csv beside it")
         if models:
-            command.add_argument("--model", type=model_name, nargs="+", metavar="NAME",
-                                 default=models.split(),
-                                 help=f"{', '.join(PRESETS)}, a hub id or a folder [{models}]")
+            command.add_argument("--model", type=model_name, nargs="+", default=models.split(),
+                                 metavar="NAME", help=f"{', '.join(PRESETS)}, a hub id, a folder [{models}]")
         return command.add_argument
 
     maps = add_command(attention, "self-attention maps of each stage: components, and one query", "toy")
@@ -350,13 +350,13 @@ def main(argv: list[str] | None = None):
     table4 = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
     losses = add_command(curves, "the losses of one or several runs, step by step")
 
-    for add in (maps, cosines, knockouts):
-        add("--prompts", type=path, metavar="FILE", help="one per line, instead of the built-in ones")
-        add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="of the first noise")
-        add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [the model's preset]")
+    for add in (maps, cosines, knockouts, table4):
+        add("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
+        add("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of a file [all; some of a toy]")
+        add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of the first prompt's noise")
+        add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [preset; Table 4 has 50]")
     maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before the maps")
     maps("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
-    knockouts("--limit", type=number(int, 1, 10**6), default=24, metavar="N", help="prompts to draw")
     knockouts("--zero", action="store_true", help="replace by zero, and not by the mean over the picture")
     times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
@@ -368,18 +368,13 @@ def main(argv: list[str] | None = None):
     table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
     table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where runs are kept")
     table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
-    table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py, such as --teacher and --data")
+    table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py: --teacher, --data, --batch")
     table4("--scorer", type=nonempty, metavar="NAME",
            help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
-    table4("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
-    table4("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts of each file [all; toy: 256]")
-    table4("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps; paper: 50 [the preset's]")
-    table4("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of each file's first prompt")
     table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they stay")
     table4("--low-memory", action="store_true", help="hold one network at a time, decode in tiles")
     for add in (times, table4):
-        add("--precision", choices=PRECISIONS, metavar="P",
-            help="fp32, fp16 or bf16 [fp16 on a GPU, fp32 elsewhere]")
+        add("--precision", choices=PRECISIONS, help="[fp16 on a GPU, fp32 elsewhere]")
     for add in (maps, cosines, knockouts, times, table4):
         add("--device", type=nonempty, help="[a GPU if there is one]")
     losses("run", type=path, nargs="+", metavar="RUN", help="the folder of a run of distill.py")

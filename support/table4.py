@@ -231,26 +231,23 @@ def quality(args: argparse.Namespace) -> Image.Image:
     pictures = {name: draw_pictures(name, args, groups) for name in args.model}
     score = OWN_SCORERS.get(scorer) or load_clip(scorer, resolve_device(args.device))
 
-    results, costs = {}, {}                                      # by model, of which there may be more
+    lines, rows, table, dots = {}, [], [], {}
     for name, paths in pictures.items():
-        results[name] = score_pictures(score, groups, paths)
+        results = score_pictures(score, groups, paths)
         notes = [read_note(path) for path in sum(paths.values(), [])]
         with torch.device("meta"):
             parameters = count_parameters(model.UNet(read_configs(name)[2]))
-        costs[name] = parameters, statistics.median(note["seconds"] for note in notes)
+        lines[name] = parameters, statistics.median(note["seconds"] for note in notes), results
         for group in groups.keys() & COMPBENCH.keys():
             print(COMPBENCH[group].format(paths[group][0].parents[1].resolve()))
-    columns = list(results[name])
+    columns = list(results)
     for name, (millions, *scores) in PAPER.items():
-        published = dict(zip(sum(COLUMNS.values(), ()), scores))
-        known = [column for column in columns if column in COLUMNS.get(scorer, ())]
+        known = {column: (mean, math.nan) for column, mean in zip(sum(COLUMNS.values(), ()), scores)
+                 if column in columns and column in COLUMNS.get(scorer, ())}
         if known:
-            results[f"{name}, published"] = {column: (published[column], math.nan) for column in known}
-            costs[f"{name}, published"] = 1e6 * millions, math.nan
-
-    rows, table, dots = [], [], {}
-    for name, (parameters, seconds) in costs.items():
-        dots[name] = [results[name].get(column, UNKNOWN) for column in columns]
+            lines[f"{name}, published"] = 1e6 * millions, math.nan, known
+    for name, (parameters, seconds, results) in lines.items():
+        dots[name] = [results.get(column, UNKNOWN) for column in columns]
         average, _ = mean_and_error(mean for mean, _ in dots[name])
         cells = [*dots[name], (average, math.nan)]
         table.append([name, parameters / 1e6, seconds, *cells])

@@ -210,7 +210,7 @@ def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
 
 
 def test_small_vocabularies_are_given_captions_and_others_prompts(folder, tmp_path):
-    args = argparse.Namespace(prompts=None, model=["toy", str(folder)])
+    args = argparse.Namespace(prompts=None, limit=None, model=["toy", str(folder)])
     captions = analysis.choose_prompts(args, 5)
     assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
     large = tmp_path / "tokenizer" / "vocab.json"
