@@ -70,8 +70,7 @@ def distill_flags(args: argparse.Namespace, row: Row, seed: int) -> list[str]:
     """The flags of a run: KOALA-1B on task and featKD, without outKD (section 4.2). Later flags win."""
     return [*args.distill, "--student", "1b", "--out-kd", "0", "--feat-kd", "1", "--features", row.features,
             "--sa-blocks", row.blocks, "--steps", str(args.steps), "--seed", str(seed), "--judge", "0",
-            "--preview-every", "0",
-            "--normalize-features" if row.normalize else "--no-normalize-features"]
+            "--preview-every", "0", "--normalize-features" if row.normalize else "--no-normalize-features"]
 
 
 def run_distill(args: argparse.Namespace, row: Row, seed: int) -> Path:
@@ -84,9 +83,7 @@ def run_distill(args: argparse.Namespace, row: Row, seed: int) -> Path:
     with open(folder / "distill.log", "w", encoding="utf-8") as log:
         status = subprocess.run(command, stdout=log, stderr=log, env=os.environ | threads).returncode
     if status:
-        lines = (folder / "distill.log").read_text(encoding="utf-8").strip().splitlines()
-        reason = lines[-1].removeprefix("error: ") if lines else f"it ended with {status}"
-        raise ValueError(f"{folder}: {reason}")
+        raise ValueError(f"distill.py ended with {status}; {folder / 'distill.log'} says why")
     return folder
 
 

@@ -165,12 +165,6 @@ def test_bars_are_as_long_as_their_numbers():
     assert second.min() - first.min() == pytest.approx(np.ptp(first) / 4, rel=0.02)  # beside each other
 
 
-def test_a_curve_goes_up_where_its_numbers_do():
-    picture = plots.line_chart("t", "x", "y", {"c": [(0.0, 0.0, 0.0), (1.0, 1.0, 0.1)]})
-    points = pixels_of(picture, plots.COLORS[0])
-    assert points[points[:, 1].argmin(), 0] > points[points[:, 1].argmax(), 0] + 400
-
-
 def test_dots_are_at_their_numbers_and_a_share_ends_at_one():
     rows = {"a": [(0.0, math.nan), (math.nan, math.nan), (1.0, 0.5)]}
     picture = plots.dot_chart("t", ["x", "y", "z"], rows, "score", share=True)

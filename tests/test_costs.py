@@ -94,14 +94,3 @@ def test_latency_on_any_machine(folder, tmp_path, precision):
     assert float(unet["GFLOP"]) == pytest.approx(2 * 2 * flops["U-Net"] / 1e9)  # two steps, with guidance
     assert float(decoder["GFLOP"]) == pytest.approx(flops["VAE decoder"] / 1e9)
     assert float(unet["seconds"]) > 0 and math.isnan(float(unet["paper, RTX 4090"]))
-
-
-def test_seconds_are_the_median_after_a_run_to_warm_up(monkeypatch):
-    ticks, calls = iter([0, 9, 0, 3, 0, 1, 0, 2]), []
-
-    def network(x: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return x
-
-    monkeypatch.setattr(costs.time, "perf_counter", lambda: next(ticks))
-    assert costs.time_network(network, [torch.ones(2, 3)], 5, 3) == 2 and len(calls) == 4 * 5
