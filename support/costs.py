@@ -137,10 +137,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> int:
-    """
-    The bytes that a U-Net on the meta device, which is changed, keeps for its backward pass under autocast to
-    bf16; without what lives for a moment, such as a recomputed block.
-    """
+    """Bytes that a U-Net on the meta device, which changes, keeps for its backward pass in bf16 autocast."""
     unet.set_checkpointing(checkpointing)
     saved = {}
 
@@ -175,7 +172,8 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     print()
     print_table(["network", "parameters", "TFLOP an image"], rows)
     print(f"a step of {args.batch}: {args.batch * rows[-1][2]:.4g} TFLOP")
-    # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits.
+    # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits; without
+    # what lives for a moment, such as a block that is recomputed.
     fixed = 16 * counts["student"][0] + 2 * rows[-1][1]
     networks = build_networks(texts, vae, student.config, size)
     image = saved_bytes(*networks["U-Net"], args.checkpointing)
