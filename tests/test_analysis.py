@@ -13,11 +13,12 @@ from torch import nn
 import analysis
 import model
 from analysis import (
-    ALL, attention_map, block_similarity, find_object, knock_out, main, on_object,
+    ALL, attention_map, block_similarity, feature_groups, find_object, knock_out, main, on_object,
     principal_components)
 from sample import load_pipeline
 from support import plots
 from support.files import read_csv, write_csv
+from support.hub import TOY
 from support.table4 import PROMPTS
 from toy import shapes
 
@@ -132,6 +133,20 @@ def test_a_knockout_is_the_mean_over_tokens_or_pixels_and_ends():
     with knock_out(network, ["conv"], zero=True):
         assert torch.equal(network["linear"](tokens), a) and not network["conv"](pixels).any()
     assert torch.equal(network["linear"](tokens), a) and torch.equal(network["conv"](pixels), b)
+
+
+def test_knockouts_are_the_same_on_the_unet_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    ours = load_pipeline("toy", device="cpu")
+    theirs = diffusers.StableDiffusionXLPipeline.from_pretrained(TOY)
+    groups, caption = feature_groups(ours.unet), "a red circle left of a blue square"
+    # Not LF at DW stages: those of diffusers also return their skips.
+    for group in (("SA", ALL), ("FFN", "UP-2"), ("Res", "DW-2"), ("LF", "UP-1")):
+        with knock_out(ours.unet, groups[group]), knock_out(theirs.unet, groups[group]):
+            image, = ours([caption], steps=2, seed=5)
+            expected, = theirs(caption, num_inference_steps=2, guidance_scale=ours.preset.guidance,
+                               generator=torch.Generator().manual_seed(5)).images
+        assert abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1, group
 
 
 def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp_path):
