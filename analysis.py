@@ -112,8 +112,8 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 def find_object(image: Image.Image, prompt: str) -> shapes.Object | None:
     """The object that the toy's caption names first; None if it is missing, and for other prompts."""
     try:
-        colour, _ = shapes.parse(prompt)[0][0]
-        found = [item for item in shapes.read(image) if item.colour == colour]
+        color, _ = shapes.parse(prompt)[0][0]
+        found = [item for item in shapes.read(image) if item.color == color]
     except ValueError:                                           # not the toy's
         return None
     return found[0]._replace(shape=found[0].shape or "square") if found else None  # a blob: about as large

@@ -63,7 +63,7 @@ def test_the_query_is_on_the_object_that_the_caption_names_first():
     blue, red = shapes.Object("blue", "square", 20, 40, 10), shapes.Object("red", "circle", 46, 18, 10)
     image = shapes.render(shapes.Scene([blue, red], None))
     found = find_object(image, "a red circle and a blue square")
-    assert (round(found.x), round(found.y), found.colour) == (46, 18, "red")
+    assert (round(found.x), round(found.y), found.color) == (46, 18, "red")
     assert find_object(image, "a portrait of a koala") is find_object(image, "a green circle") is None
     uniform, patch = torch.full((64,), 1 / 64), torch.zeros(64)
     patch[2 * 8 + 5] = 1                                         # at (44, 20), inside the circle
@@ -154,7 +154,7 @@ def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp
         "--out", tmp_path / "k.png")
     rows = read_csv(tmp_path / "k.csv")
     distances = {(row["features"], row["stage"]): float(row["distance"]) for row in rows}
-    assert {row["colour"] for row in rows} == {"nan"}            # not a caption of the toy's
+    assert {row["color"] for row in rows} == {"nan"}            # not a caption of the toy's
     assert [kind for kind, stage in distances if stage == "DW-1"] == ["Res", "LF"]
     assert len(rows) == len(distances) == 1 + 3 * (1 + 5) + 2 * (1 + 7)
     assert distances.pop(("intact", ALL)) == 0 and min(distances.values()) > 0

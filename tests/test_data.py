@@ -27,8 +27,8 @@ def encoded(image, kind="PNG", **options) -> bytes:
     return file.getvalue()
 
 
-def plain(colour=(200, 30, 40), size=(40, 24), mode="RGB"):
-    return Image.new(mode, size, colour)
+def plain(color=(200, 30, 40), size=(40, 24), mode="RGB"):
+    return Image.new(mode, size, color)
 
 
 def noisy(kind="PNG", size=(64, 64)) -> bytes:
@@ -207,7 +207,7 @@ def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 NAMED = SRGB.replace(b"rXYZ", b"####").replace(b"gXYZ", b"rXYZ").replace(b"####", b"gXYZ")
 SWAPPED = NAMED.replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
-MODES = {  # contents, and the colour they show
+MODES = {  # contents, and the color they show
     "LA": (encoded(plain((100, 0), mode="LA")), (255, 255, 255)),
     "P": (encoded(plain().quantize(2)), (200, 30, 40)),
     "P, transparent": (encoded(plain().quantize(2), transparency=0), (255, 255, 255)),
@@ -224,10 +224,10 @@ MODES = {  # contents, and the colour they show
 
 @pytest.mark.parametrize("name", MODES)
 def test_every_kind_of_picture_becomes_srgb(source, name):
-    content, colour = MODES[name]
+    content, color = MODES[name]
     image, _, size = source(pair("x", content, ending=".jpg")).load(0)  # whatever its name says
     assert image.mode == "RGB" and image.size == (40, 24) and size == (24, 40)
-    assert np.abs(np.asarray(image).astype(int) - colour).max() <= 3 * ("JPEG" in name)
+    assert np.abs(np.asarray(image).astype(int) - color).max() <= 3 * ("JPEG" in name)
 
 
 def test_pictures_are_turned_upright_and_measured_after_it(source):

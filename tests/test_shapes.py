@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from toy.shapes import (
-    COLOURS, RELATIONS, SCORES, SHAPES, WORDS, Object, Scene, caption, describe, judge, parse, read,
+    COLORS, RELATIONS, SCORES, SHAPES, WORDS, Object, Scene, caption, describe, judge, parse, read,
     render, sample, scene, scores)
 
 RED = Object("red", "circle", 18, 30, 10)
@@ -31,7 +31,7 @@ def test_captions_say_what_the_scene_is():
     assert describe(Scene([RED, BLUE], "left of")) == CAPTION
     scenes = [scene(0, index) for index in range(1000)]
     for s in scenes:
-        assert parse(describe(s)) == ([(o.colour, o.shape) for o in s.objects], s.relation)
+        assert parse(describe(s)) == ([(o.color, o.shape) for o in s.objects], s.relation)
     assert {word for s in scenes for word in describe(s).split()} == {*WORDS}
     for text in ("", "left of", "a pink koala", "a red circle and a red square"):
         with pytest.raises(ValueError):
@@ -43,13 +43,13 @@ def test_captions_say_what_the_scene_is():
 
 def test_the_judge_tells_true_captions_from_those_of_other_pictures(samples):
     images, captions = zip(*samples)
-    assert scores(images, captions) == {"colour": 1.0, "shape": 1.0, "spatial": 1.0}
+    assert scores(images, captions) == {"color": 1.0, "shape": 1.0, "spatial": 1.0}
     for index in range(50):
         for seen, drawn in zip(sorted(read(images[index])), sorted(scene(1, index).objects), strict=True):
             assert seen[:2] == drawn[:2] and seen[2:] == pytest.approx(drawn[2:], abs=1)  # places to a pixel
-    pairs = len(COLOURS) * (len(COLOURS) - 1) / 2
-    one, two = 0.25**2 / len(COLOURS), 0.75**2 / pairs           # as many objects, of the same colours
-    chance = {"colour": one + two, "shape": one / len(SHAPES) + two / len(SHAPES)**2,
+    pairs = len(COLORS) * (len(COLORS) - 1) / 2
+    one, two = 0.25**2 / len(COLORS), 0.75**2 / pairs           # as many objects, of the same colors
+    chance = {"color": one + two, "shape": one / len(SHAPES) + two / len(SHAPES)**2,
               "spatial": 0.75 / pairs / len(RELATIONS)}          # 0.048, 0.005 and 0.013
     assert scores(images, captions[1:] + captions[:1]) == pytest.approx(chance, abs=0.03)
 
@@ -58,8 +58,8 @@ def test_the_judge_tells_true_captions_from_those_of_other_pictures(samples):
     pytest.param([RED, BLUE], (1, 1, 1), id="as asked"),
     pytest.param([RED], (0, 0, 0), id="one missing"),
     pytest.param([RED, BLUE, GREEN], (0, 0, 1), id="one more"),
-    pytest.param([RED, BLUE, GREEN._replace(colour="red")], (0, 0, 0), id="one colour twice"),
-    pytest.param([RED._replace(colour="blue"), BLUE._replace(colour="red")], (1, 0, 0), id="colours"),
+    pytest.param([RED, BLUE, GREEN._replace(color="red")], (0, 0, 0), id="one color twice"),
+    pytest.param([RED._replace(color="blue"), BLUE._replace(color="red")], (1, 0, 0), id="colors"),
     pytest.param([RED._replace(shape="square"), BLUE._replace(shape="circle")], (1, 0, 1), id="shapes"),
     pytest.param([RED._replace(x=46), BLUE._replace(x=18)], (1, 1, 0), id="places"),
     pytest.param([RED._replace(x=30, y=15), BLUE._replace(x=34, y=50)], (1, 1, 0), id="wrong axis"),
@@ -71,10 +71,10 @@ def test_each_fault_costs_its_score(objects, expected):
 
 
 def test_the_judge_names_only_what_it_knows():
-    picture = np.array(render(Scene([RED], None))) - 8           # not quite the colours
-    picture[50:54, 50:54] = COLOURS["blue"]                      # a speck is no object
+    picture = np.array(render(Scene([RED], None))) - 8           # not quite the colors
+    picture[50:54, 50:54] = COLORS["blue"]                      # a speck is no object
     assert [*judge(Image.fromarray(picture), "a red circle").values()][:2] == [1, 1]
-    picture[48:54, 10:60] = COLOURS["blue"]                      # a bar is no square
+    picture[48:54, 10:60] = COLORS["blue"]                      # a bar is no square
     picture[5:20, 40:55] = (120, 120, 120)                       # grey has no name
-    seen = {(o.colour, o.shape) for o in read(Image.fromarray(picture))}
+    seen = {(o.color, o.shape) for o in read(Image.fromarray(picture))}
     assert seen == {("red", "circle"), ("blue", None), (None, "square")}

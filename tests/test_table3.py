@@ -70,7 +70,7 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
-    assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["colour"]) <= 1 for row in rows)
+    assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["color"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width == 1600
     monkeypatch.setattr(table3, "draw", None)                    # nothing is drawn again
     run(*command)

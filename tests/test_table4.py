@@ -101,7 +101,7 @@ def test_the_judge_is_the_toys(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(steps=2))
     run("--limit", 3, "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     rows = read_csv(tmp_path / "t.csv")
-    assert [row["column"] for row in rows] == ["colour", "shape", "spatial", "average"]
+    assert [row["column"] for row in rows] == ["color", "shape", "spatial", "average"]
     assert all(0 <= float(row["mean"]) <= 1 for row in rows[:2]) and rows[0]["parameters"] == "6449092"
 
 

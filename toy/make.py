@@ -132,7 +132,7 @@ class MeanPictures:
         # Objects do not overlap: latents are about those of the empty picture plus what each object adds.
         self.empty, self.added = self.mean(vae, [[]]), {}
         for place, objects in tqdm(places.items(), "mean pictures"):
-            for kind in product(shapes.COLOURS, shapes.SHAPES):
+            for kind in product(shapes.COLORS, shapes.SHAPES):
                 alone = [[shapes.Object(*kind, o.x, o.y, o.radius)] for o in objects]
                 self.added[place, kind] = self.mean(vae, alone) - self.empty
 

@@ -5,9 +5,9 @@ A picture is a pure function of (seed, index): one or two flat shapes on a plain
 such as "a red circle left of a blue square". Nothing is stored: the training set is endless.
 
     image, caption = sample(seed=0, index=7)        # a 64 x 64 picture and its caption
-    judge(image, caption)                           # {"colour": 1.0, "shape": 1.0, "spatial": 1.0}
+    judge(image, caption)                           # {"color": 1.0, "shape": 1.0, "spatial": 1.0}
 
-The judge's colour, shape and spatial scores are the toy's T2I-CompBench (Huang et al., 2023). It asks a
+The judge's color, shape and spatial scores are the toy's T2I-CompBench (Huang et al., 2023). It asks a
 VQA model about each object and multiplies the answers; this judge reads the pixels, and a score is 0 or 1.
 
 Coordinates are in pixels from the top left corner; y grows downward.
@@ -25,7 +25,7 @@ SIZE = 64                           # height and width of a picture
 MARGIN, GAP = 2, 3                  # least distance to the border, and between two objects
 RADII = range(9, 14)                # half the side of the box around an object
 BACKGROUND = (238, 238, 232)
-COLOURS = {
+COLORS = {
     "red":    (220,  40,  45),
     "orange": (245, 140,  20),
     "yellow": (245, 220,  50),
@@ -40,10 +40,10 @@ SHAPES = {                          # is (u, v) inside? the box around the objec
     "cross":    lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 1 / 3),
 }
 TRAIN_SEED, JUDGE_SEED = 0, 1       # what is judged was not trained on
-SCORES = ("colour", "shape", "spatial")  # the judge's
+SCORES = ("color", "shape", "spatial")  # the judge's
 RELATIONS = ("left of", "right of", "above", "below")
 # All the words of all captions, each once, in a fixed order: the vocabulary of the toy's tokenizers.
-WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLOURS, *SHAPES)).split()))
+WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLORS, *SHAPES)).split()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,7 +51,7 @@ WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLOURS, *SHAPES)
 
 
 class Object(NamedTuple):
-    colour: str | None              # None: the judge found a colour that has no name here
+    color: str | None               # None: the judge found a color that has no name here
     shape: str | None               # None: the judge found a blob
     x: float                        # center of the box around the object
     y: float
@@ -85,13 +85,13 @@ def scene(seed: int, index: int) -> Scene:
     """
     rng = np.random.default_rng((seed, index))
     kind = rng.choice(["one", "two", "relation"], p=[0.25, 0.25, 0.5])
-    colors = rng.permutation(list(COLOURS)).tolist()
+    colors = rng.permutation(list(COLORS)).tolist()
     while True:
         objects = []
-        for colour in colors[:1 if kind == "one" else 2]:
+        for color in colors[:1 if kind == "one" else 2]:
             radius = int(rng.integers(RADII.start, RADII.stop))
             x, y = rng.integers(MARGIN + radius, SIZE - MARGIN - radius, size=2, endpoint=True).tolist()
-            objects.append(Object(colour, list(SHAPES)[rng.integers(len(SHAPES))], x, y, radius))
+            objects.append(Object(color, list(SHAPES)[rng.integers(len(SHAPES))], x, y, radius))
         if kind == "one":
             return Scene(objects, None)
         a, b = objects
@@ -104,7 +104,7 @@ def scene(seed: int, index: int) -> Scene:
 
 def describe(scene: Scene) -> str:
     """The caption of a scene."""
-    nouns = [f"{'an' if o.colour[0] in 'aeiou' else 'a'} {o.colour} {o.shape}" for o in scene.objects]
+    nouns = [f"{'an' if o.color[0] in 'aeiou' else 'a'} {o.color} {o.shape}" for o in scene.objects]
     return f" {scene.relation or 'and'} ".join(nouns)
 
 
@@ -120,7 +120,7 @@ def render(scene: Scene) -> Image.Image:
     """The picture of a scene, RGB, SIZE x SIZE, anti-aliased."""
     picture = np.full((SIZE, SIZE, 3), BACKGROUND, dtype=np.float32)
     for o in scene.objects:
-        picture += coverage(o)[..., None] * (np.float32(COLOURS[o.colour]) - picture)
+        picture += coverage(o)[..., None] * (np.float32(COLORS[o.color]) - picture)
     return Image.fromarray(picture.round().astype(np.uint8))
 
 
@@ -146,7 +146,7 @@ def sample(seed: int, index: int) -> tuple[Image.Image, str]:
 
 def parse(caption: str) -> tuple[list[tuple[str, str]], str | None]:
     """
-    What a caption asks for: [(colour, shape), ...] and the relation of the first to the second, or None.
+    What a caption asks for: [(color, shape), ...] and the relation of the first to the second, or None.
 
     Raises ValueError, in one line, for words and for sentences that the toy does not know.
     """
@@ -154,21 +154,21 @@ def parse(caption: str) -> tuple[list[tuple[str, str]], str | None]:
     unknown = [word for word in dict.fromkeys(words) if word not in WORDS]
     if unknown:
         raise ValueError(f"the toy does not know: {', '.join(unknown)}. It knows: {', '.join(WORDS)}")
-    noun = f"an? ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
+    noun = f"an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})"
     match = re.fullmatch(f"{noun}(?: (and|{'|'.join(RELATIONS)}) {noun})?", " ".join(words))
     if not match or match[1] == match[4]:
-        raise ValueError(f'the toy cannot read "{caption}". It reads "a COLOUR SHAPE", or two of different '
+        raise ValueError(f'the toy cannot read "{caption}". It reads "a COLOR SHAPE", or two of different '
                          f'colors joined by one of: {", ".join(("and", *RELATIONS))}')
     objects = [(match[1], match[2]), (match[4], match[5])]
     return objects[:2 if match[3] else 1], None if match[3] == "and" else match[3]
 
 
 def segment(picture: np.ndarray) -> np.ndarray:
-    """The colour of each pixel: (H, W, 3) in 0..255 -> (H, W) index into COLOURS, -1 for the background."""
-    # A rim pixel is a mixture: background + share * (colour - background). By its distance to the colors,
+    """The color of each pixel: (H, W, 3) in 0..255 -> (H, W) index into COLORS, -1 for the background."""
+    # A rim pixel is a mixture: background + share * (color - background). By its distance to the colors,
     # the rim of red would be orange; by its distance to these mixtures it is red, as it should be.
     away = picture - np.float32(BACKGROUND)                                     # (H, W, 3)
-    rays = np.float32(list(COLOURS.values())) - np.float32(BACKGROUND)          # (6, 3)
+    rays = np.float32(list(COLORS.values())) - np.float32(BACKGROUND)          # (6, 3)
     share = ((away @ rays.T) / (rays ** 2).sum(axis=1)).clip(0, 1)              # (H, W, 6)
     error = ((away[:, :, None] - share[..., None] * rays) ** 2).sum(axis=-1)    # (H, W, 6)
     nearest = error.argmin(axis=-1)                                             # (H, W)
@@ -192,7 +192,7 @@ def components(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 def read(image: Image.Image) -> list[Object]:
     """
-    The objects in a picture of SIZE x SIZE, noisy or blurred as it may be, in the order of COLOURS.
+    The objects in a picture of SIZE x SIZE, noisy or blurred as it may be, in the order of COLORS.
 
     `read(render(scene))` gives the objects of the scene back, to about a pixel.
     Raises ValueError for a picture of another size.
@@ -201,25 +201,25 @@ def read(image: Image.Image) -> list[Object]:
         raise ValueError(f"the judge reads {SIZE} x {SIZE} pixels, not {image.width} x {image.height}")
     picture = np.asarray(image.convert("RGB"), dtype=np.float32)
     labels = segment(picture)
-    parts = [part for i in range(len(COLOURS)) for part in components(labels == i)]
+    parts = [part for i in range(len(COLORS)) for part in components(labels == i)]
     found = []
     for part in parts:
         if part.sum() < 40:         # a speck: a quarter of the smallest object
             continue
-        # The nearest colour need not be near: a pale, gray or brown object has none of the names. 60 is well
+        # The nearest color need not be near: a pale, gray or brown object has none of the names. 60 is well
         # above what noise does to a median, and the two most similar colors are 85 apart.
         paint = np.median(picture[part], axis=0)
-        error = {name: np.linalg.norm(paint - rgb) for name, rgb in COLOURS.items()}
-        colour = min(error, key=error.get)
+        error = {name: np.linalg.norm(paint - rgb) for name, rgb in COLORS.items()}
+        color = min(error, key=error.get)
         places = np.argwhere(part)
         (top, left), (bottom, right) = places.min(axis=0).tolist(), (places.max(axis=0) + 1).tolist()
         x, y, radius = (left + right) / 2, (top + bottom) / 2, (right - left + bottom - top) / 4
         overlap = {}                # intersection over union with the ideal of each shape in this box
         for shape in SHAPES:
-            ideal = coverage(Object(colour, shape, x, y, radius)) >= 0.5
+            ideal = coverage(Object(color, shape, x, y, radius)) >= 0.5
             overlap[shape] = (part & ideal).sum() / (part | ideal).sum()
         shape = max(overlap, key=overlap.get)
-        found.append(Object(colour if error[colour] < 60 else None,
+        found.append(Object(color if error[color] < 60 else None,
                             shape if overlap[shape] >= 0.75 else None, x, y, radius))
     return found
 
@@ -228,21 +228,21 @@ def judge(image: Image.Image, caption: str) -> dict[str, float]:
     """
     Whether a picture shows what its caption says: 1.0 or 0.0 for each of SCORES.
 
-    colour   the objects have exactly the caption's colors: one each, none missing, none besides
-    shape    and each colour has its own shape (the binding of attributes)
+    color    the objects have exactly the caption's colors: one each, none missing, none besides
+    shape    and each color has its own shape (the binding of attributes)
     spatial  each of its two colors is there once, in the caption's relation; nan if the caption has none
 
     Raises ValueError if `parse` rejects the caption or `read` the picture.
     """
     asked, relation = parse(caption)
     found = read(image)
-    colour = Counter(o.colour for o in found) == Counter(name for name, _ in asked)
-    shape = Counter((o.colour, o.shape) for o in found) == Counter(asked)
+    color = Counter(o.color for o in found) == Counter(name for name, _ in asked)
+    shape = Counter((o.color, o.shape) for o in found) == Counter(asked)
     spatial = math.nan
     if relation:
-        first, second = ([o for o in found if o.colour == name] for name, _ in asked)
+        first, second = ([o for o in found if o.color == name] for name, _ in asked)
         spatial = float(len(first) == len(second) == 1 and relate(first[0], second[0]) == relation)
-    return dict(zip(SCORES, (float(colour), float(shape), spatial)))
+    return dict(zip(SCORES, (float(color), float(shape), spatial)))
 
 
 def scores(images: Iterable[Image.Image], captions: Iterable[str]) -> dict[str, float]:
