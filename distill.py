@@ -3,7 +3,7 @@ Teacher to student: KOALA's knowledge distillation with self-attention features 
 
     python distill.py --student 700m                                   # the embedded toy: minutes on a laptop
     python distill.py --student 700m --teacher sdxl --data laion/ --vae madebyollin/sdxl-vae-fp16-fix
-    torchrun --nproc-per-node 4 distill.py ...                         # the same on four GPUs
+    torchrun --nproc-per-node 4 --shutdown-timeout 600 distill.py ...  # the same on four GPUs
 
 A run is a folder with log.csv, previews/, checkpoints, unet/ (the newest student, for sample.py --unet and
 diffusers) and, at the end, a complete model. Rerun the same command to resume. All randomness in a training
@@ -415,7 +415,8 @@ def fill_in(args: argparse.Namespace):
     args.micro_batch = min(args.micro_batch, max(1, args.batch // process_ranks().world))
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
-        args.workers = min(8, (os.cpu_count() or 2) // 2 // on_machine)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+        args.workers = min(8, cores // 2 // on_machine)
     if args.teacher == "none" or not args.feat_kd:
         args.features = "none"
     if args.out is None:
