@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from model import UNet, UNetConfig, read_json, read_tensors, save_unet
+from model import WEIGHTS, UNet, UNetConfig, read_json, read_tensors, save_unet
 from support.files import read_csv, write_json
 from support.hub import TOY
 from support.run import load_checkpoint
@@ -21,8 +21,7 @@ from support.vae import VAE, VAEConfig, load_vae, save_vae
 from toy import shapes
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
-STEM = "diffusion_pytorch_model"  # of the names of the weight files of a U-Net or VAE
-FILE, HALF_FILE = f"{STEM}.safetensors", f"{STEM}.fp16.safetensors"
+FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"
 
 # Configurations as the official files write them. All widths differ, so that a swap of two is an error.
 SMALL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}
@@ -148,32 +147,28 @@ SD_INDEX = {part: INDEX[part] for part in ("scheduler", "unet", "text_encoder", 
     "requires_safety_checker": False, "feature_extractor": [None, None]}
 
 
-class Case(namedtuple("Case", "unet spacing prediction negative guidance steps height width zeros sampler "
-                      "zero_snr", defaults=(True, "euler", False))):
+class Case(namedtuple("Case", "unet spacing prediction negative guidance steps height width zeros sampler",
+                      defaults=(True, "euler"))):
     """Pictures that both diffusers and we draw; together the cases cover every option."""
 
     PROMPTS, SEEDS = ("a red box", "blue sky on my box"), (3, 4)
 
     def bundle(self, folder: Path) -> Path:
-        index = {} if self.unet in SD else {"force_zeros_for_empty_prompt": self.zeros}
-        return bundle(folder, self.unet, index=index, scheduler={
-            "timestep_spacing": self.spacing, "prediction_type": self.prediction,
-            "rescale_betas_zero_snr": self.zero_snr})
+        scheduler = {"timestep_spacing": self.spacing, "prediction_type": self.prediction}
+        if self.unet in SD:                                      # whose pipeline overrides these two
+            return bundle(folder, self.unet, scheduler | {"steps_offset": 0, "clip_sample": True})
+        return bundle(folder, self.unet, scheduler, index={"force_zeros_for_empty_prompt": self.zeros})
 
 
 CASES = {
     "sdxl": Case("sdxl", "leading", "epsilon", None, 7.5, 7, 64, 64),
     "1b": Case("1b", "trailing", "v_prediction", "", 5.0, 11, 72, 48),
     "700m": Case("700m", "linspace", "epsilon", "a blue box", 7.5, 11, 48, 104),
-    "25 steps": Case("700m", "leading", "v_prediction", "my sky", 3.5, 25, 48, 64),
     "guidance 1": Case("1b", "linspace", "v_prediction", None, 1.0, 7, 64, 40),
     "encoded": Case("700m", "trailing", "epsilon", None, 5.0, 7, 56, 56, zeros=False),
     "sd1": Case("sd1", "leading", "epsilon", None, 7.5, 7, 64, 64, sampler="ddim"),
     "sd2": Case("sd2", "leading", "v_prediction", "my sky", 7.5, 11, 64, 128, sampler="dpm"),
-    "zero SNR": Case("sd2", "trailing", "v_prediction", None, 5.0, 7, 64, 64, sampler="ddim", zero_snr=True),
     "bk-sdm-tiny": Case("bk-sdm-tiny", "trailing", "epsilon", None, 5.0, 7, 32, 96),
-    "dpm": Case("700m", "linspace", "epsilon", None, 7.5, 11, 48, 64, sampler="dpm"),
-    "ddim": Case("1b", "linspace", "v_prediction", None, 5.0, 7, 64, 40, sampler="ddim"),
 }
 
 
@@ -200,66 +195,25 @@ def bundle(folder: Path, unet: str = "700m", scheduler: dict = {}, vae: dict = {
     return folder
 
 
+@torch.no_grad()
 def text_encoder(folder: Path, width: int, activation: str, tokens: int):
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection  # slow
     kind = CLIPTextModelWithProjection if folder.name == "text_encoder_2" else CLIPTextModel
-    config = CLIPTextConfig(  # with the token ids in SDXL's file
+    encoder = kind(CLIPTextConfig(  # with the token ids in SDXL's file
         vocab_size=tokens, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
         num_attention_heads=2, projection_dim=width, hidden_act=activation, bos_token_id=0, eos_token_id=2,
-        pad_token_id=1)
-    with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
-    tensors = {}
-    for name, shape in shapes.items():
-        if not name.startswith("text_"):  # as in the official files, but not in every version of transformers
+        pad_token_id=1))
+    for name, tensor in encoder.state_dict().items():
+        if not name.startswith("text_"):                         # in some versions of transformers
             name = f"text_model.{name}"
-        tensors[name] = weights(f"{folder.name} {name}", *shape)
-    write_json(folder / "config.json", config.to_dict())
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def save_shards(weights: dict[str, Tensor], folder: Path, half: bool = False) -> list[Path]:
-    """Writes weights as three files and their index, as diffusers does; `half` gives the names of fp16."""
-    variant, index = ".fp16" * half, {}
-    files = [folder / f"{STEM}{variant}-{i + 1:05}-of-00003.safetensors" for i in range(3)]
-    for i, file in enumerate(files):
-        names = list(weights)[i::3]
-        save_file({name: weights[name] for name in names}, file)
-        index |= dict.fromkeys(names, file.name)
-    write_json(folder / f"{STEM}.safetensors.index{variant}.json", {"weight_map": index})
-    return files
+        tensor.copy_(weights(f"{folder.name} {name}", *tensor.shape))
+    encoder.save_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Runs of distill.py
 
 RUN = ["--steps", "4", "--batch", "2", "--preview-every", "0", "--judge", "0", "--workers", "0"]
-
-
-def write_teacher(folder: Path) -> Path:
-    """A model that draws 64 pixels and knows the words of the shapes."""
-    bundle(folder, vae=VAE_OF_RUNS, words=shapes.WORDS)
-    save_unet(filled(SMALL_RUN), folder / "unet")
-    return folder
-
-
-def write_vae(teacher: Path, folder: Path) -> Path:
-    """Another VAE than a teacher's."""
-    vae = load_vae(teacher)
-    vae.quant_conv.weight.data += 0.1
-    save_vae(vae, folder)
-    return folder
-
-
-def write_pairs(folder: Path) -> Path:
-    """Six captioned images, of which two are bad, and a caption without an image."""
-    folder.mkdir()
-    for i in range(6):
-        Image.new("RGB", (70, 64), (40 * i, 0, 0)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(" " if i == 4 else "a red circle")
-    (folder / "1.png").write_bytes(b"")
-    (folder / "7.txt").write_text("a circle without a picture")
-    return folder
 
 
 def log_rows(run: Path) -> list[dict[str, str]]:

@@ -12,8 +12,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
-from common import RUN, write_pairs, write_teacher  # noqa: E402
+from PIL import Image  # noqa: E402
+from common import RUN, SMALL_RUN, VAE_OF_RUNS, bundle, filled  # noqa: E402
+from model import save_unet  # noqa: E402
 from support import files  # noqa: E402
+from toy import shapes  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -25,14 +28,21 @@ def session():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """The folder of a small model that runs of distill.py learn from."""
-    return write_teacher(tmp_path_factory.mktemp("teacher") / "small")
+    """The folder of a small model that draws 64 pixels, knows the words of the shapes, and teaches in runs."""
+    folder = bundle(tmp_path_factory.mktemp("teacher") / "small", vae=VAE_OF_RUNS, words=shapes.WORDS)
+    save_unet(filled(SMALL_RUN), folder / "unet")
+    return folder
 
 
 @pytest.fixture
 def pairs(tmp_path):
     """The folder of six captioned images, of which two are bad."""
-    return write_pairs(tmp_path / "pairs")
+    (tmp_path / "pairs").mkdir()
+    for i in range(6):
+        Image.new("RGB", (70, 64), (40 * i, 0, 0)).save(tmp_path / f"pairs/{i}.png")
+        (tmp_path / f"pairs/{i}.txt").write_text(" " if i == 4 else "a red circle")
+    (tmp_path / "pairs/1.png").write_bytes(b"")
+    return tmp_path / "pairs"
 
 
 @pytest.fixture(scope="session")
@@ -69,12 +79,12 @@ def during(monkeypatch):
 
 @pytest.fixture
 def program(monkeypatch, capsys):
-    """Runs distill.py as a process would; returns its exit status, its output and its error message."""
-    def program(*flags):
-        monkeypatch.setattr(sys, "argv", ["distill.py", *map(str, flags)])
+    """Runs a program as a process would; returns its exit status, its output and its error message."""
+    def program(name: str, *flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, flags)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / "distill.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / name), run_name="__main__")
         code, (out, err) = exit.value.code, capsys.readouterr()
-        return (1, out, code) if isinstance(code, str) else (code or 0, out, err)  # Python prints a text
+        return (1, out, f"{code}\n") if isinstance(code, str) else (code or 0, out, err)  # Python prints a text
     return program

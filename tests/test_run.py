@@ -1,7 +1,6 @@
 """A run's folder survives being stopped, killed, damaged and shared; what must not be mixed is refused."""
 
 import contextlib
-import ctypes
 import errno
 import multiprocessing
 import os
@@ -19,12 +18,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import distill
-from common import RUN, checkpoint, contents, equal, log_rows, refusal, write_vae
+from common import FILE, RUN, checkpoint, contents, equal, log_rows, refusal
 from model import load_unet, read_tensors
 from support import hub
 from support.data import CaptionedImages
-from support.run import Log, StopSignal, load_checkpoint, lock_run_dir, save_checkpoint
+from support.run import Log, load_checkpoint, lock_run_dir, save_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------
 # Processes
@@ -74,37 +72,39 @@ def copy(short_run, tmp_path):
 # Stopped and resumed
 
 
-@pytest.mark.parametrize("steps, flags", [
-    (3, ["--micro-batch", 1, "--decay", 0.5]), (2, ["--precision", "bf16", "--batch", 1]),
-    (4, ["--precision", "fp16", "--batch", 1])], ids=["accumulation", "bf16", "fp16"])
-def test_a_run_that_is_stopped_after_every_step_is_the_run_that_is_not(run, during, tmp_path, steps, flags):
+@pytest.mark.parametrize("calls, flags", [
+    (4, ["--micro-batch", 1, "--decay", 0.5]), (2, ["--precision", "fp16", "--batch", 1])], ids=str)
+def test_a_run_that_is_stopped_is_the_run_that_is_not(run, during, tmp_path, calls, flags):
     """The first step's gradients are not finite, which fp16's scale must remember."""
-    flags = [*flags, "--lr", "1e-3", "--steps", steps]
-    during(lambda call: float("nan") if call == 1 else None)
+    flags = [*flags, "--lr", "1e-3", "--steps", 3]
+
+    def stop(call):
+        if call == calls:                                        # the last of the second step
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)                  # changes nothing
+        return broken(call)
+
+    def broken(call):
+        return float("nan") if call == 1 else 1e-3               # so small that nothing else overflows
+
+    during(broken)
     assert run(*flags, out="whole") == 0
-    for step, number in enumerate((signal.SIGINT, signal.SIGTERM, signal.SIGHUP)[:steps]):
-        def stop(call):
-            if call == 1:
-                signal.raise_signal(number)
-                signal.raise_signal(signal.SIGTERM)              # later ones change nothing
-            return float("nan") if (step, call) == (0, 1) else None
-        during(stop)
-        assert run(*flags, out="pieces") == 128 + number
-        assert checkpoint(tmp_path / "pieces")[0]["step"] == step + 1
+    during(stop)
+    assert run(*flags, out="pieces") == 128 + signal.SIGINT
+    assert checkpoint(tmp_path / "pieces")[0]["step"] == 2
+    during(lambda call: 1e-3)
     assert run(*flags, out="pieces") == 0
     (whole, tensors), (pieces, others) = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "pieces")
-    assert whole == pieces and whole["updates"] > 0 and equal(tensors, others)
+    assert whole == pieces and whole["updates"] == 2 and equal(tensors, others)
+    assert whole["scaler"].get("scale", 2.0**15) == 2.0**15      # half of the first
     assert sum(name.startswith("exp_avg_sq.") for name in tensors) == len(tensors) // 3
     assert log_rows(tmp_path / "whole") == log_rows(tmp_path / "pieces")
     assert equal(load_unet(tmp_path / "whole").state_dict(), load_unet(tmp_path / "pieces").state_dict())
-    if "--decay" in flags:                                       # a run of falling rate cannot be made longer
-        assert "steps was 3 and is 4" in refusal(run, *flags, "--steps", 4, out="whole")
 
 
-@pytest.mark.parametrize("flags", [[], ["--task", 0, "--out-kd", 0, "--features", "SA@DW-2"]], ids=len)
-def test_two_processes_are_one(run, during, tmp_path, pairs, flags):
+def test_two_processes_are_one(run, during, tmp_path, pairs):
     """A signal to one of them stops both; the index of the data is made by the first alone."""
-    flags = ["--steps", 3, "--micro-batch", 1, "--device", "cpu", "--lr", "1e-3", "--data", pairs, *flags]
+    flags = ["--steps", 3, "--micro-batch", 1, "--device", "cpu", "--lr", "1e-3", "--data", pairs]
 
     def two() -> int:
         return run(*flags, out="two")
@@ -122,41 +122,28 @@ def test_two_processes_are_one(run, during, tmp_path, pairs, flags):
     assert log_rows(tmp_path / "one") == log_rows(tmp_path / "two")
 
 
-def test_a_run_in_the_background_goes_on_ignoring_interrupts():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with StopSignal() as stop:
-        signal.raise_signal(signal.SIGINT)
-        assert not stop.received and signal.getsignal(signal.SIGTERM) == stop.receive
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    signal.signal(signal.SIGINT, before)
-
-
 def test_a_run_that_is_killed_at_any_moment_loses_nothing_that_was_saved(run, tmp_path, capfd):
-    """SIGKILL to the main process, or to its reader too, and SIGTERM to both."""
-    flags = ["--workers", 1, "--steps", 6, "--save-every", 1, "--batch", 1, "--features", "none"]
+    """SIGKILL to the main process, or SIGTERM to it and its reader."""
+    flags = ["--workers", 1, "--steps", 4, "--save-every", 1, "--batch", 1, "--features", "none"]
     assert in_processes(partial(run, *flags, out="whole")) == [0]  # with one thread, as those that are killed
     capfd.readouterr()
     log, rng, saved = tmp_path / "run" / "log.csv", random.Random(0), 0
-    for kill in range(3):
+    for kill, number in ((os.kill, signal.SIGKILL), (os.killpg, signal.SIGTERM)):
         child = multiprocessing.get_context("fork").Process(target=start, args=(partial(run, *flags),))
         before = log.exists() and log.stat()
         child.start()
         while child.is_alive() and before == (log.exists() and log.stat()):
             time.sleep(0.01)                                     # until it begins
-        child.join(rng.uniform(0, 0.4))
+        child.join(rng.uniform(0, 0.3))
         with contextlib.suppress(ProcessLookupError):
-            if kill == 0:
-                os.kill(child.pid, signal.SIGKILL)
-            else:
-                os.killpg(child.pid, signal.SIGKILL if kill == 1 else signal.SIGTERM)
+            kill(child.pid, number)
         child.join(30)
         # -SIGTERM: before the first step nothing is to be saved.
         assert child.exitcode in (0, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM)
-        told = re.findall(r"saved .* at step (\d+)", capfd.readouterr().out)
+        said = re.findall(r"saved .* at step (\d+)", capfd.readouterr().out)
         found = load_checkpoint(tmp_path / "run")
         step = found[1]["state"]["step"] if found else 0
-        assert step >= max(map(int, told), default=saved)
+        assert step >= max(map(int, said), default=saved)
         saved = step
     assert in_processes(partial(run, *flags)) == [0]
     assert equal(checkpoint(tmp_path / "run")[1], checkpoint(tmp_path / "whole")[1])
@@ -166,42 +153,34 @@ def test_a_run_that_is_killed_at_any_moment_loses_nothing_that_was_saved(run, tm
 
 def test_a_file_system_without_locks_only_warns(tmp_path, monkeypatch, capsys):
     def lockf(*args):
-        raise OSError(code, os.strerror(code))
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("support.run.fcntl.lockf", lockf)
-    for code in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-        lock_run_dir(tmp_path / "run")
-        assert capsys.readouterr().err.count("warning: ") == 1
-    for code in (errno.EACCES, errno.EWOULDBLOCK):
-        with pytest.raises(BlockingIOError):
-            lock_run_dir(tmp_path / "run")
+    lock_run_dir(tmp_path / "run")
+    assert capsys.readouterr().err.count("warning: ") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
-def test_a_checkpoint_that_may_not_be_read_is_not_damaged(run, tmp_path, monkeypatch):
-    assert run("--steps", 1) == 0
-
+def test_a_checkpoint_that_may_not_be_read_is_not_damaged(copy, monkeypatch):
     def denied(path):
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     monkeypatch.setattr("support.run.file_checksum", denied)
     with pytest.raises(PermissionError):
-        load_checkpoint(tmp_path / "run")
+        load_checkpoint(copy)
 
 
-@pytest.mark.parametrize("name", [f"unet/{distill.model.WEIGHTS}.safetensors", "unet/config.json",
-                                  "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("name", [f"unet/{FILE}", "optimizer.safetensors", "state.json"])
 def test_of_a_damaged_checkpoint_the_one_before_is_used(copy, capsys, name):
     """Or none, if both are damaged; no changed bit goes unnoticed."""
     older, newest = sorted(copy.glob("step-*"))
     content, whole = (newest / name).read_bytes(), load_checkpoint(copy)
-    places = torch.randint(len(content), (20,), generator=torch.Generator().manual_seed(0)).tolist()
-    flipped = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1:] for i in [0, *places]]
-    for damaged in (None, b"", b"<html>", content[:-1], content[:len(content) // 2], *flipped):
-        (newest / name).unlink(missing_ok=True)                  # unet/ has a link to it
+    flipped = [content[:i] + bytes([content[i] ^ 4]) + content[i + 1:] for i in (0, len(content) // 3)]
+    for damaged in (None, b"", content[:-1], *flipped):
+        (newest / name).unlink(missing_ok=True)
         if damaged is not None:
             (newest / name).write_bytes(damaged)
         capsys.readouterr()
@@ -223,8 +202,6 @@ def test_a_run_goes_on_past_a_damaged_checkpoint(run, copy, short_run):
     assert names == ["step-00000001", "step-00000002"] and log_rows(copy) == log_rows(short_run)
     assert equal(checkpoint(copy)[1], checkpoint(short_run)[1])
     assert equal(load_unet(copy).state_dict(), load_unet(short_run).state_dict())
-    assert run("--steps", 4, "--save-every", 1) == 0
-    assert [path.name for path in sorted(copy.glob("step-*"))] == ["step-00000003", "step-00000004"]
 
 
 def test_numbers_that_are_not_finite_are_not_saved(tmp_path):
@@ -259,17 +236,16 @@ def test_steps_that_are_not_finite_are_skipped_and_twenty_in_a_row_end_the_run(r
     assert state["updates"] == 1 and all(tensor.isfinite().all() for tensor in tensors.values())
 
 
-@pytest.mark.parametrize("limit", [4096, 900_000])
-def test_a_full_disk(program, teacher, copy, limit):
-    """The limit ends the writing of the weights, or only of the larger moments."""
-    before = contents(copy)
+def test_a_full_disk(program, teacher, copy):
+    """It ends the writing of the moments, which are larger than the weights."""
+    before, limit = contents(copy), 900_000
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        code, _, err = program("--teacher", teacher, "--out", copy, *RUN, "--steps", 3)
+        code, _, err = program("distill.py", "--teacher", teacher, "--out", copy, *RUN, "--steps", 3)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert code == 1 and err.startswith("error: ") and "\n" not in err and str(copy) in err
+    assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and str(copy) in err
     after = contents(copy)
     assert after.keys() == before.keys() and max(map(len, before.values())) > limit
     assert all(after[path] == before[path] for path in before if path.name != "log.csv")
@@ -294,18 +270,17 @@ def test_two_runs_in_one_folder_are_refused(run, copy, capfd):
         lock_run_dir(copy)
 
 
-def test_other_settings_are_refused_and_means_may_change(run, teacher, tmp_path, copy, short_run):
+def test_other_settings_are_refused_and_means_may_change(run, tmp_path, copy, short_run):
     changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2,
                "normalize-features": None, "out-kd": 2.0, "feat-kd": 2.0, "sa-blocks": "up",
-               "precision": "fp16", "cache": tmp_path / "cache", "vae": write_vae(teacher, tmp_path / "vae")}
+               "precision": "fp16", "cache": tmp_path / "cache"}
     flags, before = [], contents(copy)
     for name, value in changes.items():
         flags += [f"--{name}"] + ([value] if value else [])
     message = refusal(run, *flags)
     assert contents(copy) == before and "lr was 1e-05 and is 0.0001" in message
-    names = {"cache": "cached", "vae": "encoders"}
     for name in [*changes, "steps"]:                             # as --decay depends on them
-        assert f" {names.get(name, name).replace('-', '_')} was " in message
+        assert f" {name.replace('-', '_').replace('cache', 'cached')} was " in message
     assert run("--steps", 3, "--micro-batch", 1, "--workers", 1, "--checkpointing") == 0
     assert len(log_rows(copy)) == 3 and log_rows(copy)[:2] == log_rows(short_run)
     assert "step 3" in refusal(run, "--steps", 2)
@@ -319,9 +294,9 @@ def test_folders_may_move_and_what_is_in_them_may_not_change(run, teacher, tmp_p
     assert run(*flags(*first, 2)) == 0
     moved = [folder.rename(tmp_path / f"{folder.name} elsewhere") for folder in first]
     assert run(*flags(*moved, 3)) == 0
-    weights = load_file(moved[0] / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    weights = load_file(moved[0] / "unet" / FILE)
     weights["conv_in.bias"][0] += 1e-3
-    save_file(weights, moved[0] / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    save_file(weights, moved[0] / "unet" / FILE)
     shutil.copy(moved[1] / "0.png", moved[1] / "9.png")
     shutil.copy(moved[1] / "0.txt", moved[1] / "9.txt")
     message = refusal(run, *flags(*moved, 4))
@@ -336,9 +311,8 @@ def test_a_log_has_neither_gaps_nor_doubles(run, copy, short_run):
     rows = log_rows(copy)
     assert [row["step"] for row in rows] == ["1", "2", "3"] and rows[:2] == log_rows(short_run)
     assert rows[2]["task"] != "0.5"
-    for content in (b"foo,bar\n1,2\n", b"step\nx\n", b"step,task\n1,2\n", b"\xff\xfe\n"):
-        (copy / "log.csv").write_bytes(content)
-        assert "log.csv" in refusal(Log, copy / "log.csv", 3)
+    (copy / "log.csv").write_text("step,task\n1,2\n")
+    assert "log.csv" in refusal(Log, copy / "log.csv", 3)
 
 
 def test_a_finished_run_is_a_model_that_diffusers_loads(run, teacher, tmp_path):
@@ -351,12 +325,8 @@ def test_a_finished_run_is_a_model_that_diffusers_loads(run, teacher, tmp_path):
         path.unlink()
     assert run("--teacher", folder, "--steps", 1) == 0
     pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(tmp_path / "run")
-    weights = read_tensors(tmp_path / "run" / "unet" / f"{distill.model.WEIGHTS}.safetensors")
+    weights = read_tensors(tmp_path / "run" / "unet" / FILE)
     assert equal(pipeline.unet.state_dict(), weights) and pipeline.vae.dtype == torch.float32
-
-
-# ------------------------------------------------------------------------------------------------------------
-# Readers of data
 
 
 def test_a_reader_that_dies_ends_the_run_in_one_line(run, during, tmp_path, capfd):
@@ -370,16 +340,3 @@ def test_a_reader_that_dies_ends_the_run_in_one_line(run, during, tmp_path, capf
     err = capfd.readouterr().err
     assert err.count("error: ") == 1 and "--workers 0" in err and "Traceback" not in err
     assert checkpoint(tmp_path / "run")[0]["step"] >= 1
-
-
-def test_a_reader_without_shared_memory_ends_the_run_in_one_line(run, capfd):
-    def job() -> int:
-        if ctypes.CDLL(None).unshare(0x20000) or os.system("mount -t tmpfs -o size=300k tmpfs /dev/shm"):
-            return 77                                            # no namespaces here
-        return run("--workers", 2, "--steps", 5, "--batch", 8)
-
-    code, = in_processes(job, seconds=30)
-    if code == 77:
-        pytest.skip("a file system cannot be mounted here")
-    err = capfd.readouterr().err
-    assert code == 1 and "Traceback" not in err and err.count("error: ") == 1 and "/dev/shm" in err
