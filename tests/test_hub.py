@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import fnmatch
-import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from common import FILE, HALF_FILE, STEM, contents, refusal
+from common import FILE, HALF_FILE, WEIGHTS, contents, refusal
 from support import files, hub
 from support.files import atomic_write, read_csv, sync, write_csv, write_json
 from support.hub import ArgumentParser, Preset, local_folder, model_name, number, path, png_path, preset
@@ -19,19 +18,15 @@ from support.hub import ArgumentParser, Preset, local_folder, model_name, number
 # Which files of a model are downloaded
 
 MODEL = f"""
-    .gitattributes README.md model_index.json sd_xl_base_1.0.safetensors scheduler/scheduler_config.json
+    README.md model_index.json sd_xl_base_1.0.safetensors scheduler/scheduler_config.json
     text_encoder/config.json text_encoder/flax_model.msgpack text_encoder/model.fp16.safetensors
-    text_encoder/model.safetensors text_encoder/openvino_model.bin tokenizer/merges.txt tokenizer/vocab.json
-    unet/config.json unet/{HALF_FILE} unet/{FILE} unet/{STEM}.bin unet/{STEM}.non_ema.safetensors
-    vae/config.json vae/{HALF_FILE} vae/{FILE} vae_1_0/config.json vae_1_0/{FILE} unet/old/{FILE}""".split()
+    text_encoder/model.safetensors tokenizer/merges.txt tokenizer/vocab.json
+    unet/config.json unet/{HALF_FILE} unet/{FILE} unet/{WEIGHTS}.bin unet/{WEIGHTS}.non_ema.safetensors
+    vae/config.json vae/{HALF_FILE} vae/{FILE} vae_1_0/config.json vae_1_0/{FILE}""".split()
 CONFIGS = [name for name in MODEL if name.endswith(("json", "txt")) and not name.startswith("vae_1_0")]
-NEWER = [f"unet/{STEM}-0000{i}-of-00002{half}.safetensors" for i in (1, 2) for half in ("", ".fp16")]
-OLDER = [f"unet/{STEM}.fp16-0000{i}-of-00002.safetensors" for i in (1, 2)]
-INDEXES = ["unet/config.json", *(f"unet/{STEM}.safetensors.index{half}.json" for half in ("", ".fp16"))]
-
-
-PLAIN, HALF = (["text_encoder/model.safetensors", f"unet/{FILE}"],
-               ["text_encoder/model.fp16.safetensors", f"unet/{HALF_FILE}"])
+PLAIN = ["text_encoder/model.safetensors", f"unet/{FILE}"]
+HALF = ["text_encoder/model.fp16.safetensors", f"unet/{HALF_FILE}"]
+SHARDS = [f"unet/{WEIGHTS}-0000{i}-of-00002{half}.safetensors" for i in (1, 2) for half in ("", ".fp16")]
 
 
 @pytest.mark.parametrize("files, parts, options, expected", [
@@ -39,12 +34,9 @@ PLAIN, HALF = (["text_encoder/model.safetensors", f"unet/{FILE}"],
     (MODEL, hub.PARTS, {"half": True}, [*CONFIGS, *HALF, f"vae/{FILE}"]),  # of the VAE the plain one
     (MODEL, hub.PARTS, {"weights": False}, CONFIGS),
     (["README.md", "config.json", FILE, HALF_FILE], ("vae",), {"half": True}, ["config.json", FILE]),
-    (["config.json", FILE, HALF_FILE], ("unet",), {"half": True}, ["config.json", HALF_FILE]),
     (["vae/config.json", f"vae/{HALF_FILE}"], ("vae",), {}, ["vae/config.json", f"vae/{HALF_FILE}"]),
     (["unet/config.json", f"unet/{FILE}"], ("unet",), {"half": True}, ["unet/config.json", f"unet/{FILE}"]),
-    ([*INDEXES, *NEWER], ("unet",), {}, [*INDEXES, *NEWER[::2]]),
-    ([*INDEXES, *NEWER], ("unet",), {"half": True}, [*INDEXES, *NEWER[1::2]]),
-    ([*INDEXES, *NEWER[::2], *OLDER], ("unet",), {"half": True}, [*INDEXES, *OLDER])])
+    (["unet/config.json", *SHARDS], ("unet",), {}, ["unet/config.json", *SHARDS[::2]])])
 def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expected):
     def snapshot_download(source, allow_patterns, ignore_patterns=()):
         def matches(name, patterns):
@@ -57,32 +49,28 @@ def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expect
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     assert local_folder("a/model", parts, **options) == tmp_path
-    downloaded = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
-    assert sorted(downloaded) == sorted(expected)
+    assert sorted(map(str, contents(tmp_path))) == sorted(expected)
 
 
 def test_a_model_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
-    errors = pytest.importorskip("huggingface_hub").errors
-    for kind in (ConnectionError, TimeoutError, errors.RepositoryNotFoundError, errors.HfHubHTTPError):
-        def fail(*args, **options):
-            raise kind.__new__(kind, "It went wrong.\n\nA second line")
+    def fail(*args, **options):
+        raise ConnectionError("It went wrong.\n\nA second line")
 
-        monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
-        message = refusal(local_folder, "a/model")
-        assert "hf download a/model" in message and "HF_TOKEN" in message
-    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    assert "hf download a/model" in refusal(local_folder, "a/model")
     monkeypatch.chdir(tmp_path)
     Path("a/model").mkdir(parents=True)
     Path("a/sdxl.safetensors").touch()
     assert local_folder("a/model") == Path("a/model")            # before the hub
-    for name in ("a/sdxl.safetensors", "nowhere", f"{tmp_path}/nowhere", "../nowhere", "a/b/c"):
+    for name in ("a/sdxl.safetensors", "nowhere", f"{tmp_path}/nowhere", "a/b/c"):
         assert name in refusal(local_folder, name)
 
 
 def test_presets(tmp_path):
     assert preset("sdxl") == preset("stabilityai/stable-diffusion-xl-base-1.0") == hub.PRESETS["sdxl"]
     assert preset(hub.TOY) == hub.PRESETS["toy"] and preset("toy-1b").unet == str(hub.STUDENTS / "1b")
-    assert preset("x/y") == Preset("x/y", 25, 7.5) and preset("lightning-1b").spacing == "trailing"
+    assert preset("etri-vilab/koala-lightning-700m")[1:5] == (10, 3.5, "trailing", "euler")
+    assert preset("x/y") == Preset("x/y", 25, 7.5)
     write_json(tmp_path / "preset.json", {"steps": 3, "guidance": 2.0, "spacing": None, "sampler": "ddim"})
     assert preset(tmp_path) == Preset(str(tmp_path), 3, 2.0, None, "ddim")
 
@@ -92,10 +80,8 @@ def test_presets(tmp_path):
 
 
 @pytest.mark.parametrize("kind, good, bad", [
-    (number(int, 0, 8), [0, 8], ["-1", "9", "x", "1.5", "", "9" * 5000]),
-    (number(int, 0, 64, 8), [0, 64], ["4", "72"]),
-    (number(float, 0), [0.0, 1e9], ["nan", "inf", "-1", "1e999"]),
-    (path, [Path("a")], ["", " "]), (png_path, [Path("a.png"), Path("b.PNG")], ["a.jpg", "no/a.png"]),
+    (number(int, 0, 64, 8), [0, 64], ["4", "72", "x", "1.5"]), (number(float, 0), [0.0, 1e9], ["nan", "-1"]),
+    (path, [Path("a")], [" "]), (png_path, [Path("a.png"), Path("b.PNG")], ["a.jpg", "no/a.png"]),
     (model_name, ["toy", "a/b", "."], ["SDXL", "toyy"])])
 def test_arguments(kind, good, bad, capsys):
     parser = ArgumentParser("text")
@@ -108,23 +94,22 @@ def test_arguments(kind, good, bad, capsys):
         assert err.startswith("error: ") and err.count("\n") == 1
 
 
-@pytest.mark.parametrize("error, words", [
+@pytest.mark.parametrize("error, expected", [
     (ValueError("no\x1b[31m such"), "no?[31m such"), (FloatingPointError("nan"), "nan"),
-    (OSError(errno.ENOSPC, "No space left", "/a"), "/a: No space left"), (MemoryError(), "memory; advice"),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory; advice"), (KeyboardInterrupt(), 130),
-    (RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: no"), "memory; advice"),
+    (OSError(errno.ENOSPC, "No space left", "/a"), "/a: No space left"), (KeyboardInterrupt(), 130),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory; advice"), (None, 0),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers 0"),
-    (None, 0), (KeyError("x"), None), (RuntimeError("NCCL error"), None), (AssertionError(), None)], ids=repr)
-def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, words):
+    (KeyError("x"), None), (RuntimeError("NCCL error"), None)], ids=repr)
+def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, expected):
     def main() -> int:
         if error:
             raise error
         return 0
 
-    with pytest.raises(type(error) if words is None else SystemExit) as caught:
+    with pytest.raises(type(error) if expected is None else SystemExit) as caught:
         hub.run(main, "advice")
     code = getattr(caught.value, "code", None)
-    assert code == words or code.startswith("error: ") and words in code and "\n" not in code
+    assert code == expected or code.startswith("error: ") and expected in code and "\n" not in code
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -160,26 +145,14 @@ def test_a_write_that_is_killed_anywhere_leaves_the_old_file_or_the_new_one(tmp_
     assert calls == ["fsync", *["fsync"] * folder, "replace", "fsync"]
 
 
-def test_modes_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
-    try:
-        atomic_write(tmp_path / "a", lambda path: path.write_text(""))
-        atomic_write(tmp_path / "b", lambda path: path.mkdir())
-    finally:
-        os.umask(before)
-    assert [(tmp_path / name).stat().st_mode & 0o777 for name in "ab"] == [0o640, 0o750]
-
-
-def test_json_and_csv(tmp_path):
-    write_json(tmp_path / "a.json", {"b": [1], "a": None})
-    assert (tmp_path / "a.json").read_text() == '{\n  "a": null,\n  "b": [\n    1\n  ]\n}\n'
+def test_csv(tmp_path):
     table = tmp_path / "a.csv"
-    write_csv(table, ["name", "value"], [["x, y", 1.5], ["z", math.nan]])
+    write_csv(table, ["name", "value"], [["x, y", 1.5], ["z", float("nan")]])
     rows, whole = [{"name": "x, y", "value": "1.5"}, {"name": "z", "value": "nan"}], table.read_bytes()
     assert read_csv(table, ["value"]) == rows
     table.write_bytes(whole + b"w,3")                            # cut while it was being written
     assert read_csv(table) == rows
-    for damaged in (whole + b"w\n", whole + b"w,3,4\n", whole + b"\xff,1\n", b"", b"name\nx\n"):
+    for damaged in (whole + b"w\n", whole + b"\xff,1\n", b"", b"name\nx\n"):
         table.write_bytes(damaged)
         assert str(table) in refusal(read_csv, table, ["value"])
     with pytest.raises(OSError, match=f"{table} cannot be written"):
