@@ -1,5 +1,5 @@
 """
-Makes answers/: what diffusers computes where the tests ask our networks, losses, samplers and attention maps.
+Makes answers/: what diffusers computes where the tests ask our networks, losses and samplers.
 
     python tests/oracle.py [FOLDER]        run by hand; the files were made with diffusers 0.42 and torch 2.13
 
@@ -71,31 +71,6 @@ def official_digests() -> dict[str, str]:
                     for name, surgery in SURGERIES.items()}
         networks["vae"] = diffusers.AutoencoderKL.from_config(FULL_VAE)
     return {name: digest(network) for name, network in networks.items()}
-
-
-# Self-attention maps: analysis.safetensors
-FIRST = [f"{stage}.attentions.0.transformer_blocks.0.attn1"
-         for stage in ("down_blocks.1", "down_blocks.2", "mid_block", "up_blocks.0", "up_blocks.1")]
-
-
-class Probabilities:
-    """diffusers' self-attention, written out, that keeps its probabilities."""
-
-    def __call__(self, attention, hidden_states: Tensor, **rest) -> Tensor:
-        q, k, v = (attention.head_to_batch_dim(layer(hidden_states))
-                   for layer in (attention.to_q, attention.to_k, attention.to_v))
-        self.kept = attention.get_attention_scores(q, k)         # (B * heads, T, T)
-        return attention.to_out[0](attention.batch_to_head_dim(torch.bmm(self.kept, v)))
-
-
-@torch.no_grad()
-def attention_maps(paths: list[str] = FIRST) -> dict[str, Tensor]:
-    """Self-attention maps (B, T, T) of these modules of "sdxl" for "batch", the mean over heads."""
-    theirs, processors = unet(SDXL), {path: Probabilities() for path in paths}
-    for path, processor in processors.items():
-        theirs.get_submodule(path).set_processor(processor)
-    predict(theirs, **inputs(SDXL, "batch"))
-    return {path: one.kept.unflatten(0, (3, -1)).mean(1) for path, one in processors.items()}
 
 
 # Losses: distill.safetensors, and their gradients: gradients.safetensors
@@ -222,9 +197,8 @@ if __name__ == "__main__":
     folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as models:
         drawn = {name: draw_pictures(case, case.bundle(Path(models, name))) for name, case in CASES.items()}
-    for name, answers in (("diffusers", network_answers()), ("analysis", attention_maps()),
-                          ("distill", loss_answers()), ("gradients", gradient_answers()),
-                          ("sample", drawn)):
+    for name, answers in (("diffusers", network_answers()), ("distill", loss_answers()),
+                          ("gradients", gradient_answers()), ("sample", drawn)):
         metadata = official_digests() if name == "diffusers" else None
         answers = {key: answer.contiguous() for key, answer in answers.items()}
         save_file(answers, folder / f"{name}.safetensors", metadata)

@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 import torch
-from common import ENCODERS, SDXL, WORDS, bundle, equal, refusal
+from common import ENCODERS, bundle, equal, refusal
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from support.text import load_text, small_vocabulary
+from support.text import load_text
 
 PROMPTS = ["a red box", "", "blue sky on my box", " A  Red\nbox ", "on my box " * 30]
 
@@ -40,10 +40,7 @@ def test_long_prompts_and_unknown_words(folder, capsys):
     text.warn_of_cuts([" ".join(words + ["blue", "sky"])] * 2)
     warning = capsys.readouterr().err
     assert warning.count("\n") == 1 and "75" in warning and "'blue sky'" in warning
-    message = refusal(text, ["a Pink box", "my koala"])
-    assert "koala, pink" in message and ", ".join(WORDS) in message
-    text.tokenizers[0].add_tokens([f"token{i}" for i in range(1000)])
-    assert small_vocabulary(text.tokenizers[0]) == []  # a large one can spell any word
+    refusal(text, ["a Pink box"])
 
 
 @pytest.mark.parametrize("stored", ["half", "with position ids", "without prefix"])

