@@ -28,7 +28,7 @@ def session():
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """The folder of a small model that draws 64 pixels, knows the words of the shapes, and teaches in runs."""
+    """The folder of a small model that draws 64 pixels and knows the words of the shapes."""
     folder = bundle(tmp_path_factory.mktemp("teacher") / "small", vae=VAE_OF_RUNS, words=shapes.WORDS)
     save_unet(filled(SMALL_RUN), folder / "unet")
     return folder
@@ -86,5 +86,5 @@ def program(monkeypatch, capsys):
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / name), run_name="__main__")
         code, (out, err) = exit.value.code, capsys.readouterr()
-        return (1, out, f"{code}\n") if isinstance(code, str) else (code or 0, out, err)  # Python prints a text
+        return (1, out, f"{code}\n") if isinstance(code, str) else (code or 0, out, err)  # Python prints it
     return program

@@ -1,4 +1,4 @@
-"""Names of models, which of their files are downloaded, arguments, errors in one line, whole files."""
+"""Names of models, which of their files are downloaded, errors in one line, whole files."""
 
 import contextlib
 import errno
@@ -12,7 +12,7 @@ import torch
 from common import FILE, HALF_FILE, WEIGHTS, contents, refusal
 from support import files, hub
 from support.files import atomic_write, read_csv, sync, write_csv, write_json
-from support.hub import ArgumentParser, Preset, local_folder, model_name, number, path, png_path, preset
+from support.hub import Preset, local_folder, preset
 
 # ------------------------------------------------------------------------------------------------------------
 # Which files of a model are downloaded
@@ -76,22 +76,7 @@ def test_presets(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Arguments, errors
-
-
-@pytest.mark.parametrize("kind, good, bad", [
-    (number(int, 0, 64, 8), [0, 64], ["4", "72", "x", "1.5"]), (number(float, 0), [0.0, 1e9], ["nan", "-1"]),
-    (path, [Path("a")], [" "]), (png_path, [Path("a.png"), Path("b.PNG")], ["a.jpg", "no/a.png"]),
-    (model_name, ["toy", "a/b", "."], ["SDXL", "toyy"])])
-def test_arguments(kind, good, bad, capsys):
-    parser = ArgumentParser("text")
-    parser.add_argument("--flag", type=kind)
-    assert [parser.parse_args(["--flag", str(value)]).flag for value in good] == good
-    for flag in ["--fla=1", *(f"--flag={text}" for text in bad)]:  # no abbreviations
-        with pytest.raises(SystemExit, match="2"):
-            parser.parse_args([flag])
-        err = capsys.readouterr().err
-        assert err.startswith("error: ") and err.count("\n") == 1
+# Errors
 
 
 @pytest.mark.parametrize("error, expected", [
