@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from common import (
     ANSWERS, FILE, HALF_FILE, SIZES, UNETS, WEIGHTS, digest, draw, fill, filled, inputs, refusal,
-    relative_error, same, save_shards)
+    relative_error, same)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -230,23 +229,26 @@ def test_diffusers_and_we_read_each_other(name, tmp_path):
     assert same(again, theirs.state_dict()) and again.config == ours.config
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, None])
-def test_which_files_are_read_and_in_which_dtype(folder, weights, dtype):
-    """Shards come before a single file, as in diffusers; a half comes first if a half is wanted."""
-    others = [{name: (tensor + i).to(kind) for name, tensor in weights.items()}
-              for i, kind in ((1, torch.float16), (2, torch.float32), (3, torch.float16))]
-    save_file(others[0], folder / HALF_FILE)
-    expected = others[0] if dtype in model.HALF else weights
-    assert torch.equal(load_unet(folder, dtype).conv_in.bias, expected["conv_in.bias"].to(dtype))
-    shards, half_shards = save_shards(others[1], folder), save_shards(others[2], folder, half=True)
-    expected = others[2] if dtype in model.HALF else others[1]
-    assert torch.equal(load_unet(folder, dtype).conv_in.bias, expected["conv_in.bias"].to(dtype))
-    (half_shards if dtype in model.HALF else shards)[1].unlink()
-    assert "00002-of-00003" in refusal(load_unet, folder, dtype)
-    for path in folder.glob(f"{WEIGHTS}*"):
-        path.unlink()
-    save_file(others[0], folder / HALF_FILE)
-    assert same(load_unet(folder, torch.float16), others[0])  # the only one there is
+def test_which_file_is_read_and_in_which_dtype(folder, weights):
+    half = {name: (tensor + 1).half() for name, tensor in weights.items()}  # tells the two files apart
+    save_file(half, folder / HALF_FILE)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, None):
+        stored = half if dtype in model.HALF else weights
+        assert torch.equal(load_unet(folder, dtype).conv_in.bias, stored["conv_in.bias"].to(dtype)), dtype
+    (folder / FILE).unlink()
+    assert same(load_unet(folder), half)  # the only one there is
+
+
+def test_shards_come_before_a_single_file(folder, weights):
+    """As in diffusers."""
+    other = {name: tensor + 1 for name, tensor in weights.items()}
+    index = {name: f"shard{i % 2}.safetensors" for i, name in enumerate(weights)}
+    for file in ("shard0.safetensors", "shard1.safetensors"):
+        save_file({name: other[name] for name in index if index[name] == file}, folder / file)
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert same(load_unet(folder), other)
+    (folder / "shard1.safetensors").unlink()
+    assert "shard1" in refusal(load_unet, folder)
 
 
 def test_files_are_written_whole_and_by_the_umask(folder, monkeypatch):
