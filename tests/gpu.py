@@ -8,7 +8,9 @@ Needs no download: "right" uses the embedded toy, the others SDXL and KOALA in f
 weights. Prints tables in Markdown, row by row. Exits with 1 if any row says FAILED.
 """
 
+import contextlib
 import gc
+import io
 import math
 import os
 import subprocess
@@ -22,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
+from unittest import mock
 
 import numpy as np
 import torch
@@ -35,7 +38,7 @@ import distill
 import model
 from sample import Pipeline, load_pipeline
 from support import costs, hub
-from support.data import CaptionedImages, Samples, Shapes, collate, load_samples
+from support.data import Samples, Shapes, collate
 from support.files import error_summary, read_csv
 from support.plots import format_number
 from support.run import load_checkpoint
@@ -97,20 +100,16 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
             "--no-python"]
 
 
-def connect(teacher: model.UNet, student: model.UNet) -> distill.Networks:
-    matched = distill.match_features(student, teacher, distill.KOALA_FEATURES)
-    teacher.requires_grad_(False)
-    return distill.Networks(teacher, student, model.Features(teacher, [*matched.values()]),
-                            model.Features(student, [*matched]))
-
-
 def run_toy(setup: SimpleNamespace, device: str, precision: str) -> list[Tensor]:
     """A picture by the toy; losses and all gradients of a distillation step; on the CPU in float64."""
     dtype = hub.PRECISIONS[precision]
     pipeline = load_pipeline("toy", dtype=dtype, device=device)
     picture = torch.tensor(np.array(pipeline([CAPTION], steps=setup.steps)[0]))
     student = distill.new_student(distill.parse_args([]), pipeline.unet.config, device)
-    networks, data = connect(pipeline.unet, student), Samples(Shapes(), shapes.SIZE, (4, 32, 32), seed=0)
+    matched = distill.match_features(student, pipeline.unet, distill.KOALA_FEATURES)
+    networks = distill.Networks(pipeline.unet, student, model.Features(pipeline.unet, [*matched.values()]),
+                                model.Features(student, [*matched]))
+    data = Samples(Shapes(), shapes.SIZE, (4, 32, 32), seed=0)
     batch = distill.make_batch(collate([data[0], data[1]]), pipeline, partial(distill.encode, pipeline))
     terms = torch.stack(distill.distill_batch(batch, networks, dtype, normalize=True))
     terms.sum().backward()
@@ -210,16 +209,16 @@ def fast(setup: SimpleNamespace):
 
 
 def write_images(setup: SimpleNamespace):
-    """Smooth noise with a caption, larger than the images of a step."""
+    """Smooth noise with captions; half of a batch, so that a cache is full after the first step."""
     (setup.folder / "images").mkdir()
-    for i in range(16):
+    for i in range(setup.batch // 2):
         image = Image.effect_noise((27, 18), 64).resize((setup.size * 27 // 16, setup.size * 9 // 8))
         image.convert("RGB").save(setup.folder / f"images/{i}.jpg", quality=90)
         (setup.folder / f"images/{i}.txt").write_text(CAPTION)
 
 
-def build(setup: SimpleNamespace) -> tuple[Pipeline, distill.Networks]:
-    """What distill.py has in bf16, noise for weights. The toy lends its tokenizers and noise schedule."""
+def build(setup: SimpleNamespace) -> tuple[Pipeline, model.UNet]:
+    """What distill.py loads in bf16, noise for weights. The toy lends its tokenizers and noise schedule."""
     with torch.device("meta"):
         teacher, vae = model.UNet(setup.unet), VAE(setup.vae)
         student = model.UNet(model.student_config(setup.unet, "700m"))
@@ -232,8 +231,8 @@ def build(setup: SimpleNamespace) -> tuple[Pipeline, distill.Networks]:
     for tokenizer in pipeline.text.tokenizers:
         tokenizer.model_max_length = setup.clips[0]["max_position_embeddings"]
     pipeline.text = TextEncoders([*encoders], pipeline.text.tokenizers)
-    pipeline.unet, pipeline.vae, pipeline.vae_config = None, vae, setup.vae
-    return pipeline, connect(teacher, student.requires_grad_(True))
+    pipeline.unet, pipeline.vae, pipeline.vae_config = teacher, vae, setup.vae
+    return pipeline, student.requires_grad_(True)
 
 
 def timed(function: Callable, calls: list[float]) -> Callable:
@@ -252,37 +251,39 @@ def timed(function: Callable, calls: list[float]) -> Callable:
 
 def train(setup: SimpleNamespace, counts: dict, micro_batch: int, kind: str,
           calls: dict[str, list[float]] | None = None) -> list:
-    """Figures of the last of three steps of `distill.train`; `calls` takes the seconds of its parts."""
+    """Figures of the last of three steps of distill.py; `calls` takes the seconds of its parts."""
     out = setup.folder / f"{micro_batch}, {kind}"
-    args = distill.parse_args([
-        "--teacher", "sdxl", "--data", f"{setup.folder}/images", "--size", f"{setup.size}", "--steps", "3",
-        "--batch", f"{setup.batch}", "--micro-batch", f"{micro_batch}", "--out", f"{out}",
-        "--preview-every", "0", *(["--cache", f"{out}/cache"] if "cached" in kind else []),
-        *[f"--{flag}" for flag in ("checkpointing", "compile") if flag in kind]])
-    pipeline, networks = build(setup)
-    networks.student.set_checkpointing(args.checkpointing)
-    if args.compile:                                             # `distill.train` compiles the student
-        networks.teacher.compile()
-    samples, encode = load_samples(args, CaptionedImages(args.data, out / "index"), pipeline,
-                                   networks.student.config, partial(distill.encode, pipeline))
-    if args.cache:
-        for loaded in distill.read_ahead(args, samples, 0, setup.device):
-            distill.make_batch(loaded, pipeline, encode)         # writes the cache
+    flags = ["--teacher", "sdxl", "--data", f"{setup.folder}/images", "--size", f"{setup.size}", "--steps",
+             "3", "--batch", f"{setup.batch}", "--micro-batch", f"{micro_batch}", "--precision", "bf16",
+             "--preview-every", "0", "--out", f"{out}",
+             *(["--cache", f"{out}/cache"] if "cached" in kind else []),
+             *[f"--{flag}" for flag in ("checkpointing", "compile") if flag in kind]]
+    pipeline, student = build(setup)
     parts = {"text encoders": (pipeline.text, "forward"), "VAE encoder": (pipeline.vae, "encode"),
-             "teacher": (networks.teacher, "forward"), "student, forward": (networks.student, "forward"),
+             "teacher": (pipeline.unet, "forward"), "student, forward": (student, "forward"),
              "student, backward": (Tensor, "backward"), "clipping": (nn.utils, "clip_grad_norm_"),
              "optimizer": (torch.optim.AdamW, "step")}
     for name, (owner, attribute) in parts.items() if calls is not None else ():
         setattr(owner, attribute, timed(getattr(owner, attribute), calls[name]))
+
+    def load(*args, compile: bool = False, **options) -> Pipeline:
+        if compile:
+            pipeline.unet.compile()
+        return pipeline
+
     hub.reset_peak_memory(setup.device)
-    if distill.train(args, pipeline, networks, samples, encode, {}):
-        raise KeyboardInterrupt
+    # With these networks, and without files of 10 GB or lines between the rows.
+    with mock.patch.multiple(distill, load_pipeline=load, new_student=lambda *args: student,
+                             save_checkpoint=mock.Mock(), finish=mock.Mock(), say=mock.Mock()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            if distill.main(flags):
+                raise KeyboardInterrupt
     peak, rate = hub.peak_memory(setup.device), float(read_csv(out / "log.csv")[-1]["images_per_s"])
-    flops = sum(counts[name][1] for name in counts if not args.cache or name in ("teacher", "student"))
-    networks = costs.build_networks(setup.clips, setup.vae, networks.student.config, setup.size)
+    flops = sum(counts[name][1] for name in counts if "cached" not in kind or name in ("teacher", "student"))
+    unet, inputs = costs.build_networks(setup.clips, setup.vae, student.config, setup.size)["U-Net"]
     # As `distill.py --dry-run` counts: 18 bytes for each weight of the student, 2 for each frozen one.
     fixed = 16 * counts["student"][0] + 2 * sum(parameters for parameters, _ in counts.values())
-    counted = fixed + micro_batch * costs.saved_bytes(*networks["U-Net"], args.checkpointing)
+    counted = fixed + micro_batch * costs.saved_bytes(unet, inputs, "checkpointing" in kind)
     return [rate, rate * flops / 1e12, peak, counted / 1e9]
 
 
@@ -301,9 +302,7 @@ def time_parts(setup: SimpleNamespace, counts: dict, micro_batch: int) -> list:
 
 
 def training(setup: SimpleNamespace):
-    torch.set_float32_matmul_precision("high")                   # all three as distill.py has them
-    torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.benchmark = True
-    distill.save_checkpoint = distill.say = lambda *args: None   # no files of 10 GB, no lines between rows
+    torch.backends.cudnn.allow_tf32 = True                       # as distill.py leaves it
     write_images(setup)
     student = model.student_config(setup.unet, "700m")
     counts = costs.step_flops(setup.unet, student, setup.vae, setup.clips, setup.size)
