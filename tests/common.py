@@ -131,7 +131,6 @@ def refusal(call, *args, **options) -> str:
     return message
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Small models in the official layout
 
 WORDS = ("a", "blue", "box", "my", "on", "red", "sky")  # no pair of letters is in two, and none ends another
@@ -210,7 +209,6 @@ def text_encoder(folder: Path, width: int, activation: str, tokens: int):
     encoder.save_pretrained(folder)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Runs of distill.py
 
 RUN = ["--steps", "4", "--batch", "2", "--preview-every", "0", "--judge", "0", "--workers", "0"]

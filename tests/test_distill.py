@@ -25,7 +25,6 @@ from support.table3 import TABLE
 from support.vae import load_vae, save_vae
 from toy import judging
 
-# ------------------------------------------------------------------------------------------------------------
 # The losses
 
 
@@ -85,7 +84,6 @@ def test_each_terms_gradient_is_that_of_diffusers_networks(deep):
             assert abs(along(path, gradient) - answer) <= 1e-4 * gradient.norm(), path
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Which feature learns from which
 
 
@@ -118,7 +116,6 @@ def test_the_grammar_of_features(full_size):
             match_features(full_size["700m"], full_size["sdxl"], features)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # What the networks read, and which of them learn
 
 
@@ -215,7 +212,6 @@ def test_where_the_student_starts(teacher, tmp_path):
         student("--student", "1b", "--init", tmp_path / "begun")
 
 
-# ------------------------------------------------------------------------------------------------------------
 # A run, and what is in its folder
 
 

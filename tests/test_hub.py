@@ -14,7 +14,6 @@ from support import files, hub
 from support.files import atomic_write, read_csv, sync, write_csv, write_json
 from support.hub import Preset, local_folder, preset
 
-# ------------------------------------------------------------------------------------------------------------
 # Which files of a model are downloaded
 
 MODEL = f"""
@@ -75,7 +74,6 @@ def test_presets(tmp_path):
     assert preset(tmp_path) == Preset(str(tmp_path), 3, 2.0, None, "ddim")
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Errors
 
 
@@ -97,7 +95,6 @@ def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, expected):
     assert code == expected or code.startswith("error: ") and expected in code and "\n" not in code
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Files
 
 

@@ -39,7 +39,6 @@ SD1 = UNetConfig((320, 640, 1280, 1280), (1, 1, 1, 0), 1, 2, (8,) * 4, context_d
                  size_dim=0, linear_projection=False, sample_size=64)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Exactness
 
 
@@ -63,7 +62,6 @@ def test_tensors_are_the_official_ones():
         assert sum(p.numel() for p in network.parameters()) == parameters, name
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Configurations
 
 
@@ -97,7 +95,6 @@ def test_unsupported_values_are_named(changed):
     assert next(iter(changed)) in refusal(UNetConfig.from_diffusers, SDXL_FILE | changed)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # From teacher to student
 
 
@@ -129,7 +126,6 @@ def test_every_tensor_is_the_teachers_at_the_same_place(name):
     assert moved == {"resnets", "attentions"}
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Features
 
 
@@ -199,7 +195,6 @@ def test_a_feature_that_is_not_captured_is_an_error():
             network.conv_in(draw("latent", 1, 4, 8, 8))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Weights in and out
 
 

@@ -67,26 +67,11 @@ def same(a: list, b: list) -> bool:
     return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b))
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Noise
 
 
 def schedule(spacing: str | None = None, sampler: str = "euler", **entries) -> NoiseSchedule:
     return NoiseSchedule(SCHEDULER | entries, spacing, sampler)
-
-
-def test_the_noise_of_each_timestep():
-    ours = schedule()
-    assert ours.sigmas[[0, 999]].tolist() == pytest.approx([0.029167, 14.614641], abs=6e-7)
-    assert ours.alpha_t[[0, 999]].tolist() == pytest.approx([0.999575, 0.068265], abs=1e-6)
-    assert ours.sigma_t[[0, 999]].tolist() == pytest.approx([0.029155, 0.997667], abs=1e-6)
-    image, noise = draw("image", 2, 4, 2, 2), draw("noise", 2, 4, 2, 2)
-    timesteps = torch.tensor([0, 999])
-    alpha, sigma = (x[timesteps][:, None, None, None] for x in (ours.alpha_t, ours.sigma_t))
-    torch.testing.assert_close(ours.add_noise(image, noise, timesteps), alpha * image + sigma * noise)
-    assert torch.equal(ours.target(image, noise, timesteps), noise)
-    v = schedule(prediction_type="v_prediction").target(image, noise, timesteps)
-    torch.testing.assert_close(v, alpha * noise - sigma * image)
 
 
 def predict(x: torch.Tensor, t: float) -> torch.Tensor:
@@ -152,7 +137,6 @@ def test_another_noise_or_prediction_is_refused_at_once(name, value):
     assert str(value) in refusal(NoiseSchedule, SCHEDULER | {name: value})
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
@@ -242,7 +226,6 @@ def test_low_memory_holds_one_network_at_a_time(pipeline, folder, monkeypatch):
     assert np.abs(pixels(images) - pixels(whole)).mean() < 0.1 * pixels(whole).std()
 
 
-# ------------------------------------------------------------------------------------------------------------
 # The command line
 
 

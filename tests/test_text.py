@@ -6,7 +6,6 @@ import pytest
 import torch
 from common import ENCODERS, bundle, equal, refusal
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from support.text import load_text
 
@@ -59,15 +58,6 @@ def test_files_of_other_times_and_the_half_variant_alone(folder, stored):
     save_file(tensors, path, {"format": "pt"})
     assert equal(load_text(folder).state_dict(), expected.state_dict())
     assert next(load_text(folder, torch.float16).parameters()).dtype == torch.float16
-
-
-def test_transformers_loads_what_is_saved(folder, tmp_path):
-    text = load_text(folder)
-    text.save(tmp_path)
-    for name, kind, ours in zip(ENCODERS, (CLIPTextModel, CLIPTextModelWithProjection), text.encoders):
-        theirs, report = kind.from_pretrained(tmp_path / name, output_loading_info=True)
-        assert not report["missing_keys"] and not report["unexpected_keys"] and theirs.dtype == torch.float32
-        assert equal(ours.state_dict(), theirs.state_dict())
 
 
 def test_what_is_missing_is_named(folder):

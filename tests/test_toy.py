@@ -109,13 +109,3 @@ def test_a_killed_run_resumes_and_is_published(means, tmp_path, monkeypatch):
     for name, tensors in weights(run / "bundle").items():
         published = weights(target)[name]
         assert all(torch.equal(published[key], tensor.half()) for key, tensor in tensors.items())
-
-
-def test_a_student_is_published(tmp_path, monkeypatch):
-    run, students = tmp_path / "run", tmp_path / "students"
-    shutil.copytree(STUDENTS / "700m", run / "unet")
-    (run / "log.csv").write_text("step\n1\n")
-    monkeypatch.setattr(make, "STUDENTS", students)
-    make.main(["publish", "--out", str(run)])
-    torch.testing.assert_close(weights(students / "run"), weights(STUDENTS / "700m"), rtol=0, atol=0)
-    assert (students / "run" / "log.csv").read_text() == "step\n1\n"
