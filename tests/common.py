@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from model import WEIGHTS, UNet, UNetConfig, read_json, read_tensors, save_unet
@@ -17,8 +15,7 @@ from support.files import read_csv, write_json
 from support.hub import TOY
 from support.run import load_checkpoint
 from support.text import ENCODERS, TOKENIZERS
-from support.vae import VAE, VAEConfig, load_vae, save_vae
-from toy import shapes
+from support.vae import VAE, VAEConfig, save_vae
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
 FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"

@@ -4,13 +4,11 @@ import shutil
 from collections import namedtuple
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from common import (
     ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, contents, filled, log_rows, same)
 from oracle import CONDITIONS, GRADIENTS, LATENTS, LOSSES, NOISE, STUDENTS, TEACHER, along, weaken
-from PIL import Image
 from safetensors.torch import load_file
 
 import distill
@@ -215,13 +213,9 @@ def test_where_the_student_starts(teacher, tmp_path):
 # A run, and what is in its folder
 
 
-@pytest.fixture
-def few_steps(monkeypatch):
+def test_what_a_run_leaves(run, tmp_path, monkeypatch):
     preset = sample.preset
     monkeypatch.setattr(sample, "preset", lambda name: preset(name)._replace(steps=1))
-
-
-def test_what_a_run_leaves(run, tmp_path, few_steps):
     flags, folder = ["--steps", "3", "--judge", "1", "--preview-every", "2", "--decay", "1"], tmp_path / "run"
     assert run(*flags) == 0 and (log := log_rows(folder))
     assert [(row["step"], row["images"]) for row in log] == [("1", "2"), ("2", "4"), ("3", "6")]
@@ -273,14 +267,6 @@ def test_without_a_teacher_the_task_alone_is_learned(run, teacher, tmp_path, pai
     assert row["task"] == row["total"] and [row["outKD"], row["featKD"]] == ["0", "0"]
     assert not same(load_unet(teacher), load_unet(tmp_path / "run").state_dict())
     assert same(load_vae(tmp_path / "run"), vae.state_dict())
-
-
-def test_a_preview_that_is_not_finite_is_grey_and_the_run_goes_on(run, teacher, tmp_path, few_steps):
-    path = shutil.copytree(teacher, tmp_path / "teacher") / "vae" / "config.json"
-    write_json(path, model.read_json(path) | {"scaling_factor": 1e-39})
-    assert run("--teacher", tmp_path / "teacher", "--steps", "2", "--preview-every", "1") == 0
-    picture = np.asarray(Image.open(tmp_path / "run" / "previews" / "step-0000002.png").convert("RGB"))
-    assert (picture == 128).all(axis=2).mean() > 0.8 and len(log_rows(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("line", [
