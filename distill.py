@@ -229,7 +229,8 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
     rank, world, _ = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
     loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
-                        pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals)
+                        pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals,
+                        timeout=600 if args.workers else 0)      # a worker without memory may wait for ever
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:
@@ -289,11 +290,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     first_step = state["step"]
     loader = read_ahead(args, samples, first_step, device)
     log = Log(args.out / "log.csv", first_step) if rank == 0 else None
-    bar = tqdm(range(first_step, args.steps), args.out.name, args.steps, initial=first_step, unit="step",
-               disable=rank > 0)
+    bar = tqdm(desc=args.out.name, total=args.steps, initial=first_step, unit="step", disable=rank > 0)
 
-    with StopSignal() as stop:
-        for step in bar:
+    with StopSignal() as stop, bar:
+        for step in range(first_step, args.steps):
             start, lr = time.perf_counter(), learning_rate(args, step)
             optimizer.param_groups[0]["lr"] = lr
             terms, skipped = torch.zeros(4, device=device), torch.zeros(len(REASONS) + 1)
@@ -412,6 +412,7 @@ def fill_in(args: argparse.Namespace):
     for name, value in RECIPES[recipe].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+    args.features = args.features.replace(" ", "")
     args.micro_batch = min(args.micro_batch, max(1, args.batch // process_ranks().world))
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it

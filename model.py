@@ -572,7 +572,7 @@ def part_folder(folder: str | Path, part: str) -> Path:
 def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError or ValueError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no {path.name} in the folder {path.parent}") from None
     except ValueError:
@@ -672,6 +672,6 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
 def save_network(network: nn.Module, config: dict, folder: Path, stem: str):
     """Writes a network's config.json and weights. Raises OSError or SafetensorError."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     save_file(weights, folder / f"{stem}.safetensors", {"format": "pt"})  # transformers asks for this entry
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

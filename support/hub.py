@@ -208,13 +208,14 @@ def resolve_device(device: str | None) -> str:
     processes takes the next one. Raises ValueError if it cannot be used.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and torch.cuda.is_available():
-        device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"  # from torchrun
+    if device == "cuda":
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))        # from torchrun
+        device = f"cuda:{local_rank % max(1, torch.cuda.device_count())}"
     try:
         if torch.device(device).type == "cuda":
             torch.cuda.set_device(device)                        # first, or each process would open GPU 0 too
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:              # which one depends on the build of torch
+    except (RuntimeError, AssertionError, AttributeError) as error:  # which one depends on the build of torch
         raise ValueError(f"the device {device} cannot be used: {error_summary(error)}") from None
     return device
 
@@ -251,6 +252,8 @@ def out_of_memory(error: Exception) -> bool:
 
 def run(main: Callable[[], int | None], memory_advice: str):
     """Runs a program and exits. Input, file and device errors are one line, not a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")        # for terminals without ±, and odd file names
     try:
         sys.exit(main())
     except KeyboardInterrupt:
@@ -260,7 +263,7 @@ def run(main: Callable[[], int | None], memory_advice: str):
         if "DataLoader worker" in message:                       # its own error comes last
             message = str(error).strip().splitlines()[-1]
     except (MemoryError, RuntimeError) as error:
-        if "DataLoader worker" in str(error):
+        if "DataLoader" in str(error):                           # a worker died, or sends nothing
             reason = str(error).strip().splitlines()[-1]
             message = (f"a data worker failed ({reason}). It may lack memory, shared memory "
                        f"(/dev/shm) or open files (ulimit -n): run again to resume, or use --workers 0")

@@ -244,7 +244,9 @@ class Log:
         self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                               for name, value in row.items()})
         self.file.flush()
-        bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+        with contextlib.suppress(OSError):                       # the terminal is gone
+            bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()}, refresh=False)
+            bar.update()
 
 
 def say(bar: tqdm, text: str):

@@ -88,7 +88,7 @@ def read_prompts(path: Path | None, limit: int | None = None) -> dict[str, list[
     files = sorted(path.glob("*.json")) or sorted(path.glob("*_val.txt")) or sorted(path.glob("*.txt"))
     for file in files or [path]:
         try:
-            text = file.read_text(encoding="utf-8")
+            text = file.read_text(encoding="utf-8-sig")
             lines = json.loads(text) if file.suffix == ".json" else text.splitlines()
             prompts = [line.strip() for line in lines if line.strip()]
         except (ValueError, TypeError, AttributeError):          # not UTF-8, not JSON, not a list of texts

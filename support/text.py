@@ -24,7 +24,8 @@ class TextEncoders(nn.Module):
     def __init__(self, encoders: list[nn.Module], tokenizers: list):
         super().__init__()
         self.encoders, self.tokenizers = nn.ModuleList(encoders), tokenizers
-        self.length = tokenizers[0].model_max_length             # L
+        positions = encoders[0].config.max_position_embeddings   # a tokenizer's file may lack its own limit
+        self.length = min(tokenizers[0].model_max_length, positions)  # L
 
     def tokenize(self, tokenizer, prompts: list[str]) -> Tensor:
         """Token ids (B, L). Raises ValueError for words that a small vocabulary lacks."""
@@ -93,7 +94,7 @@ def load_text(folder: str | Path, dtype: torch.dtype | None = None, device: str 
                 None, config=transformers.CLIPTextConfig.from_pretrained(path), state_dict=weights,
                 dtype=dtype or torch.float32, output_loading_info=True)
             tokenizer = transformers.CLIPTokenizer.from_pretrained(Path(folder, tokenizer_name))
-        except (OSError, ValueError, RuntimeError, TypeError, LookupError) as error:
+        except Exception as error:                               # which kind depends on the damage
             raise ValueError(f"{path} or {tokenizer_name} does not load: {error_summary(error)}") from None
         if report["missing_keys"]:
             raise ValueError(f"the weights in {path} do not fit their config.json: missing "

@@ -151,8 +151,8 @@ def test_a_folder_without_pairs_is_refused(source, tmp_path):
 def test_pairs_of_which_none_is_good_end_a_run(source, program, teacher, tmp_path):
     source(pair("a", b"") | pair("b", text=b"") | pair("c", b""))
     flags = ["--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "run", *RUN]
-    code, _, error = program(*flags, "--workers", 1)
-    assert code == 1 and error.endswith("bad_image, no_caption") and "\n" not in error
+    code, _, error = program("distill.py", *flags, "--workers", 1)
+    assert code == 1 and error.endswith("bad_image, no_caption\n") and error.count("\n") == 1
 
 
 def test_shards(source, tmp_path):

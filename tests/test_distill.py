@@ -227,6 +227,8 @@ def test_what_a_run_leaves(run, tmp_path, monkeypatch):
     assert names == ["teacher", "student before", "student after"]
     for where in (folder, folder / "unet"):
         assert same(load_unet(where), load_unet(folder / "step-00000003").state_dict())
+    modes = {path.stat().st_mode for path in folder.rglob("*.safetensors")}
+    assert modes == {(folder / "log.csv").stat().st_mode}        # by the umask
     before = contents(folder)
     shutil.rmtree(folder / "unet")                               # comes back with the same command
     assert run(*flags) == 0 and contents(folder) == before

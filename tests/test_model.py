@@ -1,7 +1,6 @@
 """The U-Net is that of diffusers, the surgery follows the paper, features are what they claim to be."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -244,19 +243,6 @@ def test_shards_come_before_a_single_file(folder, weights):
     assert same(load_unet(folder), other)
     (folder / "shard1.safetensors").unlink()
     assert "shard1" in refusal(load_unet, folder)
-
-
-def test_files_are_written_whole_and_by_the_umask(folder, monkeypatch):
-    network = load_unet(folder)
-    old = os.umask(0o027)
-    save_unet(network, folder)
-    os.umask(old)
-    assert [path.stat().st_mode & 0o777 for path in folder.iterdir()] == [0o640, 0o640]
-    for where, name in ((os, "replace"), (model, "save_file")):
-        with monkeypatch.context() as patch, pytest.raises(OSError):
-            patch.setattr(where, name, lambda *args: os.stat("/nowhere"))
-            save_unet(UNet(TINY), folder)
-        assert same(load_unet(folder), network.state_dict()) and len(os.listdir(folder)) == 2
 
 
 @pytest.mark.parametrize("name, content", [

@@ -32,7 +32,7 @@ def test_its_program_takes_it(command, monkeypatch, tmp_path):
         raise KeyboardInterrupt  # the command line was accepted
 
     words = shlex.split(command, comments=True)
-    start = 1 if words[0] == "python" else 3  # after torchrun --nproc-per-node N
+    start = 1 if words[0] == "python" else words.index("distill.py")
     program, *words = [word for word in words[start:] if word != "-m"]
     if program == "tests/benchmark.py":  # needs diffusers
         return

@@ -107,7 +107,8 @@ def test_an_absent_entry_has_the_default_of_the_samplers_class(sampler, spacing)
     """Not of the class that the file is of."""
     config = {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False}
     ours = NoiseSchedule(config, sampler=sampler)
-    assert (ours.spacing, ours.prediction, ours.offset, ours.last_sigma) == (spacing, "epsilon", 0, 0)
+    assert (ours.spacing, ours.prediction, ours.config["steps_offset"], ours.last_sigma) == (
+        spacing, "epsilon", 0, 0)
     assert ours.sigmas[[0, 999]].tolist() == pytest.approx([0.0100005, 36.911912], rel=1e-4)
     assert "beta_schedule" in refusal(NoiseSchedule, {}, sampler=sampler)
     if sampler == "ddim":

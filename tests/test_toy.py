@@ -49,7 +49,7 @@ def test_students_draw_what_captions_say(toy, name):
     """Far above chance, which is 0.05; docs/toy.md has the scores on many captions."""
     pipeline, captions = load_pipeline(f"toy-{name}"), shapes.judge_captions(4)
     assert pipeline.unet.config == model.student_config(toy.unet.config, name.split("-")[0])
-    assert shapes.scores(pipeline(captions, seed=[0, 1, 2, 3], steps=5), captions)["colour"] >= 0.75
+    assert shapes.scores(pipeline(captions, seed=[0, 1, 2, 3], steps=5), captions)["color"] >= 0.75
 
 
 def test_diffusers_draws_the_same(toy):
@@ -71,7 +71,7 @@ def means(toy):
 @torch.no_grad()
 def test_mean_pictures_are_means_of_pictures(toy, means):
     """Nearly the mean latents of pictures that have these objects at the training scenes' places."""
-    red, blue, images = {"colour": "red", "shape": "circle"}, {"colour": "blue", "shape": "square"}, []
+    red, blue, images = {"color": "red", "shape": "circle"}, {"color": "blue", "shape": "square"}, []
     for index in (3, 4):                                         # whose captions say "right of"
         first, second = shapes.scene(shapes.TRAIN_SEED, index).objects
         images.append(shapes.render(shapes.Scene([first._replace(**red), second._replace(**blue)], None)))
