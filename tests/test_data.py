@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, features
 from torch.utils.data import DataLoader
 
 from common import RUN, equal, refusal
@@ -217,9 +217,19 @@ MODES = {  # contents, and the color they show
     "GIF, animated": (encoded(plain(), "GIF", save_all=True, append_images=[plain(0)]), (200, 30, 40)),
     "profile, JPEG": (encoded(plain(), "JPEG", quality=100, icc_profile=SWAPPED), (30, 200, 40)),
     "profile, RGBA": (encoded(plain((200, 30, 40, 255), mode="RGBA"), icc_profile=SWAPPED), (30, 200, 40)),
+    "profile, P": (encoded(plain().quantize(2), icc_profile=SWAPPED), (30, 200, 40)),
     "profile, sRGB": (encoded(plain(), icc_profile=NAMED), (200, 30, 40)),
     "profile, damaged": (encoded(plain(), icc_profile=SWAPPED[:200]), (200, 30, 40)),
 }
+
+
+def test_every_format_is_used(source):
+    kinds = ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"] + ["AVIF"] * features.check("avif")
+    images = source({f"{kind}.{kind.lower()}": encoded(plain(), kind) for kind in kinds}, caption="a dog")
+    assert [images.load(i)[0].size for i in range(len(images))] == [(40, 24)] * len(kinds)
+    images = source({"a.png": encoded(plain(), "PPM")}, caption="a dog")
+    with pytest.raises(Skip, match="bad_image"):                 # Pillow reads it, but FORMATS lacks it
+        images.load(len(kinds))
 
 
 @pytest.mark.parametrize("name", MODES)

@@ -213,6 +213,17 @@ def test_where_the_student_starts(teacher, tmp_path):
 # A run, and what is in its folder
 
 
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, RuntimeError("DataLoader timed out")])
+def test_a_reader_that_cannot_hand_over_is_named(monkeypatch, error):
+    def loader(*args, **options):
+        assert options["timeout"] > 0                            # else it could wait for ever
+        raise error
+        yield
+    monkeypatch.setattr(distill, "DataLoader", loader)
+    with pytest.raises(RuntimeError, match="DataLoader"):
+        next(distill.read_ahead(parse_args(["--workers", "1"]), None, 0, "cpu"))
+
+
 def test_what_a_run_leaves(run, tmp_path, monkeypatch):
     preset = sample.preset
     monkeypatch.setattr(sample, "preset", lambda name: preset(name)._replace(steps=1))

@@ -4,6 +4,8 @@ import contextlib
 import errno
 import fnmatch
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,12 @@ def test_csv(tmp_path):
         assert str(table) in refusal(read_csv, table, ["value"])
     with pytest.raises(OSError, match=f"{table} cannot be written"):
         atomic_write(table, lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+
+
+def test_csv_is_utf8_in_any_locale(tmp_path):
+    code = """import sys; from pathlib import Path; from support.files import read_csv, write_csv
+write_csv(Path("a.csv"), ["name"], [["gr\\u00f6\\u00dfer"]])
+assert read_csv(Path("a.csv")) == [{"name": "gr\\u00f6\\u00dfer"}]"""
+    environment = os.environ | {"LC_ALL": "C", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], check=True, cwd=tmp_path, env=environment)
+    assert "gr\u00f6\u00dfer" in (tmp_path / "a.csv").read_text(encoding="utf-8")

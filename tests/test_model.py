@@ -239,10 +239,13 @@ def test_shards_come_before_a_single_file(folder, weights):
     index = {name: f"shard{i % 2}.safetensors" for i, name in enumerate(weights)}
     for file in ("shard0.safetensors", "shard1.safetensors"):
         save_file({name: other[name] for name in index if index[name] == file}, folder / file)
-    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    path = folder / f"{WEIGHTS}.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": index}))
     assert same(load_unet(folder), other)
     (folder / "shard1.safetensors").unlink()
     assert "shard1" in refusal(load_unet, folder)
+    path.write_text("{}")
+    assert path.name in refusal(load_unet, folder)
 
 
 @pytest.mark.parametrize("name, content", [

@@ -22,7 +22,8 @@ from common import FILE, RUN, checkpoint, contents, equal, log_rows, refusal, sa
 from model import load_unet
 from support import hub
 from support.data import CaptionedImages
-from support.run import Log, load_checkpoint, lock_run_dir, save_checkpoint
+from support.run import (
+    SIGNALS, Log, ignore_signals, load_checkpoint, lock_run_dir, save_checkpoint, say)
 
 # Processes
 
@@ -305,3 +306,16 @@ def test_a_reader_that_dies_ends_the_run_in_one_line(run, during, tmp_path, capf
     err = capfd.readouterr().err
     assert err.count("error: ") == 1 and "--workers 0" in err and "Traceback" not in err
     assert checkpoint(tmp_path / "run")[0]["step"] >= 1
+
+
+def test_readers_ignore_signals_and_a_terminal_that_is_gone_ends_nothing():
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    ignore_signals(0)
+    assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
+    for number, handler in zip(SIGNALS, handlers):
+        signal.signal(number, handler)
+
+    class Gone:
+        def write(self, *text):
+            raise BrokenPipeError
+    say(Gone(), "saved")

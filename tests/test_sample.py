@@ -120,7 +120,10 @@ def test_an_absent_entry_has_the_default_of_the_samplers_class(sampler, spacing)
 
 @pytest.mark.parametrize("entry, readers", [
     ({"solver_order": 3}, ["dpm"]), ({"clip_sample": True}, ["ddim"]),
-    ({"use_karras_sigmas": True}, ["euler", "dpm"]), ({"timestep_type": "continuous"}, ["euler"])], ids=str)
+    ({"use_karras_sigmas": True}, ["euler", "dpm"]), ({"timestep_type": "continuous"}, ["euler"]),
+    ({"use_beta_sigmas": True}, ["euler", "dpm"]), ({"interpolation_type": "log_linear"}, ["euler"]),
+    ({"sigma_max": 9.0}, ["euler"]), ({"euler_at_final": True}, ["dpm"]), ({"use_lu_lambdas": True}, ["dpm"]),
+    ({"variance_type": "learned"}, ["dpm"]), ({"thresholding": True}, ["ddim", "dpm"])], ids=str)
 def test_what_is_not_implemented_is_refused_by_the_sampler_that_reads_it(entry, readers):
     for sampler in SAMPLERS:
         ours = schedule(None, sampler, **entry)
@@ -131,9 +134,16 @@ def test_what_is_not_implemented_is_refused_by_the_sampler_that_reads_it(entry, 
             assert ours.levels(5) == schedule(None, sampler).levels(5)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_null_is_absent(sampler):
+    null = dict.fromkeys(("use_karras_sigmas", "thresholding", "clip_sample", "euler_at_final"))
+    assert schedule(None, sampler, **null).levels(5) == schedule(None, sampler).levels(5)
+
+
 @pytest.mark.parametrize("name, value", [
     ("beta_schedule", "linear"), ("rescale_betas_zero_snr", True), ("trained_betas", [0.1]),
-    ("prediction_type", "sample"), ("timestep_spacing", "other"), ("_class_name", "LCMScheduler")])
+    ("prediction_type", "sample"), ("timestep_spacing", "other"), ("_class_name", "LCMScheduler"),
+    ("_class_name", "TCDScheduler")])
 def test_another_noise_or_prediction_is_refused_at_once(name, value):
     assert str(value) in refusal(NoiseSchedule, SCHEDULER | {name: value})
 
@@ -282,3 +292,10 @@ def test_what_the_world_lacks_is_one_line(program, folder, changed, tmp_path, mo
         code, _, err = program(*flags, *FLAGS)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and word in err
     assert not Path("sample.png").exists()
+
+
+def test_a_model_that_is_not_whole_and_a_vae_of_other_latents(folder, tmp_path):
+    shutil.copytree(folder / "unet", tmp_path / "run" / "unet")
+    assert "--unet" in refusal(load_pipeline, tmp_path / "run")
+    other = bundle(tmp_path / "other", vae={"scaling_factor": 0.13})
+    assert "--vae" in refusal(load_pipeline, folder, vae=other)
