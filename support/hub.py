@@ -253,7 +253,7 @@ def out_of_memory(error: Exception) -> bool:
 def run(main: Callable[[], int | None], memory_advice: str):
     """Runs a program and exits. Input, file and device errors are one line, not a traceback."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")        # for terminals without ±, and odd file names
+        sys.stdout.reconfigure(errors="backslashreplace")        # not all terminals have ±
     try:
         sys.exit(main())
     except KeyboardInterrupt:

@@ -144,7 +144,8 @@ def check_fp16(setup: SimpleNamespace) -> list:
     out, steps = setup.folder / "fp16", 5 if setup.narrow else 20  # the first three scales are too large
     distill_toy(setup, PYTHON, [(out.name, steps, "fp16")])
     last, state = read_csv(out / "log.csv")[-1], load_checkpoint(out)[1]["state"]
-    good = state["step"] > state["skipped_steps"] and all(math.isfinite(float(last[name])) for name in ("total", "norm"))
+    finite = all(math.isfinite(float(last[name])) for name in ("total", "norm"))
+    good = state["step"] > state["skipped_steps"] and finite
     return ["ok" if good else "FAILED", f"{state['updates']} of {steps} steps were finite; the scale ended "
             f"at {state['scaler']['scale']:g}, the loss at {last['total']}"]
 
