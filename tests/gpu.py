@@ -145,9 +145,9 @@ def check_fp16(setup: SimpleNamespace) -> list:
     distill_toy(setup, PYTHON, [(out.name, steps, "fp16")])
     last, state = read_csv(out / "log.csv")[-1], load_checkpoint(out)[1]["state"]
     finite = all(math.isfinite(float(last[name])) for name in ("total", "norm"))
-    good = state["step"] > state["skipped_steps"] and finite
-    return ["ok" if good else "FAILED", f"{state['updates']} of {steps} steps were finite; the scale ended "
-            f"at {state['scaler']['scale']:g}, the loss at {last['total']}"]
+    updates = state["step"] - state["skipped_steps"]
+    return ["ok" if updates and finite else "FAILED", f"{updates} of {steps} steps were finite; the scale "
+            f"ended at {state['scaler']['scale']:g}, the loss at {last['total']}"]
 
 
 def check_same(setup: SimpleNamespace, command: list[str], runs: list[tuple[str, int, str]]) -> list:
