@@ -281,9 +281,10 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
     state = start_or_resume(args, identity, student, optimizer, scaler)
-    for network in (student, networks.teacher) if args.compile else ():
-        if network:
-            network.compile()
+    if args.compile:
+        student.compile()
+        if networks.teacher:
+            networks.teacher.compile()
     if world > 1:
         networks = networks._replace(student=DistributedDataParallel(student, gradient_as_bucket_view=True))
     accumulate = args.batch // (args.micro_batch * world)
