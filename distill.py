@@ -562,11 +562,13 @@ def finish(args: argparse.Namespace, pipeline: Pipeline, config: model.UNetConfi
     complete_model(args.out, pipeline.folder, pipeline.vae_folder, pipeline.preset)
     atomic_write(args.out / "losses.png", lambda path: loss_curves([args.out]).save(path))
     prompt, look_at = "...", ""
+    if args.data == "shapes":
+        prompt = "a red circle left of a blue square"
     if args.data == "shapes" and args.judge:
         unets = {"teacher": teacher, "student before": new_student(args, config, pipeline.device),
                  "student after": student}
         judging.judge_run(args.out, args.steps, args.judge, pipeline, unets)
-        prompt, look_at = "a red circle left of a blue square", f"; look at {args.out / 'judged.png'}"
+        look_at = f"; look at {args.out / 'judged.png'}"
     print(f"{args.out} is finished after {args.steps} steps{look_at}. Next:\n"
           f'    python sample.py --model {args.out} --prompt "{prompt}"\n'
           f"    python analysis.py curves {args.out}")
