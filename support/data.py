@@ -245,7 +245,7 @@ class CaptionedImages:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """
-    The first frame of any image as sRGB: transparency on white, 16-bit grey scaled rather than clipped, and
+    The first frame of any image as sRGB: transparency on white, 16-bit gray scaled rather than clipped, and
     the colors of another profile, such as a phone's Display P3, converted.
     """
     profile = image.info.get("icc_profile")

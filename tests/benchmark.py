@@ -4,7 +4,7 @@ Our speed beside diffusers', in turns, so that a slow moment of the machine fall
     python tests/benchmark.py                       # all; needs diffusers
     python tests/benchmark.py toy sample distill    # these three
 
-A line: median seconds of ours and theirs, and the median ratio of neighbours (below 1: ours is faster).
+A line: median seconds of ours and theirs, and the median ratio of neighbors (below 1: ours is faster).
 """
 
 import statistics

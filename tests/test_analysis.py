@@ -51,8 +51,8 @@ def test_an_attention_map_is_the_mean_of_softmaxes_over_heads():
 def test_principal_components_are_numpys():
     rows = torch.randn(40, 30, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, 30)
     scores, explained = principal_components(rows)
-    centred = rows.double().numpy() - rows.double().numpy().mean(0)
-    left, values, right = np.linalg.svd(centred, full_matrices=False)
+    centered = rows.double().numpy() - rows.double().numpy().mean(0)
+    left, values, right = np.linalg.svd(centered, full_matrices=False)
     signs = np.sign(right[np.arange(3), np.abs(right[:3]).argmax(1)])
     np.testing.assert_allclose(scores.numpy(), (left * values)[:, :3] * signs, atol=1e-9)
     np.testing.assert_allclose(explained.numpy(), (values**2 / (values**2).sum())[:3], atol=1e-12)

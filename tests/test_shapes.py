@@ -75,6 +75,6 @@ def test_the_judge_names_only_what_it_knows():
     picture[50:54, 50:54] = COLORS["blue"]                      # a speck is no object
     assert [*judge(Image.fromarray(picture), "a red circle").values()][:2] == [1, 1]
     picture[48:54, 10:60] = COLORS["blue"]                      # a bar is no square
-    picture[5:20, 40:55] = (120, 120, 120)                       # grey has no name
+    picture[5:20, 40:55] = (120, 120, 120)                       # gray has no name
     seen = {(o.color, o.shape) for o in read(Image.fromarray(picture))}
     assert seen == {("red", "circle"), ("blue", None), (None, "square")}
