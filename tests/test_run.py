@@ -90,6 +90,8 @@ def test_a_run_that_is_stopped_is_the_run_that_is_not(run, during, tmp_path, las
                               ("pieces", lambda call: 1e-3, 0)):
         during(factor)
         assert run(*flags, out=out) == code
+        modes = {path.stat().st_mode for path in (tmp_path / out).rglob("*.safetensors")}
+        assert modes == {(tmp_path / out / "log.csv").stat().st_mode}  # by the umask
     (whole, tensors), (pieces, others) = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "pieces")
     assert whole == pieces and (whole["step"], whole["skipped_steps"]) == (3, 1) and equal(tensors, others)
     assert whole["scaler"].get("scale", 2.0**15) == 2.0**15      # half of the first

@@ -157,7 +157,7 @@ def test_prompts_are_read_as_the_benchmarks_publish_them(folder, tmp_path):
         "anime": ["a red box", "my sky", "blue sky on my box"], "photo": ["a blue box", "a red sky"]}
     assert read_prompts(folder, 1) == {"anime": ["a red box"], "photo": ["a blue box"]}
     for name in ("color_val", "color_val_seen", "shape_val", "color"):
-        (tmp_path / f"{name}.txt").write_text(f"a {name}\n\n")
+        (tmp_path / f"{name}.txt").write_text(f"a {name}\n\n", encoding="utf-8-sig")
     assert read_prompts(tmp_path) == {"color": ["a color_val"], "shape": ["a shape_val"]}
     assert read_prompts(tmp_path / "color.txt") == {"color": ["a color"]}
     for content in (b"[1]", b"[", b"[]", b"7", b"\xff"):
