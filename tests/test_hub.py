@@ -150,3 +150,8 @@ assert read_csv(Path("a.csv")) == [{"name": "gr\\u00f6\\u00dfer"}]"""
     environment = os.environ | {"LC_ALL": "C", "PYTHONPATH": str(Path(__file__).parents[1])}
     subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], check=True, cwd=tmp_path, env=environment)
     assert "gr\u00f6\u00dfer" in (tmp_path / "a.csv").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    assert "cuda" in refusal(hub.resolve_device, "cuda")

@@ -1,5 +1,6 @@
 """Text conditions are those of diffusers' pipelines; what CLIP does not read is said, or refused."""
 
+import json
 import shutil
 
 import pytest
@@ -29,6 +30,14 @@ def test_conditions_are_those_of_diffusers(tmp_path, name):
     assert text.length == 77
     pooled_of_theirs = expected[2] if name == "700m" else sequence.new_empty(len(PROMPTS), 0)
     torch.testing.assert_close(pooled, pooled_of_theirs, rtol=0, atol=1e-6)
+
+
+def test_a_tokenizer_may_lack_its_limit(folder):
+    path = folder / "tokenizer" / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    del settings["model_max_length"]
+    path.write_text(json.dumps(settings))
+    assert load_text(folder).length == 77
 
 
 def test_long_prompts_and_unknown_words(folder, capsys):
