@@ -6,7 +6,7 @@ The paper's figures and tables. Each command writes a PNG and, except `curves`, 
     python analysis.py knockout                                  # beside Table 3: what pictures depend on
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
-    python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distil
+    python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distill
     python analysis.py quality --model toy runs/toy-700m         # Table 4: what pictures score, and cost
     python analysis.py curves runs/toy-700m                      # the losses of runs
 

@@ -1,5 +1,5 @@
 """
-Table 3 in miniature: which features to distil, at which stages, from which blocks, in which combination.
+Table 3 in miniature: which features to distill, at which stages, from which blocks, in which combination.
 
 `python analysis.py ablation` runs distill.py for each row and seed, and checks the paper's findings F1 to F4.
 """
