@@ -40,7 +40,7 @@ from toy import shapes
 
 
 def choose_prompts(args: argparse.Namespace, count: int) -> list[str]:
-    """`read_prompts`; but without a file, if all models are toys, `count` captions of two objects."""
+    """The prompts of `read_prompts`; for toys without a file, `count` captions of two objects."""
     if args.prompts or not all_toys(args.model):
         return sum(read_prompts(args.prompts, args.limit).values(), [])
     count = args.limit or count
@@ -83,15 +83,15 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
                at: float) -> Iterator[tuple[Image.Image, dict[str, Tensor]]]:
     """
     The image of each prompt, and the map (T, T) of each stage with self-attention: the mean over its
-    blocks and heads, after the share `at` of the steps, in guidance's conditional half.
+    blocks and heads, after fraction `at` of the steps, for the conditional prediction.
 
     The paper does not say which step, block and heads it shows. Tumanyan et al. (arXiv 2211.12572), whom it
-    follows, look half way through the sampling; a mean does not depend on how deep a stage is.
+    follows, look halfway through sampling; a mean works for stages of any depth.
     """
     unet, steps, maps = pipeline.unet, steps or pipeline.preset.steps, {}
     layers = {stage: model.feature_paths(unet, "SA", stage) for stage in model.stages(unet.config)}
     layers = {stage: paths for stage, paths in layers.items() if paths and stage in SA_STAGES}
-    # What enters the self-attention layers: the layers themselves are fused, and keep no map.
+    # The inputs of the self-attention layers: fused attention does not keep its maps.
     inputs = {path: path.removesuffix("attn1") + "norm1" for path in sum(layers.values(), [])}
     features = model.Features(unet, [*inputs.values()])
 
@@ -110,7 +110,7 @@ def stage_maps(pipeline: Pipeline, prompts: list[str], seed: int, steps: int | N
 
 
 def find_object(image: Image.Image, prompt: str) -> shapes.Object | None:
-    """The object that the toy's caption names first; None if it is missing, and for other prompts."""
+    """The object that a toy caption names first; None if it is missing or for any other prompt."""
     try:
         color, _ = shapes.parse(prompt)[0][0]
         found = [item for item in shapes.read(image) if item.color == color]
@@ -120,7 +120,7 @@ def find_object(image: Image.Image, prompt: str) -> shapes.Object | None:
 
 
 def on_object(row: Tensor, target: shapes.Object | None) -> float:
-    """How many times as much of a query's attention (T,) is on an object as if it were spread evenly."""
+    """A query's attention (T,) on an object, relative to uniform attention."""
     if target is None:
         return math.nan
     coverage = torch.from_numpy(shapes.coverage(target))         # (H, W), 0..1
@@ -177,14 +177,14 @@ def attention(args: argparse.Namespace) -> Image.Image:
 
 
 def block_similarity(outputs: Tensor) -> Tensor:
-    """Cosines (N - 1,) of N consecutive outputs (N, T, D), each to the one before, the mean over tokens."""
+    """Cosines (N - 1,) between neighbors of N consecutive outputs (N, T, D), averaged over tokens."""
     return F.cosine_similarity(outputs[:-1].float(), outputs[1:].float(), dim=2).mean(dim=1)
 
 
 def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int,
                        steps: int | None) -> dict[str, Tensor]:
     """
-    For each stage with transformers the cosines (prompts, N - 1): the mean over transformers and all steps.
+    Each stage's cosines (prompts, N - 1), averaged over its transformers and all steps.
 
     Only blocks of one transformer are compared: between two transformers there are residual blocks.
     """
@@ -233,14 +233,14 @@ def similarity(args: argparse.Namespace) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The causal counterpart of Table 3: pictures without the features of one type
+# A causal test beside Table 3: pictures without the features of one type
 
 ALL = "all stages"
 
 
 @contextmanager
 def knock_out(unet: nn.Module, paths: list[str], zero: bool = False) -> Iterator[None]:
-    """Within it, modules return the mean of their output over the tokens or pixels of a picture, or zero."""
+    """Makes modules return their output's mean over a picture's tokens or pixels, or zero."""
     def replace(module: nn.Module, args: tuple, output: Tensor) -> Tensor:  # (B, T, D) or (B, C, H, W)
         if zero:
             return torch.zeros_like(output)
@@ -265,7 +265,7 @@ def feature_groups(unet: model.UNet) -> dict[tuple[str, str], list[str]]:
 
 
 def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]:
-    """The distance of a picture to the intact one, and the judge's scores, nan unless it is the toy's."""
+    """A picture's distance to the intact one, and the judge's scores, nan for prompts not the toy's."""
     try:
         scores = shapes.judge(image, prompt).values()
     except ValueError:
@@ -275,7 +275,7 @@ def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]
 
 def draw_knockouts(title: str, stages: list[str], images: dict[tuple[str, str], Image.Image],
                    results: dict[tuple[str, str], list[tuple[float, float]]]) -> list[Image.Image]:
-    """A picture of each knockout; distances by stage; and the scores of knockouts at all stages, if any."""
+    """Pictures of knockouts, a chart of distances by stage, and one of scores at all stages, if any."""
     kinds, pictures, distances = [*model.FEATURE_TYPES], [], {}
     for kind in kinds:
         pictures.append([images["intact", ALL], *[images.get((kind, stage)) for stage in stages]])
@@ -292,7 +292,7 @@ def draw_knockouts(title: str, stages: list[str], images: dict[tuple[str, str], 
 
 
 def knockout(args: argparse.Namespace) -> Image.Image:
-    """Draws with each group of features replaced, from the same noise, and compares with intact pictures."""
+    """Replaces each group of features, draws from the same noise, and compares with intact pictures."""
     prompts, rows, charts = choose_prompts(args, 24), [], []
     seeds = [args.seed + i for i in range(len(prompts))]
     for name in args.model:
@@ -331,7 +331,7 @@ def main(argv: list[str] | None = None):
     commands = parser.add_subparsers(required=True, metavar="COMMAND", title="commands", prog=parser.prog)
 
     def add_command(draw: Callable, meaning: str, models: str = "") -> Callable:
-        """Adds the command that is named after its function; returns what adds a flag to it."""
+        """Adds a command named after its function; returns the function that adds its flags."""
         command = commands.add_parser(draw.__name__, help=meaning, description=meaning)
         command.set_defaults(draw=draw)
         command.add_argument("--out", type=png_path, default=f"{draw.__name__}.png", metavar="PNG",
@@ -342,12 +342,12 @@ def main(argv: list[str] | None = None):
         return command.add_argument
 
     maps = add_command(attention, "self-attention maps of each stage: components, and one query", "toy")
-    cosines = add_command(similarity, "cosine of each transformer block's output to the one before", "toy")
+    cosines = add_command(similarity, "cosine between outputs of neighboring transformer blocks", "toy")
     knockouts = add_command(knockout, "what pictures depend on: features replaced by type and stage", "toy")
     add_command(budget, "parameters and multiply-adds, by stage and by kind", "sdxl 1b 700m")
     times = add_command(latency, "seconds per image and peak memory here, beside the paper's", "sdxl 1b 700m")
     table3 = add_command(ablation, "runs distill.py for each row of Table 3")
-    table4 = add_command(quality, "Table 4: scores of pictures by several models, and what they cost", "toy")
+    table4 = add_command(quality, "Table 4: scores and costs of several models' pictures", "toy")
     losses = add_command(curves, "the losses of one or several runs, step by step")
 
     for add in (maps, cosines, knockouts, table4):
@@ -357,7 +357,7 @@ def main(argv: list[str] | None = None):
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [preset; Table 4 has 50]")
     maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before the maps")
     maps("--rows", type=number(int, 1, 100), default=2, metavar="N", help="prompts to draw")
-    knockouts("--zero", action="store_true", help="replace by zero, and not by the mean over the picture")
+    knockouts("--zero", action="store_true", help="replace with zero, not the mean over the picture")
     times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
     times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after one to warm up")
@@ -367,8 +367,8 @@ def main(argv: list[str] | None = None):
     table3("--judge", type=number(int, 1, 10**5), default=64, metavar="N", help="captions to score on")
     table3("--jobs", type=number(int, 1, 1000), default=1, metavar="N", help="runs at the same time")
     table3("--runs", type=path, default=Path("runs/ablation"), metavar="FOLDER", help="where runs are kept")
-    table3("--scorer", type=nonempty, metavar="NAME", help="score by this too, as `quality` does: hpsv2")
-    table3("distill", nargs="*", metavar="-- FLAGS", help="more for distill.py: --teacher, --data, --batch")
+    table3("--scorer", type=nonempty, metavar="NAME", help="also score by this CLIP, such as hpsv2")
+    table3("distill", nargs="*", metavar="-- FLAGS", help="distill.py flags: --teacher, --data, --batch")
     table4("--scorer", type=nonempty, metavar="NAME",
            help=f"{', '.join(SCORERS)}, or a hub id or folder of a CLIPModel [judge for toys, else hpsv2]")
     table4("--pictures", type=path, default=Path("runs/quality"), metavar="FOLDER", help="where they stay")

@@ -1,7 +1,7 @@
 """
 What networks cost: parameters, FLOPs, memory and seconds (Figures 2 and 5, Tables 1 and 2).
 
-Networks are counted on PyTorch's meta device, whose tensors have shapes and no numbers: this takes neither
+Networks are counted on PyTorch's meta device, whose tensors have shapes but no data: this needs neither
 weights nor memory. A multiply-add is two FLOPs.
 """
 
@@ -43,7 +43,7 @@ PAPER = {  # Tables 1 and 2: millions of parameters, GB of the checkpoint, secon
 
 
 def read_configs(name: str) -> tuple[list[dict], VAEConfig, model.UNetConfig]:
-    """A model's configurations: of sdxl, 1b and 700m without any files, of others from their config.json."""
+    """A model's configurations: built in for sdxl, 1b and 700m, read from config.json for others."""
     if name in model.CONFIGS:
         return SDXL_CLIPS, VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
@@ -64,7 +64,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_clips(configs: list[dict]) -> tuple[int, int]:
-    """Parameters of a model's CLIP text encoders, and FLOPs of one prompt; the second one projects."""
+    """Parameters of a model's CLIP text encoders, and FLOPs per prompt; only the second projects."""
     parameters = flops = 0
     for i, config in enumerate(configs):
         width, inner = config["hidden_size"], config["intermediate_size"]
@@ -118,7 +118,7 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
 
 def step_flops(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
                texts: list[dict], size: int) -> dict[str, tuple[int, int]]:
-    """Parameters, and FLOPs of a training image of `size` x `size`, of the networks of a distillation."""
+    """Parameters of a distillation's networks, and their FLOPs for one `size` x `size` training image."""
     counts, networks = {}, build_networks(texts, vae, student, size)
     if teacher:
         counts["teacher"] = count_network(*build_networks(texts, vae, teacher, size)["U-Net"])
@@ -137,7 +137,7 @@ class FusedAttention(TorchFunctionMode):
 
 
 def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> int:
-    """Bytes that a U-Net on the meta device, which changes, keeps for its backward pass in bf16 autocast."""
+    """Bytes that a U-Net on the meta device keeps for backward in bf16 autocast; modifies the U-Net."""
     unet.set_checkpointing(checkpointing)
     saved = {}
 
@@ -152,7 +152,7 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
         module.register_forward_pre_hook(autocast)
         module.to(torch.float32 if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) else torch.bfloat16)
     with FusedAttention(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = unet(*inputs)                                   # alive, so that no storage is used again
+        output = unet(*inputs)                                   # kept alive so that no storage is reused
     weights = [parameter.untyped_storage()._cdata for parameter in unet.parameters()]
     return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
 
@@ -170,14 +170,14 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     rows = [[name, parameters, flops / 1e12] for name, (parameters, flops) in counts.items()]
     rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows)])
     print()
-    print_table(["network", "parameters", "TFLOP an image"], rows)
+    print_table(["network", "parameters", "TFLOP per image"], rows)
     print(f"a step of {args.batch}: {args.batch * rows[-1][2]:.4g} TFLOP")
-    # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits; without
-    # what lives for a moment, such as a block that is recomputed.
+    # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits.
+    # Short-lived tensors, such as a recomputed block's, do not count.
     fixed = 16 * counts["student"][0] + 2 * rows[-1][1]
     networks = build_networks(texts, vae, student.config, size)
     image = saved_bytes(*networks["U-Net"], args.checkpointing)
-    print(f"memory of a GPU in 16 bits, counted: {fixed / 1e9:.1f} GB and {image / 1e9:.2f} GB an image, so "
+    print(f"GPU memory in 16 bits, counted: {fixed / 1e9:.1f} GB plus {image / 1e9:.2f} GB per image, or "
           f"{(fixed + args.micro_batch * image) / 1e9:.1f} GB at --micro-batch {args.micro_batch}")
 
 
@@ -210,7 +210,7 @@ def budget(args: argparse.Namespace) -> Image.Image:
     header = ["model", "network", "stage", "kind", "parameters", "multiply-adds"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
     print_table(["", "M parameters", "paper's M", "T multiply-adds", "GB in float32", "paper's GB"], table)
-    print("multiply-adds are of one image, and of one pass of the U-Net, without guidance")
+    print("multiply-adds are for one image and one U-Net pass, without guidance")
     return image_grid([
         [bar_chart("Parameters by stage", KINDS, parameter_bars, "millions")],
         [bar_chart("Work by stage, in one pass", KINDS, work_bars, "billions of multiply-adds")]])
@@ -235,7 +235,7 @@ def build_clips(clips: list[dict]) -> tuple[nn.Module, list[Tensor]]:
 
 
 def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Fills a network of the meta device with noise, as fast as trained weights; returns its inputs, too."""
+    """Fills a meta-device network with noise, which is as fast as trained weights; returns filled inputs."""
     network.requires_grad_(False).to(dtype).to_empty(device=device).to(memory_format=torch.channels_last)
     for parameter in network.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -266,7 +266,7 @@ def describe_device(device: str, dtype: torch.dtype) -> str:
 
 @torch.inference_mode()
 def latency(args: argparse.Namespace) -> Image.Image:
-    """Times each model's networks for one image: the U-Net's passes of all steps, the others' only one."""
+    """Times each model's networks for one image: the U-Net for all steps, the others for one pass."""
     device, names = resolve_device(args.device), ["text encoders", "U-Net", "VAE decoder"]
     dtype, rows, bars = resolve_dtype(args.precision, device), [], defaultdict(list)
     for model_name in tqdm(args.model, "latency"):
@@ -274,7 +274,7 @@ def latency(args: argparse.Namespace) -> Image.Image:
         size = args.size or unet.sample_size * vae.downscale
         networks = {"text encoders": build_clips(clips)} | build_networks(clips, vae, unet, size, batch=2)
         for name in names:
-            network, inputs = networks.pop(name)                 # alone on the device: the one before is gone
+            network, inputs = networks.pop(name)                 # the previous one is freed
             passes, paper = args.steps if name == "U-Net" else 1, math.nan
             flops = passes * count_network(network, inputs)[1]
             reset_peak_memory(device)

@@ -2,8 +2,8 @@
 Training samples: captioned images from the toy, from a folder, or from img2dataset's shards.
 
 What cannot be used is skipped and counted by reason; one bad file never ends a run. Everything random about
-the sample at position p of the endless, shuffled order comes from a generator seeded by (seed, p). So it is
-the same for any batch size, any number of processes, and however often a run was stopped.
+the sample at position p of the endless, shuffled order comes from a generator seeded with (seed, p). The
+sample is the same for any batch size, any number of processes, and any number of restarts.
 """
 
 import argparse
@@ -87,7 +87,7 @@ class CaptionedImages:
         self.length, self.fingerprint = facts["length"], facts["fingerprint"]
         self.skipped = Counter(facts["skipped"])
         if not self.length:
-            raise ValueError(f"--data: no folder {folder} of images with .txt files, a metadata.jsonl or "
+            raise ValueError(f"--data: {folder} has no usable images with .txt files, metadata.jsonl or "
                              f".tar shards; left out: {format_counts(self.skipped)}")
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ class CaptionedImages:
             yield {name: [name] for name in names}
 
     def members(self, shard: str) -> dict[str, list]:
-        """Where the files of a shard are, by name: [shard, first byte, size]; those before any damage."""
+        """Locations of a shard's files by name, [shard, first byte, size], up to any damage."""
         path, members, end = self.root / shard, {}, 0
         size = path.stat().st_size
         with contextlib.suppress(tarfile.TarError), tarfile.open(path, "r:") as tar:
@@ -122,7 +122,7 @@ class CaptionedImages:
         return members
 
     def pairs(self, shards: list[str]) -> Iterator[dict[str, list]]:
-        """Where the files of each pair are, by kind; their names differ only in the ending."""
+        """Locations of each pair's files by kind; their names differ only in the extension."""
         for files in map(self.members, shards) if shards else self.walk():
             pairs = {}
             for name in sorted(files, key=os.path.splitext):
@@ -150,7 +150,7 @@ class CaptionedImages:
                     self.skipped["bad_line"] += bool(line.strip())
 
     def write_index(self):
-        """Writes a line for each pair, and where the lines start; an index of the same shards is kept."""
+        """Writes a line per pair and the lines' offsets; keeps an existing index of the same shards."""
         shards, pairs = [], self.metadata_pairs()
         if not (self.root / "metadata.jsonl").is_file():
             shards = [name for files in self.walk() for name in files if name.endswith(".tar")]
@@ -210,11 +210,11 @@ class CaptionedImages:
         except Exception:                                        # damaged files make decoders raise anything
             raise Skip("bad_image") from None
         height, width = image.height, image.width
-        if "json" in pair:                                       # img2dataset shrank it: sizes before that
+        if "json" in pair:                                       # the sizes before img2dataset shrank it
             with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, Skip):
                 info = json.loads(self.read(*pair["json"]))
                 original = [min(max(int(info[f"original_{side}"]), 1), 2**16) for side in ("height", "width")]
-                turned = image.size != stored.size               # by EXIF; the sidecar is from before
+                turned = image.size != stored.size               # by EXIF; the sidecar is unturned
                 height, width = reversed(original) if turned else original
         return image, caption, (height, width)
 
@@ -224,7 +224,7 @@ class CaptionedImages:
             return self.caption
         try:
             text = self.read(*pair["txt"]).decode("utf-8-sig") if "txt" in pair else pair["text"]
-            text.encode()                                        # JSON can spell halves of characters
+            text.encode()                                        # JSON can escape lone surrogates
         except UnicodeError:
             raise Skip("bad_encoding") from None
         # `strip` alone would keep invisible characters, such as a zero-width space.
@@ -274,11 +274,11 @@ class Samples(Dataset):
 
     pixels (3, S, S) uint8, caption and time_ids (6,), or instead what `cached(index)` returns unless that is
     None; dropped, whether the caption is dropped; timestep; noise and, to draw latents from the VAE's
-    distribution, latent_noise (4, s, s); index in the source; skipped, 0 or the number in REASONS (from 1) of
-    why the item at this position was replaced.
+    distribution, latent_noise (4, s, s); index in the source; skipped, 0 or, for
+    a replaced item, the number of the reason in REASONS (from 1).
     """
 
-    DROPPED = 0.1  # of captions, so that classifier-free guidance has an unconditional prediction
+    DROPPED = 0.1  # of captions; classifier-free guidance needs unconditional predictions
 
     def __init__(self, source: Shapes | CaptionedImages, size: int, latent_shape: tuple[int, int, int],
                  seed: int, cached: Callable[[int], dict | None] | None = None):

@@ -25,7 +25,7 @@ def font(size: int = 26) -> ImageFont.ImageFont:
 
 
 def format_number(value: object) -> str:
-    """A number with commas or with four digits, nan blank; "mean ± spread" of a pair; a text as it is."""
+    """A number with commas or four digits; nan as blank; a pair as "mean ± spread"; text unchanged."""
     if isinstance(value, tuple):
         return " ± ".join(format_number(number) for number in value if not math.isnan(number))
     if isinstance(value, float):
@@ -72,7 +72,7 @@ def image_grid(rows: list[list[Image.Image | None]], row_names: Sequence[str] = 
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:
-    """About `count` round numbers that reach from `low` or below to `high` or above."""
+    """About `count` round numbers that cover the range from `low` to `high`."""
     step = 10 ** math.floor(math.log10((high - low) / count or 1.0))
     step = next(step * factor for factor in (1, 2, 5, 10) if (high - low) / (step * factor) <= count)
     first = math.floor(low / step + 1e-9)
@@ -138,7 +138,7 @@ def line_chart(title: str, x_name: str, y_name: str, curves: dict[str, list[tupl
 
 
 def bar_chart(title: str, names: list[str], rows: dict[str, list[float]], x_name: str) -> Image.Image:
-    """A bar for each row, with its total; it has a length for each of `names`."""
+    """A stacked bar for each row, with its total and a part for each name."""
     longest = max(sum(lengths) for lengths in rows.values())
     picture, draw, place = axes(title, names, x_name, ticks(0, 1.1 * longest), dict(enumerate(rows)))
     for y, lengths in enumerate(rows.values()):
@@ -153,7 +153,7 @@ def bar_chart(title: str, names: list[str], rows: dict[str, list[float]], x_name
 
 def dot_chart(title: str, names: list[str], rows: dict[str, list[tuple[float, float]]], x_name: str,
               share: bool = False) -> Image.Image:
-    """A row of dots (value, spread), each number or nan, one for each of `names`; `share`: from 0 to 1."""
+    """Rows of dots (value, spread), one for each of `names`, possibly nan; `share`: the axis is 0 to 1."""
     dots = np.array(list(rows.values()))                         # (rows, names, 2)
     values, spreads = dots[..., 0], np.nan_to_num(dots[..., 1])
     low, high = (0.0, 1.0) if share else (np.nanmin(values - spreads), np.nanmax(values + spreads))

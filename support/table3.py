@@ -32,7 +32,7 @@ from toy import shapes
 
 
 class Row(NamedTuple):
-    """A row of Table 3: the paper's HPSv2, and what is distilled, as flags of distill.py have it."""
+    """A row of Table 3: the paper's HPSv2, and distill.py's flags for what is distilled."""
 
     hpsv2: str
     features: str
@@ -54,7 +54,7 @@ TABLE = {  # from the paper's best row to its worst
            "SA only": Row("26.74", "SA"),
            "SA + CA + Res + FFN + LF all": Row("26.39", "SA,CA,Res,FFN,LF"),
            "SA + LF at DW-1 & UP-3, normalized": Row("", "SA,LF@DW-1,LF@UP-3", normalize=True)}}
-FINDINGS = {  # of section 4.2: the mean of some rows is better than that of each group of others
+FINDINGS = {  # of section 4.2: the first rows have a better mean than each other group
     "3a": ("F1, self-attention is the best type of feature",
            ["SA"], [["task loss only"], ["CA"], ["Res"], ["FFN"], ["LF (BK-SDM)"]]),
     "3b": ("F2, the decoder's stages matter more",
@@ -102,7 +102,7 @@ def picture_distance(image: Image.Image, other: Image.Image) -> float:
 def score(folder: Path, steps: int, teacher: str, prompts: tuple[str, ...],
           scorer: str | None = None) -> list[float]:
     """
-    SCORES of a run, and the mean of the CLIP that `scorer` names; kept in the run's folder.
+    SCORES of a run, and its mean score by the CLIP `scorer`; saved in the run's folder.
 
     The judge's are nan unless the teacher is a toy. The distance is to the teacher's images.
     """
@@ -130,7 +130,7 @@ def mean_and_spread(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray],
                   names: Sequence[str] = SCORES) -> str:
     """
-    What each of `names` says of a finding; `scores` (names, seeds) are by row of the finding's table.
+    What each score in `names` says about a finding; `scores` maps its table's rows to (names, seeds).
 
     A gain is clear if its mean is larger than its spread over seeds: runs of a seed share data and noise.
     """
@@ -138,7 +138,7 @@ def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, n
     gains = [best - np.mean([scores[row] for row in group], axis=0) for group in worse]
     means, spreads = mean_and_spread(np.stack(gains))            # (groups, names)
     for name, gain, spread in zip(names, means.T, spreads.T):    # (groups,)
-        if name == "distance":                                   # of all others, more is better
+        if name == "distance":                                   # lower is better here only
             gain = -gain
         if (gain > spread).all():
             verdicts.append(f"by {name} agrees")
@@ -150,7 +150,7 @@ def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, n
 
 
 def ablation(args: argparse.Namespace) -> Image.Image:
-    """Runs and scores every row with every seed; rows that are the same run are run once."""
+    """Runs and scores every row with every seed; identical rows share one run."""
     tables = list(TABLE) if args.table == "all" else [args.table]
     settings = distill.parse_args(distill_flags(args, TABLE["3a"]["SA"], 0))  # fails now if a flag is wrong
     teacher = settings.teacher
@@ -163,7 +163,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     results = {}                                                 # by row and seed
     for seed, table in product(range(args.seeds), tables):
         results |= {(row, seed): None for row in TABLE[table].values()}
-    for i in tqdm(range(0, len(results), args.jobs), "runs"):    # once a run has failed, no other is started
+    for i in tqdm(range(0, len(results), args.jobs), "runs"):    # a failed run stops the rest
         runs = list(results)[i:i + args.jobs]
         with ThreadPoolExecutor(args.jobs) as pool:
             folders = list(pool.map(lambda run: run_distill(args, *run), runs))

@@ -2,8 +2,8 @@
 Table 4: what pictures score, and what they cost, beside the paper's numbers.
 
 `python analysis.py quality` draws each prompt with each model from the same noise, keeps the pictures, and
-scores them by HPSv2 or another CLIP, or the toy's by its judge. T2I-CompBench's own scripts read the pictures
-too; of its prompts, their commands are printed, and `--scorer compbench` leaves the scores to them.
+scores them with HPSv2 or another CLIP, or for the toy with its judge. For T2I-CompBench's prompts it prints
+that benchmark's commands, which read the pictures; `--scorer compbench` leaves the scores to them.
 """
 
 import argparse
@@ -68,7 +68,7 @@ COMPBENCH = {  # the commands by which T2I-CompBench (Huang et al., arXiv 2307.0
     "complex": f"""{BLIP}
 (cd UniDet_eval && python 2D_spatial_eval.py --outpath {{0}} --complex True)
 python CLIPScore_eval/CLIP_similarity.py --outpath {{0}} --complex True
-(cd 3_in_1_eval && python 3_in_1.py --outpath {{0}})  # ten pictures a prompt: give each ten times"""}
+(cd 3_in_1_eval && python 3_in_1.py --outpath {{0}})  # ten pictures per prompt: list it ten times"""}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -77,9 +77,9 @@ python CLIPScore_eval/CLIP_similarity.py --outpath {{0}} --complex True
 
 def read_prompts(path: Path | None, limit: int | None = None) -> dict[str, list[str]]:
     """
-    The first `limit` prompts of a text, one a line, or of a JSON list, by the name of the file; or PROMPTS.
+    The first `limit` prompts of a file, one per line or a JSON list, by file name; without a path, PROMPTS.
 
-    Of a folder all JSON lists, as HPSv2 publishes them, or T2I-CompBench's *_val.txt, or else any *.txt.
+    From a folder it reads HPSv2's *.json, or else T2I-CompBench's *_val.txt, or else any *.txt.
     Raises OSError or ValueError.
     """
     if path is None:
@@ -100,7 +100,7 @@ def read_prompts(path: Path | None, limit: int | None = None) -> dict[str, list[
 
 
 def all_toys(names: list[str]) -> bool:
-    """Whether all these models have a vocabulary of fewer than 1,000 tokens, and so read only captions."""
+    """Whether all these models have fewer than 1,000 tokens and read only the toy's captions."""
     files = [local_folder(preset(name).source, ("tokenizer",)) / "tokenizer" / "vocab.json" for name in names]
     return all(file.is_file() and len(model.read_json(file)) < SMALL_VOCABULARY for file in files)
 
@@ -111,9 +111,9 @@ def all_toys(names: list[str]) -> bool:
 
 def load_clip(name: str, device: str) -> Callable[[Image.Image, str], float]:
     """
-    What gives 100 x the cosine of a picture and its prompt, by a key of CLIPS or another CLIPModel. HPSv2 (Wu
-    et al., arXiv 2306.09341) and PickScore (Kirstain et al., arXiv 2305.01569) are CLIPs that were trained on
-    what people prefer. Raises OSError or ValueError.
+    Returns a scorer, 100 x the cosine of picture and prompt, for a key of CLIPS or another CLIPModel.
+    HPSv2 (Wu et al., arXiv 2306.09341) and PickScore (Kirstain et al., arXiv 2305.01569) are CLIPs trained
+    on human preferences. Raises OSError or ValueError.
     """
     import transformers                                          # slow, and seldom needed
     transformers.logging.set_verbosity_error()                   # no warnings about other packages
@@ -209,7 +209,7 @@ def draw_pictures(name: str, args: argparse.Namespace,
 
 def score_pictures(score: Callable, groups: dict[str, list[str]],
                    paths: dict[str, list[Path]]) -> dict[str, tuple[float, float]]:
-    """Mean and standard error of each group's scores; or of each of the judge's."""
+    """Mean and standard error of scores by group, or of the judge's by name."""
     scores = defaultdict(list)
     for group, prompts in groups.items():
         for path, prompt in zip(tqdm(paths[group], f"scoring {group}"), prompts):
@@ -256,7 +256,7 @@ def quality(args: argparse.Namespace) -> Image.Image:
                      for column, cell in zip([*columns, "average"], cells)]
     header = ["model", "column", "mean", "standard error", "parameters", "seconds"]
     write_csv(args.out.with_suffix(".csv"), header, rows)
-    print_table(["model", "M parameters", "s a picture", *columns, "average"], table)
+    print_table(["model", "M parameters", "s per picture", *columns, "average"], table)
     title = f"Table 4 by {scorer}: {len(notes)} prompts, on {notes[0]['device']}"
     print(f"{title}; parameters are the U-Net's, ± is a standard error over prompts")
     return dot_chart(title, columns, dots, "mean, and its standard error over prompts",

@@ -15,7 +15,7 @@ from model import read_weights
 from support.files import error_summary
 
 ENCODERS, TOKENIZERS = ("text_encoder", "text_encoder_2"), ("tokenizer", "tokenizer_2")  # folders of a model
-SMALL_VOCABULARY = 1000  # tokens; fewer, as the toy has, cannot spell other words
+SMALL_VOCABULARY = 1000  # tokens; with fewer, as in the toy, words can be unknown
 
 
 class TextEncoders(nn.Module):

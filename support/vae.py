@@ -24,7 +24,7 @@ class VAEConfig:
     """An AutoencoderKL in numbers; the defaults are SDXL's."""
 
     channels: tuple[int, ...] = (128, 256, 512, 512)  # width of each level, finest first
-    layers: int = 2                                   # residual blocks of an encoder stage; a decoder's: + 1
+    layers: int = 2                                   # residual blocks per encoder stage; 1 more in decoders
     latent_channels: int = 4
     groups: int = 32                                  # of every group norm
     scaling_factor: float = 0.13025                   # the U-Net sees latents times this
@@ -152,7 +152,7 @@ class VAE(nn.Module):
         return self.decoder(self.post_quant_conv(latent))
 
     def decode_tiled(self, latent: Tensor, tile: int = 64, overlap: int = 16) -> Tensor:
-        """As `decode` for one latent (1, 4, H, W), in overlapping, blended tiles, to save memory."""
+        """Decodes one latent (1, 4, H, W) in overlapping, blended tiles to save memory."""
         scale, (H, W) = self.config.downscale, latent.shape[2:]
         if max(H, W) <= tile:
             return self.decode(latent)
