@@ -388,7 +388,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--lr", number(float, 1e-12, 1), None, "learning rate of AdamW")
     add("--decay", number(float, 0, 1), None, "last fraction of the steps: the rate falls to 0")
     add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's")
-    add("--workers", number(int, 0, 1000), None, "data workers per GPU [half of the cores, at most 8]")
+    add("--workers", number(int, 0, 1000), None, "data workers per GPU [half of cores, at most 8; shapes: 0]")
     add("--save-every", count, None, "steps between checkpoints")
     add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
     add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
@@ -418,7 +418,7 @@ def fill_in(args: argparse.Namespace):
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        args.workers = min(8, cores // 2 // on_machine)
+        args.workers = min(8, cores // 2 // on_machine) if args.data != "shapes" else 0  # drawn in no time
     if args.teacher == "none" or not args.feat_kd:
         args.features = "none"
     if args.out is None:
