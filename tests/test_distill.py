@@ -286,7 +286,8 @@ def test_without_a_teacher_the_task_alone_is_learned(run, teacher, tmp_path, pai
 @pytest.mark.parametrize("line", [
     "--steps 0", "--lr nan", "--batch 5 --micro-batch 2", "--student sdxl", "--unknown", "--feat 1",
     "--teacher none", "--caption dog", "--features SB", "--teacher absent", "--data ",
-    "--task 0 --out-kd 0 --feat-kd 0", "--task 0 --teacher none --init random", "--out data/run --data data"])
+    "--task 0 --out-kd 0 --feat-kd 0", "--task 0 --teacher none --init random", "--out data/run --data data",
+    "--out x/../data/run --data data"])
 def test_a_bad_command_line_is_one_line(line, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
@@ -318,3 +319,8 @@ def test_a_dry_run(program, teacher, tmp_path, monkeypatch):
     for words in (*(f"{sum(p.numel() for p in unet.parameters()):,}" for unet in unets), "1e-05",
                   f"{block.format(1)} <- {block.format(2)}"):
         assert words in out
+
+
+def test_a_run_without_teacher_from_a_unet_alone_takes_the_toys_encoders(teacher):
+    args = parse_args(["--teacher", "none", "--init", str(teacher / "unet")])
+    assert distill.model_source(args) == "toy"

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,3 +81,9 @@ def test_what_is_missing_is_named(folder):
     assert str(path) in refusal(load_text, folder)
     shutil.rmtree(folder / "text_encoder")  # as in SDXL's refiner
     assert "refiner" in refusal(load_text, folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_2", "text_encoder/config.json", "tokenizer/merges.txt"])
+def test_a_part_that_is_missing_is_named(folder, name):
+    (shutil.rmtree if (folder / name).is_dir() else Path.unlink)(folder / name)
+    assert name.split("/")[0] in refusal(load_text, folder)
