@@ -418,7 +418,9 @@ def fill_in(args: argparse.Namespace):
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-        args.workers = min(8, cores // 2 // on_machine) if args.data != "shapes" else 0  # drawn in no time
+        args.workers = min(8, cores // 2 // on_machine)
+        if args.data == "shapes":                                # so quick to draw that a process costs more
+            args.workers = 0
     if args.teacher == "none" or not args.feat_kd:
         args.features = "none"
     if args.out is None:

@@ -198,7 +198,8 @@ def budget(args: argparse.Namespace) -> Image.Image:
             counts[name, network, "", ""] = count_network(*networks[network])
     rows = [[*part, parameters, flops // 2] for part, (parameters, flops) in counts.items()]
     for name, network in dict.fromkeys((name, network) for name, network, *_ in rows):
-        parameters, macs = (sum(row[i] for row in rows if row[:2] == [name, network]) for i in (4, 5))
+        own = [row for row in rows if row[:2] == [name, network]]
+        parameters, macs = sum(row[4] for row in own), sum(row[5] for row in own)
         millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
         table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12, 4 * parameters / 1e9,
                       gigabytes])
