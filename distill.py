@@ -40,8 +40,8 @@ from support.hub import (
     preset, resolve_device, resolve_dtype, run)
 from support.plots import loss_curves
 from support.run import (
-    Log, StopSignal, complete_model, fingerprint, first_on_machine, ignore_signals,
-    lock_run_dir, process_ranks, record_step, resume, save_checkpoint, say)
+    Log, StopSignal, complete_model, fingerprint, ignore_signals,
+    lock_run_dir, process_ranks, rank_0_first, record_step, resume, save_checkpoint, say)
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -226,7 +226,7 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
 
     Raises RuntimeError if a worker died.
     """
-    rank, world, _ = process_ranks()
+    rank, world = process_ranks()
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
     loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
                         pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals,
@@ -263,7 +263,8 @@ def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNe
     scaler.load_state_dict(state["scaler"])
     if state["step"] > args.steps:
         raise ValueError(f"{args.out} is at step {state['step']}; give more --steps, or another --out")
-    if state["step"] and process_ranks().rank == 0:
+    rank, _ = process_ranks()
+    if state["step"] and rank == 0:
         print(f"resumed at step {state['step']}")
     return state
 
@@ -276,7 +277,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
     `identity` has the settings that a resumed run must share with its checkpoint. Raises FloatingPointError
     after 20 steps in a row with non-finite gradients; other errors come from data and files.
     """
-    rank, world, _ = process_ranks()
+    rank, world = process_ranks()
     device, dtype, student = pipeline.device, pipeline.dtype, networks.student
     optimizer = torch.optim.AdamW(student.parameters(), lr=args.lr, weight_decay=0.01, fused=True)
     scaler = torch.amp.GradScaler(device.split(":")[0], enabled=dtype == torch.float16)
@@ -414,7 +415,8 @@ def fill_in(args: argparse.Namespace):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.features = args.features.replace(" ", "")
-    args.micro_batch = min(args.micro_batch, max(1, args.batch // process_ranks().world))
+    _, world = process_ranks()
+    args.micro_batch = min(args.micro_batch, max(1, args.batch // world))
     if args.workers is None:
         on_machine = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes, as torchrun sets it
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
@@ -432,7 +434,7 @@ def fill_in(args: argparse.Namespace):
 
 def check_args(args: argparse.Namespace, parser: ArgumentParser):
     """Ends the program, with one line, if settings contradict each other."""
-    _, world, _ = process_ranks()
+    _, world = process_ranks()
     if args.batch % (world * args.micro_batch):
         parser.error(f"--batch {args.batch} is not a multiple of {world} x --micro-batch {args.micro_batch}")
     try:
@@ -483,7 +485,8 @@ def dry_run(args: argparse.Namespace):
         student_config = model.student_config(config, args.student)
     else:                                                        # a whole model, or a U-Net alone
         folder = local_folder(preset(args.init).unet, ("unet",), weights=False)
-        student_config = model.read_config(model.part_folder(folder, "unet"), model.UNetConfig.from_diffusers)
+        config_file = model.part_folder(folder, "unet") / "config.json"
+        student_config = model.read_json(config_file, model.UNetConfig.from_diffusers)
     with torch.device("meta"):
         student, teacher = model.UNet(student_config), model.UNet(config) if args.teacher != "none" else None
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
@@ -495,7 +498,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.dry_run:
         dry_run(args)
         return 0
-    rank, world, _ = process_ranks()
+    rank, world = process_ranks()
     device = resolve_device(args.device)
     on_gpu = device.startswith("cuda")
     if on_gpu:
@@ -513,7 +516,7 @@ def main(argv: list[str] | None = None) -> int:
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     _lock = lock_run_dir(args.out) if rank == 0 else None        # held until the process ends
 
-    with first_on_machine():                                     # downloads and indexes; the others find it
+    with rank_0_first():                                         # downloads and indexes; the others find it
         source = Shapes()
         if args.data != "shapes":
             source = CaptionedImages(args.data, args.out / "index", args.caption)

@@ -554,7 +554,7 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
     Raises FileNotFoundError or ValueError, one line that says what is wrong and what to do.
     """
     folder = part_folder(folder, "unet")
-    config = read_config(folder, UNetConfig.from_diffusers)
+    config = read_json(folder / "config.json", UNetConfig.from_diffusers)
     return build(partial(UNet, config), read_weights(folder, WEIGHTS, dtype), folder, dtype, device)
 
 
@@ -569,28 +569,14 @@ def part_folder(folder: str | Path, part: str) -> Path:
     return Path(folder, part) if whole else Path(folder)
 
 
-def read_json(path: Path) -> dict:
-    """The object in a JSON file. Raises FileNotFoundError or ValueError."""
+def read_json(path: Path, parse: Callable[[dict], object] = dict):
+    """What `parse` makes of the object in a JSON file. Raises FileNotFoundError or ValueError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no {path.name} in the folder {path.parent}") from None
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is not a JSON object; download it again")
-    return value
-
-
-def read_config(folder: Path, parse: Callable[[dict], object]):
-    """Reads a folder's config.json and parses it. Raises FileNotFoundError or ValueError."""
-    config = read_json(folder / "config.json")
-    try:
-        return parse(config)
-    except (LookupError, TypeError) as error:
-        raise ValueError(f"{folder / 'config.json'} is of another kind of network ({error!r})") from None
+        return parse(json.loads(path.read_text(encoding="utf-8-sig")))
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is of another kind ({error!r})") from None
     except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
 
 
 def per_level(value: int | list, levels: int) -> list:

@@ -223,9 +223,9 @@ class Pipeline:
         if len(encoder_names(folder)) == 1:                      # whatever the file says, as in diffusers
             scheduler |= {"steps_offset": 1, "clip_sample": False}
         self.schedule = NoiseSchedule(scheduler, preset.spacing, preset.sampler, device)
-        self.vae_config = model.read_config(self.vae_folder, VAEConfig.from_diffusers)
+        self.vae_config = model.read_json(self.vae_folder / "config.json", VAEConfig.from_diffusers)
         if vae_folder != folder and (folder / "vae").exists():
-            own = model.read_config(folder / "vae", VAEConfig.from_diffusers)
+            own = model.read_json(folder / "vae" / "config.json", VAEConfig.from_diffusers)
             if own.scaling_factor != self.vae_config.scaling_factor:
                 raise ValueError(f"--vae: its scaling_factor {self.vae_config.scaling_factor} is not the "
                                  f"model's {own.scaling_factor}: it is for other latents")

@@ -7,8 +7,6 @@ weights nor memory. A multiply-add is two FLOPs.
 
 import argparse
 import math
-import statistics
-import time
 from collections import defaultdict
 from itertools import product
 from pathlib import Path
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -48,11 +47,9 @@ def read_configs(name: str) -> tuple[list[dict], VAEConfig, model.UNetConfig]:
         return SDXL_CLIPS, VAEConfig(), model.CONFIGS[name]
     folder = local_folder(preset(name).source, (*ENCODERS, "vae", "unet"), weights=False)
     unet = Path(preset(name).student or folder / "unet")
-    keys = SDXL_CLIPS[0].keys()
-    clips = [model.read_config(folder / encoder, lambda config: {key: config[key] for key in keys})
-             for encoder in encoder_names(folder)]
-    return (clips, model.read_config(folder / "vae", VAEConfig.from_diffusers),
-            model.read_config(unet, model.UNetConfig.from_diffusers))
+    clips = [model.read_json(folder / encoder / "config.json") for encoder in encoder_names(folder)]
+    return (clips, model.read_json(folder / "vae" / "config.json", VAEConfig.from_diffusers),
+            model.read_json(unet / "config.json", model.UNetConfig.from_diffusers))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,24 +184,23 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
 
 def budget(args: argparse.Namespace) -> Image.Image:
     """Parameters and multiply-adds of each stage and kind, beside the paper's sums."""
-    counts, table, parameter_bars, work_bars = {}, [], {}, {}    # by model, network, stage and kind
+    rows, table, unets, parameter_bars, work_bars = [], [], {}, {}, {}
     for name in args.model:
         clips, vae, unet = read_configs(name)
         networks = build_networks(clips, vae, unet, unet.sample_size * vae.downscale)
-        for (stage, kind), count in count_unet(*networks["U-Net"]).items():
-            counts[name, "U-Net", stage, kind] = count
-        counts[name, "text encoders", "", ""] = count_clips(clips)
+        unets[name] = count_unet(*networks["U-Net"])
+        counts = {"U-Net": unets[name], "text encoders": {("", ""): count_clips(clips)}}
         for network in ("VAE decoder", "VAE encoder"):
-            counts[name, network, "", ""] = count_network(*networks[network])
-    rows = [[*part, parameters, flops // 2] for part, (parameters, flops) in counts.items()]
-    for name, network in dict.fromkeys((name, network) for name, network, *_ in rows):
-        own = [row for row in rows if row[:2] == [name, network]]
-        parameters, macs = sum(row[4] for row in own), sum(row[5] for row in own)
-        millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
-        table.append([f"{name}: {network}", parameters / 1e6, millions, macs / 1e12, 4 * parameters / 1e9,
-                      gigabytes])
-    for stage, name in product(dict.fromkeys(row[2] for row in rows if row[2]), args.model):
-        parts = [counts.get((name, "U-Net", stage, kind), (0, 0)) for kind in KINDS]
+            counts[network] = {("", ""): count_network(*networks[network])}
+        for network, parts in counts.items():
+            for (stage, kind), (parameters, flops) in parts.items():
+                rows.append([name, network, stage, kind, parameters, flops // 2])
+            parameters, flops = (sum(column) for column in zip(*parts.values()))
+            millions, gigabytes, _ = PAPER.get(name, {}).get(network, (math.nan, math.nan, math.nan))
+            table.append([f"{name}: {network}", parameters / 1e6, millions, flops / 2e12,
+                          4 * parameters / 1e9, gigabytes])
+    for stage, name in product(dict.fromkeys(row[2] for row in rows if row[1] == "U-Net"), args.model):
+        parts = [unets[name].get((stage, kind), (0, 0)) for kind in KINDS]
         if any(parameters for parameters, _ in parts):           # KOALA-700M has no Mid
             parameter_bars[f"{stage}  {name}"] = [parameters / 1e6 for parameters, _ in parts]
             work_bars[f"{stage}  {name}"] = [flops / 2e9 for _, flops in parts]
@@ -246,15 +242,9 @@ def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: s
 
 
 def time_network(network: nn.Module, inputs: list[Tensor], passes: int, repeat: int) -> float:
-    """The median seconds of `repeat` runs of `passes` forward passes, after one run to warm up."""
-    seconds = []
-    for _ in range(1 + repeat):
-        start = time.perf_counter()
-        for _ in range(passes):
-            output = network(*inputs)
-        output[0].sum().item()                                   # a number on the host: waits for the device
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+    """The mean seconds of `passes` forward passes, of `repeat` times as many, after some to warm up."""
+    timer = Timer("network(*inputs)", globals=locals(), num_threads=torch.get_num_threads())
+    return passes * timer.timeit(passes * repeat).mean           # waits for the device
 
 
 def describe_device(device: str, dtype: torch.dtype) -> str:

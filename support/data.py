@@ -81,7 +81,8 @@ class CaptionedImages:
 
     def __init__(self, folder: str | Path, index: Path, caption: str | None = None):
         self.root, self.index, self.caption, self.skipped = Path(folder), index, caption, Counter()
-        if process_ranks().local == 0:                           # the other processes read what it writes
+        rank, _ = process_ranks()
+        if rank == 0:                                            # the other processes read what it writes
             self.write_index()
         facts = read_json(index / "index.json")
         self.length, self.fingerprint = facts["length"], facts["fingerprint"]

@@ -15,7 +15,7 @@ import sys
 import zlib
 from functools import partial
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.distributed as dist
@@ -175,7 +175,8 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
             for moment in MOMENTS:
                 restored[moment] = torch.empty_like(parameter).copy_(moments.pop(f"{moment}.{name}"))
             optimizer.state[parameter] = restored
-    if process_ranks().rank == 0:
+    rank, _ = process_ranks()
+    if rank == 0:
         show_unet(run, folder)
     return content["state"]
 
@@ -259,26 +260,19 @@ def say(bar: tqdm, text: str):
 # Several processes, and how they stop
 
 
-class Ranks(NamedTuple):
-    rank: int   # of this process
-    world: int  # how many processes
-    local: int  # rank on this machine
-
-
-def process_ranks() -> Ranks:
-    """Rank, world size and local rank, as torchrun sets them."""
-    return Ranks(*(int(os.environ.get(name, default)) for name, default in (
-        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))))
+def process_ranks() -> tuple[int, int]:
+    """The rank of this process and the number of processes, as torchrun sets them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 @contextlib.contextmanager
-def first_on_machine():
-    """The first process on a machine enters the block; the others follow when it is done."""
-    rank, world, local = process_ranks()
-    if world > 1 and local > 0:
+def rank_0_first():
+    """Process 0 enters the block; the others follow when it is done."""
+    rank, world = process_ranks()
+    if rank > 0:
         dist.barrier()
     yield
-    if world > 1 and local == 0:
+    if rank == 0 and world > 1:
         dist.barrier()
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from model import (
-    WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, part_folder, read_config, read_weights,
+    WEIGHTS, Attention, ResBlock, Upsample, build, check_fixed, part_folder, read_json, read_weights,
     save_network, to_map, to_tokens)
 
 
@@ -177,7 +177,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str = "cpu") -> VAE:
     """Loads the VAE of a folder, or of its vae/, in `dtype` or else as stored; raises as `load_unet`."""
     folder = part_folder(folder, "vae")
-    config = read_config(folder, VAEConfig.from_diffusers)
+    config = read_json(folder / "config.json", VAEConfig.from_diffusers)
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor
                for name, tensor in read_weights(folder, WEIGHTS, dtype).items()}

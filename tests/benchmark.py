@@ -27,7 +27,7 @@ from sample import load_pipeline
 from support.hub import TOY, ArgumentParser
 from support.vae import VAEConfig
 
-TOY_UNET = model.read_config(TOY / "unet", model.UNetConfig.from_diffusers)
+TOY_UNET = model.read_json(TOY / "unet" / "config.json", model.UNetConfig.from_diffusers)
 NARROW = replace(model.CONFIGS["sdxl"], channels=(64, 128, 256), heads=(1, 2, 4), context_dim=256,
                  pooled_dim=128)
 

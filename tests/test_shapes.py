@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from toy.shapes import (
-    COLORS, RELATIONS, SCORES, SHAPES, WORDS, Object, Scene, caption, describe, judge, parse, read,
+    COLORS, RELATIONS, SCORES, SHAPES, WORDS, Object, Scene, describe, judge, parse, read,
     render, sample, scene, scores)
 
 RED = Object("red", "circle", 18, 30, 10)
@@ -23,7 +23,7 @@ def samples():
 
 def test_a_sample_depends_on_its_numbers_alone(samples):
     image, text = sample(1, 7)
-    assert np.array_equal(image, samples[7][0]) and text == samples[7][1] == caption(1, 7)
+    assert np.array_equal(image, samples[7][0]) and text == samples[7][1] == describe(scene(1, 7))
     assert len({image.tobytes() for image, _ in [*samples, sample(2, 3)]}) == len(samples) + 1
 
 

@@ -154,7 +154,7 @@ class MeanPictures:
 def examples(indices: range, vae: VAE, means: MeanPictures | None) -> tuple[Tensor, Tensor, list[str]]:
     """What a step is trained on: latents (B, 4, H, W), timesteps (B,) and captions."""
     if means:
-        captions = [shapes.caption(shapes.TRAIN_SEED, index) for index in indices]
+        captions = [shapes.describe(shapes.scene(shapes.TRAIN_SEED, index)) for index in indices]
         return means(captions), torch.full((len(captions),), 999), captions
     images, captions = pictures(indices)
     mean, logvar = vae.encode(images)
