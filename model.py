@@ -574,7 +574,7 @@ def read_json(path: Path, parse: Callable[[dict], object] = dict):
     try:
         return parse(json.loads(path.read_text(encoding="utf-8-sig")))
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is of another kind ({error!r})") from None
+        raise ValueError(f"{path} is damaged or of another kind ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
