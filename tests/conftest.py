@@ -27,6 +27,13 @@ def session():
 
 
 @pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    """The folders of small models of one family, by name."""
+    folder = tmp_path_factory.mktemp("small")
+    return {name: bundle(folder / name, name) for name in ("sdxl", "1b", "700m")}
+
+
+@pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """The folder of a small model that draws 64 pixels and knows the words of the shapes."""
     folder = bundle(tmp_path_factory.mktemp("teacher") / "small", vae=VAE_OF_RUNS, words=shapes.WORDS)

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from common import bundle, fill
+from common import fill
 from PIL import Image, ImageColor
 from torch import nn
 
@@ -25,11 +25,6 @@ from toy import shapes
 
 def run(*words):
     main([str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return bundle(tmp_path_factory.mktemp("sdxl"), "sdxl")
 
 
 @pytest.fixture
@@ -72,9 +67,8 @@ def test_the_query_is_on_the_object_that_the_caption_names_first():
     assert math.isnan(on_object(uniform, None))
 
 
-def test_attention_measures_every_stage_with_self_attention(folder, prompts, tmp_path):
-    small = bundle(tmp_path / "700m", "700m")
-    run("attention", "--model", folder, small, "--prompts", prompts, "--steps", 2,
+def test_attention_measures_every_stage_with_self_attention(small, prompts, tmp_path):
+    run("attention", "--model", small["sdxl"], small["700m"], "--prompts", prompts, "--steps", 2,
         "--out", tmp_path / "a.png")
     rows = read_csv(tmp_path / "a.csv")
     with_mid, without = ["DW-2", "DW-3", "Mid", "UP-1", "UP-2"], ["DW-2", "DW-3", "UP-1", "UP-2"]
@@ -88,8 +82,8 @@ def test_attention_measures_every_stage_with_self_attention(folder, prompts, tmp
     assert picture.width >= 11 * 152 and picture.height >= 4 * 152
 
 
-def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(folder):
-    pipeline = load_pipeline(str(folder))
+def test_a_map_is_of_the_step_and_of_the_half_with_the_prompt(small):
+    pipeline = load_pipeline(small["sdxl"])
 
     def mid_map(prompt: str, at: float) -> torch.Tensor:
         return next(analysis.stage_maps(pipeline, [prompt], 0, 4, at))[1]["Mid"]
@@ -105,11 +99,11 @@ def test_similarity_of_known_vectors():
     assert block_similarity(outputs).tolist() == pytest.approx([0.6, -1.0])
 
 
-def test_similarity_is_the_mean_over_prompts(folder, prompts, tmp_path):
-    run("similarity", "--model", folder, "--prompts", prompts, "--steps", 2, "--seed", 5,
+def test_similarity_is_the_mean_over_prompts(small, prompts, tmp_path):
+    run("similarity", "--model", small["sdxl"], "--prompts", prompts, "--steps", 2, "--seed", 5,
         "--out", tmp_path / "s.png")
     rows = [row for row in read_csv(tmp_path / "s.csv") if row["stage"] == "UP-1"]
-    pipeline = load_pipeline(str(folder))
+    pipeline = load_pipeline(small["sdxl"])
     found = analysis.stage_similarities(pipeline, ["a red box"], 5, 2)
     assert {stage: tuple(values.shape) for stage, values in found.items()} == {
         "DW-2": (1, 1), "DW-3": (1, 2), "Mid": (1, 2), "UP-1": (1, 2), "UP-2": (1, 1)}
@@ -149,8 +143,8 @@ def test_knockouts_are_the_same_on_the_unet_of_diffusers():
         assert abs(np.asarray(image, int) - np.asarray(expected, int)).max() <= 1, group
 
 
-def test_knockouts_of_every_type_and_stage_that_a_model_has(folder, prompts, tmp_path):
-    run("knockout", "--model", folder, "--prompts", prompts, "--limit", 1, "--steps", 1,
+def test_knockouts_of_every_type_and_stage_that_a_model_has(small, prompts, tmp_path):
+    run("knockout", "--model", small["sdxl"], "--prompts", prompts, "--limit", 1, "--steps", 1,
         "--out", tmp_path / "k.png")
     rows = read_csv(tmp_path / "k.csv")
     distances = {(row["features"], row["stage"]): float(row["distance"]) for row in rows}
@@ -218,8 +212,8 @@ def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_small_vocabularies_are_given_captions_and_others_prompts(folder, tmp_path):
-    args = argparse.Namespace(prompts=None, limit=None, model=["toy", str(folder)])
+def test_small_vocabularies_are_given_captions_and_others_prompts(small, tmp_path):
+    args = argparse.Namespace(prompts=None, limit=None, model=["toy", str(small["sdxl"])])
     captions = analysis.choose_prompts(args, 5)
     assert len(captions) == 5 and all(len(shapes.parse(caption)[0]) == 2 for caption in captions)
     large = tmp_path / "tokenizer" / "vocab.json"

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import UNETS, VAES, bundle
+from common import UNETS, VAES
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -22,11 +22,6 @@ CLIP = costs.SDXL_CLIPS[0] | {
 
 def run(*words):
     analysis.main([str(word) for word in words])
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return bundle(tmp_path_factory.mktemp("sdxl"), "sdxl")
 
 
 def test_clips_are_counted_as_transformers_has_them():
@@ -54,8 +49,8 @@ def test_budget_is_the_papers(tmp_path):
     assert sum(vae) == 83_653_863
 
 
-def test_the_counts_of_all_parts_are_those_of_the_whole(folder):
-    unet, inputs = costs.build_networks(*costs.read_configs(str(folder)), 128)["U-Net"]
+def test_the_counts_of_all_parts_are_those_of_the_whole(small):
+    unet, inputs = costs.build_networks(*costs.read_configs(str(small["sdxl"])), 128)["U-Net"]
     parameters, flops = zip(*costs.count_unet(unet, inputs).values())
     assert (sum(parameters), sum(flops)) == costs.count_network(unet, inputs)
 
@@ -83,10 +78,10 @@ def test_saved_bytes_shrink_with_checkpointing():
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_latency_on_any_machine(folder, tmp_path, precision):
-    run("latency", "--model", folder, "--steps", 2, "--repeat", 1, "--size", 64, "--device", "cpu",
+def test_latency_on_any_machine(small, tmp_path, precision):
+    run("latency", "--model", small["sdxl"], "--steps", 2, "--repeat", 1, "--size", 64, "--device", "cpu",
         "--precision", precision, "--out", tmp_path / "l.png")
-    clips, vae, unet = costs.read_configs(str(folder))
+    clips, vae, unet = costs.read_configs(str(small["sdxl"]))
     networks = costs.build_networks(clips, vae, unet, 64)
     flops = {name: costs.count_network(*network)[1] for name, network in networks.items()}
     text, unet, decoder = read_csv(tmp_path / "l.csv")

@@ -27,26 +27,15 @@ STORED = load_file(ANSWERS.with_name("sample.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return bundle(tmp_path_factory.mktemp("bundle") / "700m")
-
-
-@pytest.fixture(scope="module")
-def pipeline(folder):
-    return load_pipeline(folder)
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Another model of the same family."""
-    return bundle(tmp_path_factory.mktemp("bundle") / "1b", "1b")
+def pipeline(small):
+    return load_pipeline(small["700m"])
 
 
 @pytest.fixture
-def changed(folder, tmp_path):
+def changed(small, tmp_path):
     """Copies the model with other entries in one of its files."""
     def changed(name: str, **entries) -> Path:
-        copy = shutil.copytree(folder, tmp_path / "changed", dirs_exist_ok=True)
+        copy = shutil.copytree(small["700m"], tmp_path / "changed", dirs_exist_ok=True)
         write_json(copy / name, model.read_json(copy / name) | entries)
         return copy
     return changed
@@ -205,8 +194,9 @@ def test_the_vae_is_float32_unless_its_config_says_otherwise(changed):
         assert {p.dtype for p in (*ours.unet.parameters(), *ours.text.parameters())} == {torch.bfloat16}
 
 
-def test_the_unet_alone_is_replaced(pipeline, folder, other, tmp_path, monkeypatch):
-    theirs, unet = load_pipeline(other)(["a box"], **SMALL), other / "unet"
+def test_the_unet_alone_is_replaced(pipeline, small, tmp_path, monkeypatch):
+    folder, other, unet = small["700m"], small["1b"], small["1b"] / "unet"
+    theirs = load_pipeline(other)(["a box"], **SMALL)
     assert not same(theirs, pipeline(["a box"], **SMALL))
     monkeypatch.setitem(PRESETS, "small", Preset(str(folder), student=str(unet)))  # as the toy's students are
     for pipeline in (load_pipeline(folder, other), load_pipeline(folder, str(unet)), load_pipeline("small")):
@@ -217,8 +207,8 @@ def test_the_unet_alone_is_replaced(pipeline, folder, other, tmp_path, monkeypat
         assert word in refusal(load_pipeline(folder, tmp_path / "foreign"), ["a box"], **SMALL)
 
 
-def test_low_memory_holds_one_network_at_a_time(pipeline, folder, monkeypatch):
-    ours, held, loaded, decoded = load_pipeline(folder, low_memory=True), [], [], []
+def test_low_memory_holds_one_network_at_a_time(pipeline, small, monkeypatch):
+    ours, held, loaded, decoded = load_pipeline(small["700m"], low_memory=True), [], [], []
     for name in ("text", "unet", "vae"):
         def watched(name=name, load=getattr(ours, f"load_{name}")):
             assert not any(network() for network in held), f"{loaded[-1]} is still held when {name} is loaded"
@@ -240,9 +230,9 @@ def test_low_memory_holds_one_network_at_a_time(pipeline, folder, monkeypatch):
 # The command line
 
 
-def test_the_settings_in_a_file_are_enough_to_draw_it_again(program, folder):
-    flags = ["--prompt", "a box", "my sky", "--model", folder, "--count", 2, "--seed", 7, "--negative", "",
-             "--sampler", "dpm", "--spacing", "trailing", *FLAGS]
+def test_the_settings_in_a_file_are_enough_to_draw_it_again(program, small):
+    flags = ["--prompt", "a box", "my sky", "--model", small["700m"], "--count", 2, "--seed", 7,
+             "--negative", "", "--sampler", "dpm", "--spacing", "trailing", *FLAGS]
     code, out, _ = program(*flags, "--out", "a.png")
     assert code == 0 and all(part in out for part in ("48 x 32", "3 steps", "7.5", "a.png\n"))
     [settings] = json.loads(Image.open("a.png").text["settings"])
@@ -252,17 +242,18 @@ def test_the_settings_in_a_file_are_enough_to_draw_it_again(program, folder):
             flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, list) else [str(value)])]
     sample.main([*flags, "--out", "B.PNG"])
     assert Path("a.png").read_bytes() == Path("B.PNG").read_bytes()
-    ours = load_pipeline(folder, sampler="dpm", spacing="trailing")(
+    ours = load_pipeline(small["700m"], sampler="dpm", spacing="trailing")(
         ["a box", "a box", "my sky", "my sky"], "", seed=[7, 8, 7, 8], **SMALL)
     assert Image.open("a.png").tobytes() == image_grid([ours[:2], ours[2:]]).tobytes()
 
 
-def test_a_column_for_each_model(program, folder, other, pipeline):
-    program("--count", 2, *FLAGS, "--model", folder, other)
-    columns = [drawn(["a box"] * 2, seed=[0, 1], **SMALL) for drawn in (pipeline, load_pipeline(other))]
+def test_a_column_for_each_model(program, small, pipeline):
+    program("--count", 2, *FLAGS, "--model", small["700m"], small["1b"])
+    columns = [drawn(["a box"] * 2, seed=[0, 1], **SMALL) for drawn in (pipeline, load_pipeline(small["1b"]))]
     picture = Image.open("sample.png")
     assert picture.tobytes() == image_grid([list(row) for row in zip(*columns)]).tobytes()
-    assert [entry["model"] for entry in json.loads(picture.text["settings"])] == [[str(folder)], [str(other)]]
+    models = [entry["model"] for entry in json.loads(picture.text["settings"])]
+    assert models == [[str(small["700m"])], [str(small["1b"])]]
 
 
 @pytest.mark.parametrize("line", [
@@ -282,20 +273,20 @@ def test_a_missing_file_is_named(changed):
         assert str((broken / name).parent) in refusal(load_pipeline, broken)
 
 
-def test_what_the_world_lacks_is_one_line(program, folder, changed, tmp_path, monkeypatch):
+def test_what_the_world_lacks_is_one_line(program, small, changed, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for word, *flags in (
             ("etri-vilab/koala-700m", "--model", "700m"), ("/no/folder", "--model", "/no/folder"),
-            ("pink", "--model", folder, "--negative", "pink"), ("meta:x", "--device", "meta:x"),
+            ("pink", "--model", small["700m"], "--negative", "pink"), ("meta:x", "--device", "meta:x"),
             ("not finite", "--model", changed("vae/config.json", scaling_factor=1e-39))):
         code, _, err = program(*flags, *FLAGS)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and word in err
     assert not Path("sample.png").exists()
 
 
-def test_a_model_that_is_not_whole_and_a_vae_of_other_latents(folder, tmp_path):
-    shutil.copytree(folder / "unet", tmp_path / "run" / "unet")
+def test_a_model_that_is_not_whole_and_a_vae_of_other_latents(small, tmp_path):
+    shutil.copytree(small["700m"] / "unet", tmp_path / "run" / "unet")
     assert "--unet" in refusal(load_pipeline, tmp_path / "run")
     other = bundle(tmp_path / "other", vae={"scaling_factor": 0.13})
-    assert "--vae" in refusal(load_pipeline, folder, vae=other)
+    assert "--vae" in refusal(load_pipeline, small["700m"], vae=other)

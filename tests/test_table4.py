@@ -7,7 +7,7 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from common import bundle, refusal
+from common import refusal
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
@@ -36,13 +36,6 @@ def clip(tmp_path_factory):
     tokenizer = CLIPTokenizer.from_pretrained(PRESETS["toy"].source + "/tokenizer")
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """Two small models."""
-    folder = tmp_path_factory.mktemp("models")
-    return bundle(folder / "sdxl", "sdxl"), bundle(folder / "700m", "700m")
 
 
 @pytest.fixture
@@ -105,10 +98,11 @@ def test_the_judge_is_the_toys(tmp_path, monkeypatch):
     assert all(0 <= float(row["mean"]) <= 1 for row in rows[:2]) and rows[0]["parameters"] == "6449092"
 
 
-def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monkeypatch, capsys):
+def test_a_table_of_two_models_and_resuming(small, folder, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(table4.CLIPS, "hpsv2", str(clip))
-    command = ("--model", *models, "--scorer", "hpsv2", "--prompts", folder, "--steps", 1, "--limit", 2,
-               "--low-memory", "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
+    command = ("--model", small["sdxl"], small["700m"], "--scorer", "hpsv2", "--prompts", folder,
+               "--steps", 1, "--limit", 2, "--low-memory", "--pictures", tmp_path / "kept",
+               "--out", tmp_path / "t.png")
     run(*command)
     printed, rows = capsys.readouterr().out, read_csv(tmp_path / "t.csv")
     assert [row["column"] for row in rows] == 2 * ["anime", "photo", "average"]
@@ -135,9 +129,9 @@ def test_a_table_of_two_models_and_resuming(models, folder, clip, tmp_path, monk
     assert names == 2 * ["a blue sky_000000.png", "my sky_000001.png"]
 
 
-def test_t2i_compbench_reads_the_pictures(models, tmp_path, capsys):
+def test_t2i_compbench_reads_the_pictures(small, tmp_path, capsys):
     (tmp_path / "spatial_val.txt").write_text("a red box\nmy sky\n")
-    run("--model", models[1], "--scorer", "compbench", "--prompts", tmp_path / "spatial_val.txt",
+    run("--model", small["700m"], "--scorer", "compbench", "--prompts", tmp_path / "spatial_val.txt",
         "--steps", 1, "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     printed = capsys.readouterr().out
     folder, = (tmp_path / "kept").glob("*/spatial")
