@@ -204,14 +204,6 @@ def test_curves_draw_every_loss_that_a_run_has(tmp_path):
         plots.loss_curves([tmp_path / "new"])
 
 
-@pytest.mark.parametrize("words", [
-    "attention --model nothing", "budget --out x.txt", "attention --at 2", "latency --size 6", "", "figures"])
-def test_a_mistake_on_the_command_line_is_one_line(words, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run(*words.split())
-    assert capsys.readouterr().err.startswith("error: ")
-
-
 def test_small_vocabularies_are_given_captions_and_others_prompts(small, tmp_path):
     args = argparse.Namespace(prompts=None, limit=None, model=["toy", str(small["sdxl"])])
     captions = analysis.choose_prompts(args, 5)

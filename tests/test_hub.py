@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fnmatch
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,6 +96,31 @@ def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, expected):
         hub.run(main, "advice")
     code = getattr(caught.value, "code", None)
     assert code == expected or code.startswith("error: ") and expected in code and "\n" not in code
+
+
+BAD_FLAGS = {
+    "distill.py": [
+        "--steps 0", "--lr nan", "--batch 5 --micro-batch 2", "--student sdxl", "--unknown", "--feat 1",
+        "--teacher none", "--caption dog", "--features SB", "--teacher absent", "--data=",
+        "--task 0 --out-kd 0 --feat-kd 0", "--task 0 --teacher none --init random",
+        "--out data/run --data data", "--out x/../data/run --data data"],
+    "sample.py --prompt box": [
+        "--stesp 3", "--steps 0", "--guidance nan", "--height 100", "--model 700M", "--out picture.jpg",
+        "--unet toy --model toy 1b", "--prompt="],
+    "analysis.py": [
+        "attention --model nothing", "budget --out x.txt", "attention --at 2", "latency --size 6", "",
+        "figures"]}
+
+
+@pytest.mark.parametrize("command, flags", [
+    (command, flags) for command, lines in BAD_FLAGS.items() for flags in lines])
+def test_a_bad_command_line_is_one_line(program, command, flags, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("model.load_unet", None)                 # nothing is loaded before
+    code, out, err = program(*f"{command} {flags}".split())
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    flag, *_ = re.findall(r"--(\w+)", flags) or ["COMMAND"]
+    assert flag in err and not [*tmp_path.iterdir()]
 
 
 # Files

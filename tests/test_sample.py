@@ -256,16 +256,6 @@ def test_a_column_for_each_model(program, small, pipeline):
     assert models == [[str(small["700m"])], [str(small["1b"])]]
 
 
-@pytest.mark.parametrize("line", [
-    "--stesp 3", "--steps 0", "--guidance nan", "--height 100", "--model 700M", "--out picture.jpg",
-    "--unet toy --model toy 1b", "--prompt "])
-def test_a_bad_command_line_is_one_line(program, tmp_path, line, monkeypatch):
-    monkeypatch.setattr(model, "load_unet", None)  # nothing is loaded before
-    code, out, err = program(*line.split(" "))
-    assert code == 2 and err.startswith("error: ") and err.count("\n") == 1 and out == ""
-    assert line.split(" ")[0].lstrip("-") in err and not [*tmp_path.iterdir()]
-
-
 def test_a_missing_file_is_named(changed):
     for name in (f"unet/{FILE}", "text_encoder_2/model.safetensors", "scheduler/scheduler_config.json"):
         broken = changed("model_index.json")
