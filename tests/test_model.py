@@ -174,20 +174,6 @@ def weights(folder):
     return load_file(folder / FILE)
 
 
-@pytest.mark.parametrize("name", ["700m", "sd1"])
-@torch.no_grad()
-def test_diffusers_and_we_read_each_other(name, tmp_path):
-    diffusers = pytest.importorskip("diffusers")
-    ours, given = filled(UNETS[name]), inputs(UNETS[name], "odd")
-    save_unet(ours, tmp_path / "ours")
-    theirs = diffusers.UNet2DConditionModel.from_pretrained(tmp_path / "ours")
-    assert same(ours, theirs.state_dict())
-    assert relative_error(ours(**given), oracle.predict(theirs, **given)) <= 1e-5
-    theirs.save_pretrained(tmp_path / "theirs" / "unet", max_shard_size="500KB", variant="fp16")
-    again = load_unet(tmp_path / "theirs")
-    assert same(again, theirs.state_dict()) and again.config == ours.config
-
-
 def test_which_file_is_read_and_in_which_dtype(folder, weights):
     half = {name: (tensor + 1).half() for name, tensor in weights.items()}  # tells the two files apart
     save_file(half, folder / HALF_FILE)
@@ -200,19 +186,22 @@ def test_which_file_is_read_and_in_which_dtype(folder, weights):
     assert same(load_unet(folder), half)  # the only one there is
 
 
-def test_shards_come_before_a_single_file(folder, weights):
-    """As in diffusers."""
-    other = {name: tensor + 1 for name, tensor in weights.items()}
-    index = {name: f"shard{i % 2}.safetensors" for i, name in enumerate(weights)}
-    for file in ("shard0.safetensors", "shard1.safetensors"):
+@pytest.mark.parametrize("variant, dtype", [("", torch.float32), (".fp16", torch.float16)])
+def test_shards_come_before_a_single_file(folder, weights, variant, dtype):
+    """As in diffusers, which names them so."""
+    other = {name: (tensor + 1).to(dtype) for name, tensor in weights.items()}
+    shards = [f"{WEIGHTS}{variant}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = {name: shards[i % 2] for i, name in enumerate(weights)}
+    for file in shards:
         save_file({name: other[name] for name in index if index[name] == file}, folder / file)
-    path = folder / f"{WEIGHTS}.safetensors.index.json"
+    path = folder / f"{WEIGHTS}.safetensors.index{variant}.json"
     path.write_text(json.dumps({"weight_map": index}))
-    assert same(load_unet(folder), other)
-    (folder / "shard1.safetensors").unlink()
-    assert "shard1" in refusal(load_unet, folder)
+    (folder / FILE).rename(folder / f"{WEIGHTS}{variant}.safetensors")
+    assert same(load_unet(folder, dtype), other)
+    (folder / shards[1]).unlink()
+    assert shards[1] in refusal(load_unet, folder, dtype)
     path.write_text("{}")
-    assert path.name in refusal(load_unet, folder)
+    assert path.name in refusal(load_unet, folder, dtype)
 
 
 @pytest.mark.parametrize("name, content", [
