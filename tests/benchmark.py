@@ -1,8 +1,8 @@
 """
 Our speed beside diffusers', in turns, so that a slow moment of the machine falls on both.
 
-    python tests/benchmark.py                       # all; needs diffusers
-    python tests/benchmark.py toy sample distill    # these three
+    python tests/benchmark.py                              # all; needs diffusers
+    python tests/benchmark.py --only toy sample distill    # these three
 
 A line: median seconds of ours and theirs, and the median ratio of neighbors (below 1: ours is faster).
 """
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
 from distill import KOALA_FEATURES, Batch, Networks, distill_batch, match_features
+from oracle import predict
 from sample import load_pipeline
 from support.hub import TOY, ArgumentParser
 from support.vae import VAEConfig
@@ -54,26 +55,21 @@ def same_network(ours: model.UNet) -> UNet2DConditionModel:
     return theirs
 
 
-def inputs(config: model.UNetConfig, batch: int, side: int, dtype: torch.dtype) -> list[Tensor]:
-    """What our U-Net reads."""
-    shapes = (batch, 4, side, side), (batch, 77, config.context_dim), (batch, config.pooled_dim)
-    noisy, context, pooled = (torch.randn(shape, dtype=dtype) for shape in shapes)
-    return [noisy, torch.full((batch,), 500), context, pooled, torch.full((batch, 6), 1024.0, dtype=dtype)]
-
-
-def predict(theirs: UNet2DConditionModel, noisy: Tensor, timestep: Tensor, context: Tensor, pooled: Tensor,
-            time_ids: Tensor) -> Tensor:
-    added = {"text_embeds": pooled, "time_ids": time_ids}
-    return theirs(noisy, timestep, context, added_cond_kwargs=added).sample
+def inputs(config: model.UNetConfig, batch: int, side: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What our U-Net reads, with the argument names of `model.UNet.forward`."""
+    return {"sample": torch.randn(batch, 4, side, side, dtype=dtype), "timestep": torch.full((batch,), 500),
+            "context": torch.randn(batch, 77, config.context_dim, dtype=dtype),
+            "pooled": torch.randn(batch, config.pooled_dim, dtype=dtype),
+            "time_ids": torch.full((batch, 6), 1024.0, dtype=dtype)}
 
 
 @torch.inference_mode()
 def forward(name: str, config: model.UNetConfig, batch: int, side: int, dtype=torch.float32):
     ours = model.UNet(config).to(dtype)
     theirs, x = same_network(ours), inputs(config, batch, side, dtype)
-    in_turns(f"{name} {str(dtype)[6:]}", lambda: ours(*x), lambda: predict(theirs, *x))
-    expected = predict(theirs, *x)
-    print(f"{'':34} relative difference {(ours(*x) - expected).norm() / expected.norm():.1e}")
+    in_turns(f"{name} {str(dtype)[6:]}", lambda: ours(**x), lambda: predict(theirs, **x))
+    expected = predict(theirs, **x)
+    print(f"{'':34} relative difference {(ours(**x) - expected).norm() / expected.norm():.1e}")
 
 
 def unet():
@@ -120,7 +116,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
         keep(their_student, ours)
         keep(their_teacher, theirs)
     x, pixels = inputs(config, batch, side, torch.float32), torch.randn(batch, 3, 8 * side, 8 * side)
-    noise = torch.randn_like(x[0])
+    noise = torch.randn_like(x["sample"])
     if recipe:
         their_student.enable_gradient_checkpointing()
         their_student.train()
@@ -130,7 +126,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
                   torch.optim.AdamW(their_student.parameters(), lr=1e-5)]
 
     def our_step():
-        sum(distill_batch(Batch(*x, noise), networks, torch.float32)).backward()
+        sum(distill_batch(Batch(*x.values(), noise), networks, torch.float32)).backward()
         optimizers[0].step()
         optimizers[0].zero_grad()
 
@@ -139,8 +135,8 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
         with torch.no_grad():
             if recipe:
                 vae.encode(pixels).latent_dist.sample()  # as long as the latents of x would take
-            wanted = predict(their_teacher, *x)
-        prediction = predict(their_student, *x)
+            wanted = predict(their_teacher, **x)
+        prediction = predict(their_student, **x)
         loss = F.mse_loss(prediction, noise) + F.mse_loss(prediction, wanted)
         for ours, theirs in matched.items():
             loss = loss + F.mse_loss(kept[their_student, ours], kept[their_teacher, theirs])
@@ -154,11 +150,9 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
 BENCHMARKS = {run.__name__: run for run in (unet, toy, sample, distill)}
 
 if __name__ == "__main__":
-    parser = ArgumentParser(__doc__, "%(prog)s [NAME ...]")
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BENCHMARKS)} [all]")
-    names = parser.parse_args().names or [*BENCHMARKS]
-    if not {*names} <= {*BENCHMARKS}:
-        parser.error(f"there are only the benchmarks {', '.join(BENCHMARKS)}")
+    parser = ArgumentParser(__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS, nargs="+", default=[*BENCHMARKS], help="[all]")
+    names = parser.parse_args().only
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, "
           f"{torch.backends.cpu.get_cpu_capability()}")
     torch.manual_seed(0)
