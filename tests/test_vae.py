@@ -48,7 +48,7 @@ def test_unsupported_values_are_named():
         assert next(iter(changed)) in refusal(VAEConfig.from_diffusers, VAE_FILE | changed)
 
 
-def test_files_of_diffusers_old_and_damaged(vae, tmp_path):
+def test_old_and_damaged_files(vae, tmp_path):
     save_vae(vae, tmp_path)
     stored, whole = load_file(tmp_path / FILE), (tmp_path / FILE).read_bytes()
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
@@ -59,11 +59,6 @@ def test_files_of_diffusers_old_and_damaged(vae, tmp_path):
     assert FILE in refusal(load_vae, tmp_path)
     save_file(vae.state_dict() | {"stranger": torch.zeros(1)}, tmp_path / FILE)
     assert "stranger" in refusal(load_vae, tmp_path)
-    diffusers = pytest.importorskip("diffusers")
-    save_vae(vae, tmp_path)
-    theirs = diffusers.AutoencoderKL.from_pretrained(tmp_path)
-    theirs.save_pretrained(tmp_path / "theirs" / "vae")
-    assert same(vae, theirs.state_dict()) and same(load_vae(tmp_path / "theirs"), theirs.state_dict())
 
 
 @torch.inference_mode()
@@ -78,11 +73,6 @@ def test_tiles_are_put_together_again(vae, monkeypatch, size):
 
 @torch.inference_mode()
 def test_tiles_are_close_to_the_whole(vae):
-    latent, sizes = draw("latent", 1, 4, 24, 36), []
-    whole = vae.decode(latent)
-    vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(args[0].shape[2:]))
-    tiled = vae.decode_tiled(latent, tile=20, overlap=4)
-    assert sizes == [(20, 20)] * 4
-    assert (tiled - whole).square().mean().sqrt() < 0.2 * whole.std()  # group norms differ from tile to tile
-    seams = [(image[..., 1:] - image[..., :-1]).abs().mean((0, 1, 2)).max() for image in (tiled, whole)]
-    assert seams[0] < 1.2 * seams[1]
+    latent = draw("latent", 1, 4, 24, 36)
+    tiled, whole = vae.decode_tiled(latent, tile=20, overlap=4), vae.decode(latent)
+    assert (tiled - whole).square().mean().sqrt() < 0.2 * whole.std()  # as they are blended
