@@ -1,4 +1,4 @@
-"""What tests and oracles share: small configurations, weights made from names, models, runs of distill.py."""
+"""What tests and oracles share: small configurations, weights made from names, models, runs of programs."""
 
 import math
 import zlib
@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import analysis
 from model import WEIGHTS, UNet, UNetConfig, read_json, read_tensors, save_unet
 from support.files import read_csv, write_json
 from support.hub import TOY
@@ -206,7 +207,7 @@ def text_encoder(folder: Path, width: int, activation: str, tokens: int):
     encoder.save_pretrained(folder)
 
 
-# Runs of distill.py
+# Runs of the programs
 
 RUN = ["--steps", "4", "--batch", "2", "--preview-every", "0", "--judge", "0", "--workers", "0"]
 
@@ -215,6 +216,11 @@ def log_rows(run: Path) -> list[dict[str, str]]:
     """log.csv without the time that steps took, and what follows from it."""
     return [{name: value for name, value in row.items() if name not in ("seconds", "images_per_s")}
             for row in read_csv(run / "log.csv")]
+
+
+def analyze(*words):
+    """Runs analysis.py in this process."""
+    analysis.main([str(word) for word in words])
 
 
 def checkpoint(run: Path) -> tuple[dict, dict[str, Tensor]]:

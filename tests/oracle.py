@@ -1,12 +1,11 @@
 """
 Makes answers/: what diffusers computes where the tests ask our networks, losses and samplers.
 
-    python tests/oracle.py [FOLDER]        run by hand; the files were made with diffusers 0.42 and torch 2.13
+    python tests/oracle.py        run by hand; the files were made with diffusers 0.42 and torch 2.13
 
 None of it uses our networks: both sides fill theirs with numbers made from the tensors' names.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -191,14 +190,10 @@ def draw_pictures(case: Case, folder: Path) -> Tensor:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.strip().split("\n")[0])
-    parser.add_argument("folder", type=Path, nargs="?", default=ANSWERS.parent)
-    folder = parser.parse_args().folder
-    folder.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as models:
         drawn = {name: draw_pictures(case, case.bundle(Path(models, name))) for name, case in CASES.items()}
     for name, answers in (("diffusers", network_answers()), ("distill", loss_answers()),
                           ("gradients", gradient_answers()), ("sample", drawn)):
         metadata = official_digests() if name == "diffusers" else None
         answers = {key: answer.contiguous() for key, answer in answers.items()}
-        save_file(answers, folder / f"{name}.safetensors", metadata)
+        save_file(answers, ANSWERS.with_name(f"{name}.safetensors"), metadata)

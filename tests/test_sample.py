@@ -112,7 +112,8 @@ def test_an_absent_entry_has_the_default_of_the_samplers_class(sampler, spacing)
     ({"use_karras_sigmas": True}, ["euler", "dpm"]), ({"timestep_type": "continuous"}, ["euler"]),
     ({"use_beta_sigmas": True}, ["euler", "dpm"]), ({"interpolation_type": "log_linear"}, ["euler"]),
     ({"sigma_max": 9.0}, ["euler"]), ({"euler_at_final": True}, ["dpm"]), ({"use_lu_lambdas": True}, ["dpm"]),
-    ({"variance_type": "learned"}, ["dpm"]), ({"thresholding": True}, ["ddim", "dpm"])], ids=str)
+    ({"variance_type": "learned"}, ["dpm"]), ({"thresholding": True}, ["ddim", "dpm"]),
+    (dict.fromkeys(("use_karras_sigmas", "thresholding", "clip_sample", "euler_at_final")), [])], ids=str)
 def test_what_is_not_implemented_is_refused_by_the_sampler_that_reads_it(entry, readers):
     for sampler in SAMPLERS:
         ours = schedule(None, sampler, **entry)
@@ -121,12 +122,6 @@ def test_what_is_not_implemented_is_refused_by_the_sampler_that_reads_it(entry, 
             assert next(iter(entry)) in refusal(ours.levels, 5)
         else:
             assert ours.levels(5) == schedule(None, sampler).levels(5)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_null_is_absent(sampler):
-    null = dict.fromkeys(("use_karras_sigmas", "thresholding", "clip_sample", "euler_at_final"))
-    assert schedule(None, sampler, **null).levels(5) == schedule(None, sampler).levels(5)
 
 
 @pytest.mark.parametrize("name, value", [
@@ -269,6 +264,7 @@ def test_what_the_world_lacks_is_one_line(program, small, changed, tmp_path, mon
     for word, *flags in (
             ("etri-vilab/koala-700m", "--model", "700m"), ("/no/folder", "--model", "/no/folder"),
             ("pink", "--model", small["700m"], "--negative", "pink"), ("meta:x", "--device", "meta:x"),
+            ("cuda:99", "--device", "cuda:99"),
             ("not finite", "--model", changed("vae/config.json", scaling_factor=1e-39))):
         code, _, err = program(*flags, *FLAGS)
         assert code == 1 and err.startswith("error: ") and err.count("\n") == 1 and word in err

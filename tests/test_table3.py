@@ -4,22 +4,18 @@ import math
 import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
-from common import UNETS
+from common import UNETS, analyze
 from PIL import Image
 
-import analysis
 import distill
 from model import UNet, UNetConfig
 from support import table3
 from support.files import read_csv
 from support.table3 import FINDINGS, TABLE, check_finding
-
-
-def run(*words):
-    analysis.main(["ablation", *map(str, words)])
 
 
 def test_every_row_is_a_different_run_of_distill():
@@ -63,35 +59,30 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
     # In this thread: distill.py hears signals in the main thread alone.
     monkeypatch.setattr(table3, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(table3.subprocess, "run", run_here)
-    command = ("--table", "3c", "--seeds", 1, "--steps", 1, "--judge", 2, "--jobs", 2,
+    command = ("ablation", "--table", "3c", "--seeds", 1, "--steps", 1, "--judge", 2, "--jobs", 2,
                "--runs", tmp_path / "runs", "--out", tmp_path / "t.png",
                "--", "--teacher", teacher, "--batch", 1)
-    run(*command)
+    analyze(*command)
     rows = read_csv(tmp_path / "t.csv")
     assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["color"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width == 1600
     monkeypatch.setattr(table3, "draw", None)                    # nothing is drawn again
-    run(*command)
+    analyze(*command)
     assert read_csv(tmp_path / "t.csv") == rows
 
 
 def test_a_run_that_fails_is_named_and_no_other_is_started(tmp_path, monkeypatch):
-    started = []
-
-    def fail(command, **rest):
-        started.append(command)
-        return subprocess.CompletedProcess(command, 1)
-
+    fail = mock.Mock(return_value=SimpleNamespace(returncode=1))
     monkeypatch.setattr(table3.subprocess, "run", fail)
-    command = ("--runs", tmp_path, "--out", tmp_path / "t.png", "--")
+    command = ("ablation", "--runs", tmp_path, "--out", tmp_path / "t.png", "--")
     with pytest.raises(SystemExit, match="2"):                   # flags are checked before any run
-        run(*command, "--micro-batch", "0")
-    assert not started
+        analyze(*command, "--micro-batch", "0")
+    assert not fail.called
     with pytest.raises(ValueError, match="SA-bottom-200-0/distill.log"):
-        run(*command)
-    assert len(started) == 1
+        analyze(*command)
+    fail.assert_called_once()
 
 
 def test_a_run_is_scored_by_a_clip_too(tmp_path, monkeypatch):

@@ -7,21 +7,16 @@ from statistics import fmean
 import numpy as np
 import pytest
 import torch
-from common import refusal
+from common import analyze, refusal
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-import analysis
 from support import table4
 from support.files import read_csv, write_json
 from support.hub import PRESETS
 from support.table4 import PAPER, load_clip, mean_and_error, picture_path, read_prompts
 
 NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-
-
-def run(*words):
-    analysis.main(["quality", *map(str, words)])
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def test_averages_of_the_papers_rows_are_those_it_prints():
 
 def test_the_judge_is_the_toys(tmp_path, monkeypatch):
     monkeypatch.setitem(PRESETS, "toy", PRESETS["toy"]._replace(steps=2))
-    run("--limit", 3, "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
+    analyze("quality", "--limit", 3, "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     rows = read_csv(tmp_path / "t.csv")
     assert [row["column"] for row in rows] == ["color", "shape", "spatial", "average"]
     assert all(0 <= float(row["mean"]) <= 1 for row in rows[:2]) and rows[0]["parameters"] == "6449092"
@@ -100,10 +95,10 @@ def test_the_judge_is_the_toys(tmp_path, monkeypatch):
 
 def test_a_table_of_two_models_and_resuming(small, folder, clip, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(table4.CLIPS, "hpsv2", str(clip))
-    command = ("--model", small["sdxl"], small["700m"], "--scorer", "hpsv2", "--prompts", folder,
+    command = ("quality", "--model", small["sdxl"], small["700m"], "--scorer", "hpsv2", "--prompts", folder,
                "--steps", 1, "--limit", 2, "--low-memory", "--pictures", tmp_path / "kept",
                "--out", tmp_path / "t.png")
-    run(*command)
+    analyze(*command)
     printed, rows = capsys.readouterr().out, read_csv(tmp_path / "t.csv")
     assert [row["column"] for row in rows] == 2 * ["anime", "photo", "average"]
     assert "KOALA-700M, published" in printed and "27.65" in printed and "concept" not in printed
@@ -118,21 +113,22 @@ def test_a_table_of_two_models_and_resuming(small, folder, clip, tmp_path, monke
     before = [path.stat().st_mtime_ns for path in kept]
     kept[1].unlink()                                             # one is missing, one is another program's
     noise().save(kept[6])
-    run(*command)
+    analyze(*command)
     assert [path.stat().st_mtime_ns != time for path, time in zip(kept, before)] == [
         False, True, False, False, False, False, True, False]
-    run(*command, "--seed", 5)                                   # other settings are other pictures
+    analyze(*command, "--seed", 5)                               # other settings are other pictures
     assert all(path.stat().st_mtime_ns != time for path, time in zip(kept, before))
     write_json(folder / "anime.json", ["a blue sky", "my sky"])  # another prompt takes the first one's place
-    run(*command)
+    analyze(*command)
     names = [path.name for path in sorted((tmp_path / "kept").glob("*/anime/samples/*"))]
     assert names == 2 * ["a blue sky_000000.png", "my sky_000001.png"]
 
 
 def test_t2i_compbench_reads_the_pictures(small, tmp_path, capsys):
     (tmp_path / "spatial_val.txt").write_text("a red box\nmy sky\n")
-    run("--model", small["700m"], "--scorer", "compbench", "--prompts", tmp_path / "spatial_val.txt",
-        "--steps", 1, "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
+    analyze("quality", "--model", small["700m"], "--scorer", "compbench", "--steps", 1,
+            "--prompts", tmp_path / "spatial_val.txt",
+            "--pictures", tmp_path / "kept", "--out", tmp_path / "t.png")
     printed = capsys.readouterr().out
     folder, = (tmp_path / "kept").glob("*/spatial")
     assert f"2D_spatial_eval.py --outpath {folder}" in printed and "0.1535" in printed  # KOALA-700M's

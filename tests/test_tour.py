@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from _pytest.doctest import _get_checker, _get_number_flag
 
 ROOT = Path(__file__).parents[1]
@@ -30,8 +29,3 @@ def test_what_it_types_prints_what_it_says(tmp_path, monkeypatch):
     test.examples = [one for one in test.examples if not any(word in one.source for word in slow)]
     results = doctest.DocTestRunner(_get_checker(), optionflags=tolerant).run(test)
     assert results.attempted > 40 and results.failed == 0
-
-
-def test_its_pictures_are_there():
-    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", PAGE):
-        Image.open(ROOT / "docs" / name).verify()
