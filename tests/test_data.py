@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageCms, features
 from torch.utils.data import DataLoader
 
-from common import RUN, equal, refusal
+from common import equal, refusal
 from support.data import (
     LARGEST_FILE, REASONS, CaptionedImages, Samples, Shapes, Skip, collate, micro_batches)
 
@@ -142,17 +142,12 @@ def test_metadata(source):
     assert one_pass(source(files | pair("c") | {"0.tar": tar(pair("d"))})) == (2, skipped)
 
 
-def test_a_folder_without_pairs_is_refused(source, tmp_path):
+def test_a_folder_without_pairs_or_without_good_ones_is_refused(source, tmp_path):
     assert str(tmp_path / "no") in refusal(CaptionedImages, tmp_path / "no", tmp_path / "index")
     assert "no_caption 1, no_image 1" in refusal(source, {"a.png": GOOD, "b.txt": TEXT})
     assert "bad_shard 1" in refusal(source, {"a.tar": b""})
-
-
-def test_pairs_of_which_none_is_good_end_a_run(source, program, teacher, tmp_path):
-    source(pair("a", b"") | pair("b", text=b"") | pair("c", b""))
-    flags = ["--teacher", teacher, "--data", tmp_path / "data", "--out", tmp_path / "run", *RUN]
-    code, _, error = program("distill.py", *flags, "--workers", 1)
-    assert code == 1 and error.endswith("bad_image, no_caption\n") and error.count("\n") == 1
+    bad = source({"a.tar": tar(pair("a", b"") | pair("b", text=b""))})
+    assert refusal(samples(bad).__getitem__, 0).endswith(" bad_image, no_caption")
 
 
 def test_shards(source, tmp_path):
@@ -257,10 +252,8 @@ def test_pictures_are_turned_upright_and_measured_after_it(source):
 
 
 def test_original_sizes_that_make_no_sense(source):
-    for text in ("[]", '{"original_width": 9}', "\xff", '{"a":' * 100_000, *(
-            f'{{"original_width": {width}, "original_height": 9}}' for width in (
-                "null", '"wide"', "NaN", "9" * 5000, "1e999"))):
-        assert source(pair("x") | {"x.json": text.encode("latin-1")}).load(0)[2] == (24, 40), text[:50]
+    for text in (b"{}", b"[]", b'{"a":' * 100_000, b'{"original_width": 9, "original_height": 1e999}'):
+        assert source(pair("x") | {"x.json": text}).load(0)[2] == (24, 40), text[:50]
 
 
 @pytest.mark.parametrize("height, width, scale", [(64, 200, 1), (150, 64, 1), (64, 64, 1), (192, 480, 3)])

@@ -83,6 +83,7 @@ def test_presets(tmp_path):
     (ValueError("no\x1b[31m such"), "no?[31m such"), (FloatingPointError("nan"), "nan"),
     (OSError(errno.ENOSPC, "No space left", "/a"), "/a: No space left"), (KeyboardInterrupt(), 130),
     (torch.OutOfMemoryError("CUDA out of memory. Tried\nmore"), "memory; advice"), (None, 0),
+    (ValueError("Caught ValueError in DataLoader worker process 0.\nOriginal\nValueError: no"), "Error: no"),
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers 0"),
     (KeyError("x"), None), (RuntimeError("NCCL error"), None)], ids=repr)
 def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, expected):
