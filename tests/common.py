@@ -20,6 +20,7 @@ from support.vae import VAE, VAEConfig, save_vae
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
 FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"
+PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724}  # Table 2
 
 # Configurations as the official files write them. All widths differ, so that a swap of two is an error.
 SMALL = {"sample_size": 16, "norm_num_groups": 8, "attention_head_dim": [2, 4, 6], "cross_attention_dim": 40}

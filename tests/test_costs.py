@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common import UNETS, VAES, analyze
+from common import PARAMETERS, UNETS, VAES, analyze
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -13,7 +13,6 @@ from support import costs
 from support.files import read_csv
 from support.vae import VAE, VAEConfig
 
-PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724}  # Table 2
 CLIP = costs.SDXL_CLIPS[0] | {
     "hidden_size": 20, "num_attention_heads": 2, "intermediate_size": 28, "num_hidden_layers": 3,
     "projection_dim": 12, "vocab_size": 50, "max_position_embeddings": 9}

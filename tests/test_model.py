@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from common import (
-    ANSWERS, FILE, HALF_FILE, SIZES, UNETS, WEIGHTS, digest, draw, fill, filled, inputs, refusal,
+    ANSWERS, FILE, HALF_FILE, PARAMETERS, SIZES, UNETS, WEIGHTS, digest, draw, fill, filled, inputs, refusal,
     relative_error, same)
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,7 +20,6 @@ from model import (
     CONFIGS, FEATURE_TYPES, Features, UNet, UNetConfig, feature_paths, inherit, load_unet, save_unet, stages,
     student_config)
 
-PARAMETERS = {"sdxl": 2_567_463_684, "1b": 1_161_184_324, "700m": 782_822_724}  # Table 2
 SDXL_FILE = oracle.FULL | {  # with FULL, unet/config.json of stabilityai/stable-diffusion-xl-base-1.0
     "_class_name": "UNet2DConditionModel", "_diffusers_version": "0.19.0.dev0", "act_fn": "silu",
     "addition_embed_type_num_heads": 64, "conv_in_kernel": 3, "conv_out_kernel": 3, "downsample_padding": 1,

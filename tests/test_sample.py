@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import ANSWERS, CASES, FILE, SCHEDULER, bundle, draw, fill, refusal, relative_error
+from common import ANSWERS, CASES, SCHEDULER, bundle, draw, fill, refusal, relative_error
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -50,10 +50,6 @@ def program(program, tmp_path, monkeypatch):
 
 def pixels(images) -> np.ndarray:
     return np.stack([np.asarray(image) for image in images]).astype(int)
-
-
-def same(a: list, b: list) -> bool:
-    return len(a) == len(b) and all(x.tobytes() == y.tobytes() for x, y in zip(a, b))
 
 
 # Noise
@@ -144,12 +140,6 @@ def test_pictures_are_those_of_diffusers(name, tmp_path):
     assert np.abs(ours - stored).max() <= 2
 
 
-def test_stored_pictures_are_those_of_the_diffusers_installed(tmp_path):
-    pytest.importorskip("diffusers")
-    theirs = oracle.draw_pictures(CASES["1b"], CASES["1b"].bundle(tmp_path))
-    assert (theirs.int() - STORED["1b"].int()).abs().max() <= 1
-
-
 def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
     monkeypatch.setattr(sample, "images_at_once", lambda pixels: 2)
     prompts, calls = ["a box", "my sky", "red"], []
@@ -159,7 +149,7 @@ def test_a_picture_is_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
         alone = pipeline([prompts[i]], seed=3 + i, **SMALL)
         assert np.abs(pixels(alone) - pixels(together[i:i + 1])).max() <= 1
     one_seed = pipeline(["a box"] * 2, seed=5, **SMALL)
-    assert same(one_seed, pipeline(["a box"] * 2, seed=[5, 5], **SMALL))
+    assert np.array_equal(pixels(one_seed), pixels(pipeline(["a box"] * 2, seed=[5, 5], **SMALL)))
     assert pipeline(["a box"], steps=1, width=64)[0].size == (64, 8 * pipeline.unet.config.sample_size)
     assert "100 x 64" in refusal(pipeline, ["a box"], steps=1, width=64, height=100)
     assert "seeds" in refusal(pipeline, ["a box"], seed=[1, 2])
@@ -174,9 +164,9 @@ def test_guidance_compares_with_no_prompt_or_is_off(pipeline, changed):
     other = load_pipeline(changed("model_index.json", force_zeros_for_empty_prompt=False))
     assert all(map(torch.equal, other.encode(text, prompts, None, 7.5), empty))
     hook = pipeline.unet.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-    free = pipeline(prompts, guidance=1, **SMALL)
-    assert same(free, pipeline(prompts, "red", guidance=0, **SMALL))
-    assert not same(free, pipeline(prompts, guidance=1.5, **SMALL))
+    free = pixels(pipeline(prompts, guidance=1, **SMALL))
+    assert np.array_equal(free, pixels(pipeline(prompts, "red", guidance=0, **SMALL)))
+    assert not np.array_equal(free, pixels(pipeline(prompts, guidance=1.5, **SMALL)))
     hook.remove()
     assert sizes == [2] * 6 + [4] * 3
 
@@ -191,11 +181,11 @@ def test_the_vae_is_float32_unless_its_config_says_otherwise(changed):
 
 def test_the_unet_alone_is_replaced(pipeline, small, tmp_path, monkeypatch):
     folder, other, unet = small["700m"], small["1b"], small["1b"] / "unet"
-    theirs = load_pipeline(other)(["a box"], **SMALL)
-    assert not same(theirs, pipeline(["a box"], **SMALL))
+    theirs = pixels(load_pipeline(other)(["a box"], **SMALL))
+    assert not np.array_equal(pixels(pipeline(["a box"], **SMALL)), theirs)
     monkeypatch.setitem(PRESETS, "small", Preset(str(folder), student=str(unet)))  # as the toy's students are
     for pipeline in (load_pipeline(folder, other), load_pipeline(folder, str(unet)), load_pipeline("small")):
-        assert same(pipeline(["a box"], **SMALL), theirs)
+        assert np.array_equal(pixels(pipeline(["a box"], **SMALL)), theirs)
     for entry, word in (({"context_dim": 32}, "32"), ({"in_channels": 9}, "9 channels")):
         foreign = fill(model.UNet(replace(pipeline.unet.config, **entry)))
         model.save_unet(foreign, tmp_path / "foreign")
@@ -251,13 +241,6 @@ def test_a_column_for_each_model(program, small, pipeline):
     assert models == [[str(small["700m"])], [str(small["1b"])]]
 
 
-def test_a_missing_file_is_named(changed):
-    for name in (f"unet/{FILE}", "text_encoder_2/model.safetensors", "scheduler/scheduler_config.json"):
-        broken = changed("model_index.json")
-        (broken / name).unlink()
-        assert str((broken / name).parent) in refusal(load_pipeline, broken)
-
-
 def test_what_the_world_lacks_is_one_line(program, small, changed, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -276,3 +259,5 @@ def test_a_model_that_is_not_whole_and_a_vae_of_other_latents(small, tmp_path):
     assert "--unet" in refusal(load_pipeline, tmp_path / "run")
     other = bundle(tmp_path / "other", vae={"scaling_factor": 0.13})
     assert "--vae" in refusal(load_pipeline, small["700m"], vae=other)
+    (other / "scheduler" / "scheduler_config.json").unlink()
+    assert str(other / "scheduler") in refusal(load_pipeline, other)
