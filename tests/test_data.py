@@ -80,7 +80,6 @@ def one_pass(source) -> tuple[int, Counter]:
     return counts.pop(None, 0), counts + source.skipped
 
 
-# ------------------------------------------------------------------------------------------------------------
 # What is skipped, and why
 
 
@@ -195,7 +194,6 @@ def test_the_index_of_shards_is_used_again_until_they_change(source, monkeypatch
     assert one_pass(made) == (2, {"no_caption": 1}) and made.fingerprint != first.fingerprint
 
 
-# ------------------------------------------------------------------------------------------------------------
 # What is made of a picture
 
 # A profile in which red is green and green is red, and one that says that it is sRGB.
@@ -272,7 +270,6 @@ def test_the_crop_is_where_its_conditions_say(source, height, width, scale):
     assert len(places) > 8 or height == width
 
 
-# ------------------------------------------------------------------------------------------------------------
 # What sample p is
 
 
