@@ -22,7 +22,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import model
-from distill import KOALA_FEATURES, Batch, Networks, distill_batch, match_features
+from common import networks_of
+from distill import KOALA_FEATURES, Batch, distill_batch, match_features
 from oracle import predict
 from sample import load_pipeline
 from support.hub import TOY, ArgumentParser
@@ -104,8 +105,7 @@ def distillation_step(name: str, config: model.UNetConfig, batch: int, side: int
     their_teacher, their_student = same_network(teacher.requires_grad_(False)), same_network(student)
     their_teacher.requires_grad_(False)
     matched, kept = match_features(student, teacher, KOALA_FEATURES), {}
-    networks = Networks(teacher, student, model.Features(teacher, [*matched.values()]),
-                        model.Features(student, [*matched]))
+    networks = networks_of(teacher, student, KOALA_FEATURES)
 
     def keep(network: UNet2DConditionModel, path: str):
         def hook(module, args, output):

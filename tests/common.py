@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import analysis
-from model import WEIGHTS, UNet, UNetConfig, read_json, read_tensors, save_unet
+import distill
+from model import WEIGHTS, Features, UNet, UNetConfig, read_json, read_tensors, save_unet
 from support.files import read_csv, write_json
 from support.hub import TOY
 from support.run import load_checkpoint
@@ -76,6 +77,13 @@ def fill(network: nn.Module) -> nn.Module:
 
 def filled(config: dict) -> UNet:
     return fill(UNet(UNetConfig.from_diffusers(config)))
+
+
+def networks_of(teacher: UNet, student: UNet, features: str, blocks: str = "bottom") -> distill.Networks:
+    """Both networks, and the features that distill.py matches."""
+    matched = distill.match_features(student, teacher, features, blocks)
+    return distill.Networks(teacher, student, Features(teacher, [*matched.values()]),
+                            Features(student, [*matched]))
 
 
 def inputs(config: dict, size: str) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import distill
 import model
+from common import networks_of
 from sample import Pipeline, load_pipeline
 from support import costs, hub
 from support.data import Samples, Shapes, collate
@@ -106,9 +107,7 @@ def run_toy(setup: SimpleNamespace, device: str, precision: str) -> list[Tensor]
     pipeline = load_pipeline("toy", dtype=dtype, device=device)
     picture = torch.tensor(np.array(pipeline([CAPTION], steps=setup.steps)[0]))
     student = distill.new_student(distill.parse_args([]), pipeline.unet.config, device)
-    matched = distill.match_features(student, pipeline.unet, distill.KOALA_FEATURES)
-    networks = distill.Networks(pipeline.unet, student, model.Features(pipeline.unet, [*matched.values()]),
-                                model.Features(student, [*matched]))
+    networks = networks_of(pipeline.unet, student, distill.KOALA_FEATURES)
     data = Samples(Shapes(), shapes.SIZE, (4, 32, 32), seed=0)
     batch = distill.make_batch(collate([data[0], data[1]]), pipeline, partial(distill.encode, pipeline))
     terms = torch.stack(distill.distill_batch(batch, networks, dtype, normalize=True))

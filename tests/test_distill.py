@@ -2,20 +2,19 @@
 
 import shutil
 from collections import namedtuple
-from types import SimpleNamespace
 
 import pytest
 import torch
 from common import (
-    ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, contents, filled, log_rows, same)
+    ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, contents, filled, log_rows, networks_of, same)
 from oracle import CONDITIONS, GRADIENTS, LATENTS, LOSSES, NOISE, STUDENTS, TEACHER, along, weaken
 from safetensors.torch import load_file
 
 import distill
 import model
 import sample
-from distill import Networks, distill_batch, losses, make_batch, match_features, parse_args, parse_features
-from model import Features, UNet, UNetConfig, load_unet, save_unet
+from distill import distill_batch, losses, make_batch, match_features, parse_args, parse_features
+from model import UNet, UNetConfig, load_unet, save_unet
 from sample import NoiseSchedule
 from support.data import collate
 from support.files import read_csv, write_json
@@ -39,11 +38,6 @@ def test_losses_by_hand():
         assert term.dtype == torch.float32 and term == far[0].float() ** 2
 
 
-def networks_of(teacher: UNet, student: UNet, features: str, blocks: str = "bottom") -> Networks:
-    matched = match_features(student, teacher, features, blocks)
-    return Networks(teacher, student, Features(teacher, [*matched.values()]), Features(student, [*matched]))
-
-
 @pytest.fixture(scope="module")
 def deep():
     """The oracle's teacher and students, and its batch."""
@@ -51,13 +45,8 @@ def deep():
     for name, config in STUDENTS.items():
         networks[name] = weaken(filled(config))
         assert networks[name].config == model.student_config(networks["teacher"].config, name)
-    pipeline = SimpleNamespace(device="cpu", zero_negative=True, schedule=NoiseSchedule(SCHEDULER),
-                               vae=SimpleNamespace(config=SimpleNamespace(scaling_factor=0.5)))
-    samples = {"latent_noise": NOISE, "noise": NOISE, "dropped": torch.zeros(3, dtype=torch.bool),
-               "timestep": CONDITIONS["timestep"]}
-    encoded = {"mean": LATENTS / 0.5, "std": torch.zeros_like(NOISE),
-               **{name: CONDITIONS[name] for name in ("context", "pooled", "time_ids")}}
-    return networks, make_batch(samples, pipeline, lambda samples: encoded)
+    noisy = NoiseSchedule(SCHEDULER).add_noise(LATENTS, NOISE, CONDITIONS["timestep"])
+    return networks, distill.Batch(noisy, *CONDITIONS.values(), NOISE)
 
 
 @pytest.mark.parametrize("case", LOSSES, ids=" ".join)

@@ -13,6 +13,7 @@ import socket
 import time
 from functools import partial
 from typing import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -317,8 +318,6 @@ def test_readers_ignore_signals_and_a_terminal_that_is_gone_ends_nothing():
     assert {signal.getsignal(number) for number in SIGNALS} == {signal.SIG_IGN}
     for number, handler in zip(SIGNALS, handlers):
         signal.signal(number, handler)
-
-    class Gone:
-        def write(self, *text):
-            raise BrokenPipeError
-    say(Gone(), "saved")
+    gone = mock.Mock()
+    gone.write.side_effect = BrokenPipeError
+    say(gone, "saved")

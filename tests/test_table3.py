@@ -1,7 +1,6 @@
 """Table 3 in miniature: each different run is done once, and findings are judged by the spread over seeds."""
 
 import math
-import subprocess
 from contextlib import nullcontext
 from types import SimpleNamespace
 from unittest import mock
@@ -50,12 +49,8 @@ def test_a_finding_compares_means_of_rows_by_the_spread_over_seeds(gain, other, 
 
 
 def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch, capsys):
-    started = []
-
-    def run_here(command, **rest):
-        started.append(command[2:])
-        return subprocess.CompletedProcess(command, distill.main(command[2:]))
-
+    run_here = mock.Mock(
+        side_effect=lambda command, **rest: SimpleNamespace(returncode=distill.main(command[2:])))
     # In this thread: distill.py hears signals in the main thread alone.
     monkeypatch.setattr(table3, "ThreadPoolExecutor", lambda jobs: nullcontext(SimpleNamespace(map=map)))
     monkeypatch.setattr(table3.subprocess, "run", run_here)
@@ -64,7 +59,7 @@ def test_ablation_does_each_run_once_and_resumes(teacher, tmp_path, monkeypatch,
                "--", "--teacher", teacher, "--batch", 1)
     analyze(*command)
     rows = read_csv(tmp_path / "t.csv")
-    assert [row["row"] for row in rows] == list(TABLE["3c"]) and len(started) == 3
+    assert [row["row"] for row in rows] == list(TABLE["3c"]) and run_here.call_count == 3
     assert [row["paper's HPSv2"] for row in rows] == ["26.74", "26.58", "26.48"]
     assert all(0 < float(row["distance"]) < 1 and 0 <= float(row["color"]) <= 1 for row in rows)
     assert "F3" in capsys.readouterr().out and Image.open(tmp_path / "t.png").width == 1600
