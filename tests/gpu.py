@@ -85,7 +85,6 @@ def row(name: str, measure: Callable[..., list], *arguments):
     torch.cuda.empty_cache()                                     # does nothing without a GPU
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Right: the toy on this device
 
 BOUNDS = {  # of differences: a picture's largest and mean, of 255 levels; relative ones of losses, gradients
@@ -177,7 +176,6 @@ def right(setup: SimpleNamespace):
     row("a run by two processes", check_same, setup, TORCHRUN + PYTHON, [("two", 3, own)])
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Fast: drawing an image
 
 
@@ -204,7 +202,6 @@ def fast(setup: SimpleNamespace):
         row(f"VAE decoder, {precision}", draw, setup, "sdxl", "VAE decoder", precision)
 
 
-# ------------------------------------------------------------------------------------------------------------
 # Training: distillation steps, KOALA-700M from SDXL
 
 

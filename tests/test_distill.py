@@ -6,7 +6,8 @@ from collections import namedtuple
 import pytest
 import torch
 from common import (
-    ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, contents, filled, log_rows, networks_of, same)
+    ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, contents, filled, log_rows, networks_of,
+    same)
 from oracle import CONDITIONS, GRADIENTS, LATENTS, LOSSES, NOISE, STUDENTS, TEACHER, along, weaken
 from safetensors.torch import load_file
 

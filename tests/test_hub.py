@@ -108,8 +108,7 @@ BAD_FLAGS = {
         "--stesp 3", "--steps 0", "--guidance nan", "--height 100", "--model 700M", "--out picture.jpg",
         "--unet toy --model toy 1b", "--prompt="],
     "analysis.py": [
-        "attention --model nothing", "budget --out x.txt", "attention --at 2", "latency --size 6", "",
-        "figures"]}
+        "", "figures", "attention --model nothing", "attention --at 2", "budget --out x", "latency --size 6"]}
 
 
 @pytest.mark.parametrize("command, flags", [

@@ -4,7 +4,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,8 +11,6 @@ import model
 from sample import load_pipeline
 from support.hub import STUDENTS, TOY
 from toy import make, shapes
-
-PROMPT = "a red circle left of a blue square"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +27,6 @@ def test_the_checkpoint_is_sdxl_in_miniature(toy):
     assert sum(path.stat().st_size for path in TOY.rglob("*") if path.is_file()) <= 20e6
     assert {tensor.dtype for file in weights(TOY).values() for tensor in file.values()} == {torch.float16}
     assert toy.unet.config == make.UNET_CONFIG and toy.vae.config.channels == make.VAE_CONFIG.channels
-    assert model.read_json(TOY / "scheduler" / "scheduler_config.json") == make.SCHEDULER
     assert toy.unet.config.depths == model.CONFIGS["sdxl"].depths
     latents = toy.vae.encode(make.pictures(range(64))[0])[0] * toy.vae.config.scaling_factor
     assert latents.std().item() == pytest.approx(1, rel=0.05)
@@ -49,16 +45,6 @@ def test_students_draw_what_captions_say(toy, name):
     pipeline, captions = load_pipeline(f"toy-{name}"), shapes.judge_captions(4)
     assert pipeline.unet.config == model.student_config(toy.unet.config, name.split("-")[0])
     assert shapes.scores(pipeline(captions, seed=[0, 1, 2, 3], steps=5), captions)["color"] >= 0.75
-
-
-def test_diffusers_draws_the_same(toy):
-    diffusers = pytest.importorskip("diffusers")
-    pipeline = diffusers.StableDiffusionXLPipeline.from_pretrained(TOY)
-    pipeline.set_progress_bar_config(disable=True)
-    theirs = pipeline(PROMPT, num_inference_steps=5, guidance_scale=1.5,
-                      generator=torch.Generator().manual_seed(3)).images[0]
-    ours, = toy([PROMPT], seed=3, steps=5, guidance=1.5)
-    assert np.abs(np.int16(ours) - np.int16(theirs)).max() <= 2
 
 
 @pytest.fixture(scope="module")
