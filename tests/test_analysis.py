@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from common import analyze, fill
-from PIL import Image
+from PIL import Image, ImageColor
 from torch import nn
 
 import analysis
@@ -145,6 +145,28 @@ def test_knockouts_of_every_type_and_stage_that_a_model_has(small, prompts, tmp_
     assert [kind for kind, stage in distances if stage == "DW-1"] == ["Res", "LF"]
     assert len(rows) == len(distances) == 1 + 3 * (1 + 5) + 2 * (1 + 7)
     assert distances.pop(("intact", ALL)) == 0 and min(distances.values()) > 0
+
+
+def pixels_of(picture: Image.Image, color: str) -> np.ndarray:
+    """Where a picture, below its title and legend, has exactly this color: (N, 2), y and x."""
+    found = (np.asarray(picture) == ImageColor.getrgb(color)).all(axis=2)
+    return np.argwhere(found[110:]) + (110, 0)
+
+
+def test_bars_are_as_long_as_their_numbers():
+    picture = plots.bar_chart("t", ["first", "second"], {"a": [1.0, 2.0], "b": [4.0]}, "x")
+    first, second = (pixels_of(picture, color)[:, 1] for color in plots.COLORS[:2])
+    assert np.ptp(first) / np.ptp(second) == pytest.approx(2, rel=0.02)
+    assert second.min() - first.min() == pytest.approx(np.ptp(first) / 4, rel=0.02)  # beside each other
+
+
+def test_dots_are_at_their_numbers_and_a_share_ends_at_one():
+    rows = {"a": [(0.0, math.nan), (math.nan, math.nan), (1.0, 0.5)]}
+    picture = plots.dot_chart("t", ["x", "y", "z"], rows, "score", share=True)
+    low, none, high = (pixels_of(picture, color) for color in plots.COLORS[:3])
+    zero, one = low[:, 1].min() + 8, high[:, 1].max() - 8        # dots have a radius of 8
+    assert np.ptp(low[:, 1]) == 16 and not len(none)
+    assert high[:, 1].min() == pytest.approx((zero + one) / 2, abs=3)  # a spread of 0.5, to the left alone
 
 
 def test_numbers_are_readable():
