@@ -17,31 +17,29 @@ import math
 import os
 import signal
 import time
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Iterator, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import model
 from sample import Pipeline, images_at_once, load_pipeline
 from support import costs
 from support.data import (
-    REASONS, CaptionedImages, Encode, Samples, Shapes, collate, format_counts, load_samples, micro_batches)
+    REASONS, CaptionedImages, Encode, Samples, Shapes, format_counts, load_samples, read_ahead)
 from support.files import atomic_write
 from support.hub import (
     PRECISIONS, PRESETS, ArgumentParser, local_folder, model_name, nonempty, number, path, peak_memory,
     preset, resolve_device, resolve_dtype, run)
 from support.plots import loss_curves
 from support.run import (
-    Log, StopSignal, complete_model, fingerprint, ignore_signals,
-    lock_run_dir, process_ranks, rank_0_first, record_step, resume, save_checkpoint, say)
+    Log, StopSignal, complete_model, fingerprint, join_processes, lock_run_dir, process_ranks, rank_0_first,
+    read_results, record_step, resume, save_checkpoint, say)
 from toy import judging
 
 # ------------------------------------------------------------------------------------------------------------
@@ -218,39 +216,6 @@ MAX_NORM = 1.0  # gradients are clipped to it; unpublished, so the usual choice
 def learning_rate(args: argparse.Namespace, step: int) -> float:
     """Constant, then linear to 0 over the last fraction `--decay` of the steps."""
     return args.lr * min(1.0, (args.steps - step) / (args.decay * args.steps)) if args.decay else args.lr
-
-
-def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[dict]:
-    """
-    This process's micro-batches from `step` on, read by `--workers` other processes.
-
-    Raises RuntimeError if a worker died.
-    """
-    rank, world = process_ranks()
-    positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
-    loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
-                        pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals,
-                        timeout=600 if args.workers else 0)      # a worker without memory may wait for ever
-    try:
-        yield from loader
-    except (ConnectionError, EOFError) as error:
-        raise RuntimeError("DataLoader worker died as it handed over samples") from error
-
-
-def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
-                 stop: bool) -> tuple[list[float], float, list[int], bool]:
-    """
-    Reduces over all processes and returns Python numbers: the means of `terms`, the gradient norm, skipped
-    samples per reason, and whether to stop. A step waits for the device here (and to cache new images).
-    """
-    counts = torch.tensor([*skipped, stop])
-    sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-        world = dist.get_world_size()
-    sums, count = sums.tolist(), len(terms)
-    means = [number / world for number in sums[:count + 1]]
-    return means[:count], means[count], [int(number) for number in sums[count + 1:-1]], sums[-1] > 0
 
 
 def start_or_resume(args: argparse.Namespace, identity: dict, student: model.UNet,
@@ -505,11 +470,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_float32_matmul_precision("high")               # TF32, for a VAE in float32
         # All images have the same size, so cuDNN searches for the fastest convolutions once.
         torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
-    if world > 1:
-        enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
-        own_gpu = on_gpu and enough and args.device in (None, "cuda")
-        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2),
-                                device_id=torch.device(device) if own_gpu else None)
+    join_processes(device, args.device)
     if args.compile:
         torch._dynamo.config.optimize_ddp = False                # it would split the student into 100 graphs
         # Else the backward pass would capture features again.

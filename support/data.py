@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from model import UNetConfig, read_json
 from support.cache import Cache
 from support.files import atomic_write, write_json
-from support.run import file_checksum, fingerprint, process_ranks
+from support.run import file_checksum, fingerprint, ignore_signals, process_ranks
 from toy import shapes
 
 # Why a sample is not used.
@@ -356,6 +356,23 @@ def micro_batches(start: int, stop: int, batch: int, micro_batch: int, rank: int
     for step in range(start, stop):
         for first in range(step * batch + rank * micro_batch, (step + 1) * batch, world * micro_batch):
             yield list(range(first, first + micro_batch))
+
+
+def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: str) -> Iterator[dict]:
+    """
+    This process's micro-batches from `step` on, read by `--workers` other processes.
+
+    Raises RuntimeError if a worker died.
+    """
+    rank, world = process_ranks()
+    positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
+    loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
+                        pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals,
+                        timeout=600 if args.workers else 0)      # a worker without memory may wait for ever
+    try:
+        yield from loader
+    except (ConnectionError, EOFError) as error:
+        raise RuntimeError("DataLoader worker died as it handed over samples") from error
 
 
 Encode = Callable[[dict], dict[str, Tensor]]

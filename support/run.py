@@ -13,6 +13,7 @@ import shutil
 import signal
 import sys
 import zlib
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Callable
@@ -20,7 +21,7 @@ from typing import Callable
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from model import read_json, read_tensors
@@ -265,6 +266,16 @@ def process_ranks() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def join_processes(device: str, chosen: str | None):
+    """Joins the processes of torchrun, by NCCL if each has its own GPU; `chosen` is --device."""
+    _, world = process_ranks()
+    if world > 1:
+        enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        own_gpu = device.startswith("cuda") and enough and chosen in (None, "cuda")
+        dist.init_process_group("nccl" if own_gpu else "gloo", timeout=timedelta(hours=2),
+                                device_id=torch.device(device) if own_gpu else None)
+
+
 @contextlib.contextmanager
 def rank_0_first():
     """Process 0 enters the block; the others follow when it is done."""
@@ -274,6 +285,22 @@ def rank_0_first():
     yield
     if rank == 0 and world > 1:
         dist.barrier()
+
+
+def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
+                 stop: bool) -> tuple[list[float], float, list[int], bool]:
+    """
+    Reduces over all processes and returns Python numbers: the means of `terms`, the gradient norm, skipped
+    samples per reason, and whether to stop. A step waits for the device here (and to cache new images).
+    """
+    counts = torch.tensor([*skipped, stop])
+    sums, world = torch.cat([terms, norm[None], counts.to(terms)]), 1
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+        world = dist.get_world_size()
+    sums, count = sums.tolist(), len(terms)
+    means = [number / world for number in sums[:count + 1]]
+    return means[:count], means[count], [int(number) for number in sums[count + 1:-1]], sums[-1] > 0
 
 
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]

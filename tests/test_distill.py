@@ -17,6 +17,7 @@ import sample
 from distill import distill_batch, losses, make_batch, match_features, parse_args, parse_features
 from model import UNet, UNetConfig, load_unet, save_unet
 from sample import NoiseSchedule
+from support import data
 from support.data import collate
 from support.files import read_csv, write_json
 from support.vae import load_vae, save_vae
@@ -201,9 +202,9 @@ def test_a_reader_that_cannot_hand_over_is_named(monkeypatch, error):
         assert options["timeout"] > 0                            # else it could wait for ever
         raise error
         yield
-    monkeypatch.setattr(distill, "DataLoader", loader)
+    monkeypatch.setattr(data, "DataLoader", loader)
     with pytest.raises(RuntimeError, match="DataLoader"):
-        next(distill.read_ahead(parse_args(["--workers", "1"]), None, 0, "cpu"))
+        next(data.read_ahead(parse_args(["--workers", "1"]), None, 0, "cpu"))
 
 
 def test_what_a_run_leaves(run, tmp_path, monkeypatch):
