@@ -120,8 +120,8 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
     Each is a mean of squared differences. Equation (3) has its sum inside the norm, but features of different
     shapes cannot be added; here it is outside, as in BK-SDM's code. Features of some modules are ten times
-    larger than others and dominate the sum; `normalize` divides each term by its teacher's mean square in the
-    batch, so that micro-batches of another size give another sum.
+    larger than others and dominate the sum; `normalize` divides each term by its teacher's mean square over
+    the batch, so the sum then depends on the micro-batch size.
     """
     task = mean_square(prediction.float() - target.float())
     out_kd = feat_kd = torch.zeros_like(task)

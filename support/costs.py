@@ -242,7 +242,7 @@ def fill(network: nn.Module, inputs: list[Tensor], dtype: torch.dtype, device: s
 
 
 def time_network(network: nn.Module, inputs: list[Tensor], passes: int, repeat: int) -> float:
-    """The mean seconds of `passes` forward passes, of `repeat` times as many, after some to warm up."""
+    """Mean seconds of `passes` forward passes, measured over `repeat` times as many after a warm-up."""
     timer = Timer("network(*inputs)", globals=locals(), num_threads=torch.get_num_threads())
     return passes * timer.timeit(passes * repeat).mean           # waits for the device
 

@@ -267,7 +267,7 @@ def process_ranks() -> tuple[int, int]:
 
 
 def join_processes(device: str, chosen: str | None):
-    """Joins the processes of torchrun, by NCCL if each has its own GPU; `chosen` is --device."""
+    """Connects the processes of torchrun, over NCCL if each has its own GPU; `chosen` is --device."""
     _, world = process_ranks()
     if world > 1:
         enough = torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", world))

@@ -18,6 +18,7 @@ from support.hub import TOY
 from support.run import load_checkpoint
 from support.text import ENCODERS, TOKENIZERS
 from support.vae import VAE, VAEConfig, save_vae
+from toy import shapes
 
 ANSWERS = Path(__file__).with_name("answers") / "diffusers.safetensors"
 FILE, HALF_FILE = f"{WEIGHTS}.safetensors", f"{WEIGHTS}.fp16.safetensors"
@@ -140,6 +141,8 @@ def refusal(call, *args, **options) -> str:
 
 # Small models in the official layout
 
+CAPTION_WORDS = tuple(dict.fromkeys(" ".join(  # the vocabulary of the toy's tokenizers
+    ("a an and", *shapes.RELATIONS, *shapes.COLORS, *shapes.SHAPES)).split()))
 WORDS = ("a", "blue", "box", "my", "on", "red", "sky")  # no pair of letters is in two, and none ends another
 SCHEDULER = {
     "_class_name": "EulerDiscreteScheduler", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False,

@@ -13,10 +13,9 @@ sys.path.insert(0, str(ROOT))
 
 import distill  # noqa: E402
 from PIL import Image  # noqa: E402
-from common import RUN, SMALL_RUN, VAE_OF_RUNS, bundle, filled  # noqa: E402
+from common import CAPTION_WORDS, RUN, SMALL_RUN, VAE_OF_RUNS, bundle, filled  # noqa: E402
 from model import save_unet  # noqa: E402
 from support import files  # noqa: E402
-from toy import shapes  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,7 +35,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """The folder of a small model that draws 64 pixels and knows the words of the shapes."""
-    folder = bundle(tmp_path_factory.mktemp("teacher") / "small", vae=VAE_OF_RUNS, words=shapes.WORDS)
+    folder = bundle(tmp_path_factory.mktemp("teacher") / "small", vae=VAE_OF_RUNS, words=CAPTION_WORDS)
     save_unet(filled(SMALL_RUN), folder / "unet")
     return folder
 

@@ -157,7 +157,7 @@ def test_csv(tmp_path):
 
 
 def test_csv_is_utf8_in_any_locale(tmp_path):
-    code = """import sys; from pathlib import Path; from support.files import read_csv, sync, write_csv
+    code = """import sys; from pathlib import Path; from support.files import read_csv, write_csv
 write_csv(Path("a.csv"), ["name"], [["gr\\u00f6\\u00dfer"]])
 assert read_csv(Path("a.csv")) == [{"name": "gr\\u00f6\\u00dfer"}]"""
     environment = os.environ | {"LC_ALL": "C", "PYTHONPATH": str(Path(__file__).parents[1])}

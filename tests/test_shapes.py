@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from common import CAPTION_WORDS
 from toy.shapes import (
-    COLORS, RELATIONS, SCORES, SHAPES, WORDS, Object, Scene, describe, judge, parse, read,
-    render, sample, scene, scores)
+    COLORS, RELATIONS, SCORES, SHAPES, Object, Scene, describe, judge, parse, read, render, sample, scene,
+    scores)
 
 RED = Object("red", "circle", 18, 30, 10)
 BLUE = Object("blue", "square", 46, 34, 9)
@@ -32,7 +33,7 @@ def test_captions_say_what_the_scene_is():
     scenes = [scene(0, index) for index in range(1000)]
     for s in scenes:
         assert parse(describe(s)) == ([(o.color, o.shape) for o in s.objects], s.relation)
-    assert {word for s in scenes for word in describe(s).split()} == {*WORDS}
+    assert {word for s in scenes for word in describe(s).split()} == {*CAPTION_WORDS}
     for text in ("", "left of", "a pink koala", "a red circle and a red square"):
         with pytest.raises(ValueError):
             parse(text)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import CAPTION_WORDS
 
 import model
 from sample import load_pipeline
@@ -33,7 +34,7 @@ def test_the_checkpoint_is_sdxl_in_miniature(toy):
 
 
 def test_every_word_of_a_caption_is_one_token(toy):
-    words, tokenizers = list(shapes.WORDS), toy.text.tokenizers
+    words, tokenizers = list(CAPTION_WORDS), toy.text.tokenizers
     first, second = (toy.text.tokenize(tokenizer, words) for tokenizer in tokenizers)  # (B, 16)
     assert len(set(first[:, 1].tolist())) == len(words) and (first[:, 2] == tokenizers[0].eos_token_id).all()
     assert torch.equal(first[:, :3], second[:, :3]) and (first[:, 3:] != second[:, 3:]).all()  # other padding

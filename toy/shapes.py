@@ -42,8 +42,6 @@ SHAPES = {                          # is (u, v) inside? the box around the objec
 TRAIN_SEED, JUDGE_SEED = 0, 1       # what is judged was not trained on
 SCORES = ("color", "shape", "spatial")  # the judge's
 RELATIONS = ("left of", "right of", "above", "below")
-# All the words of all captions, each once, in a fixed order: the vocabulary of the toy's tokenizers.
-WORDS = tuple(dict.fromkeys(" ".join(("a an and", *RELATIONS, *COLORS, *SHAPES)).split()))
 
 
 # ------------------------------------------------------------------------------------------------------------
