@@ -360,7 +360,7 @@ def main(argv: list[str] | None = None):
     knockouts("--zero", action="store_true", help="replace with zero, not the mean over the picture")
     times("--size", type=number(int, 8, 8192, multiple=8), metavar="N", help="in pixels [the model's own]")
     times("--steps", type=number(int, 1, 1000), default=25, metavar="N", help="of denoising, with guidance")
-    times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="averaged runs, after a warm-up")
+    times("--repeat", type=number(int, 1, 1000), default=3, metavar="N", help="runs, after a warm-up")
     table3("--table", choices=["3a", "3b", "3c", "3d", "all"], default="3a", help="which part of Table 3")
     table3("--seeds", type=number(int, 1, 1000), default=3, metavar="N", help="runs of each row")
     table3("--steps", type=number(int, 1, 10**9), default=200, metavar="N", help="of each run")
