@@ -316,7 +316,7 @@ RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, an
     "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0, "save_every": 500,
            "preview_every": 1000, "features": "SA", "normalize_features": False},
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5, "save_every": 100,
-            "preview_every": 300, "features": KOALA_FEATURES, "normalize_features": True},
+            "preview_every": 450, "features": KOALA_FEATURES, "normalize_features": True},
 }
 
 
