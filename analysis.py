@@ -3,7 +3,7 @@ The paper's figures and tables. Each command writes a PNG and, except `curves`, 
 
     python analysis.py attention --model toy toy-1b-sa toy-1b-lf # Figures 4 and 9: what self-attention sees
     python analysis.py similarity                                # Figure 8: what each transformer block adds
-    python analysis.py knockout                                  # beside Table 3: what pictures depend on
+    python analysis.py knockout                                  # beyond Table 3: what pictures depend on
     python analysis.py budget                                    # Figure 2, Tables 1 and 2: parameters, work
     python analysis.py latency --model sdxl 1b 700m              # Table 2, Figure 5: seconds and memory
     python analysis.py ablation --table 3a --seeds 3             # Table 3: which features to distill
@@ -72,7 +72,7 @@ def principal_components(rows: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
     """
     centered = rows.double() - rows.double().mean(dim=0)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # a randomized SVD: of 4096 tokens, the exact one takes ten times as long
+        torch.manual_seed(0)  # a randomized SVD: for 4096 tokens the exact one takes ten times as long
         _, scales, vectors = torch.svd_lowrank(centered, q=min(24, *centered.shape), niter=20)
     vectors = vectors[:, :count]                                 # (M, count)
     largest = vectors.gather(0, vectors.abs().argmax(dim=0, keepdim=True))
@@ -233,7 +233,7 @@ def similarity(args: argparse.Namespace) -> Image.Image:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# A causal test beside Table 3: pictures without the features of one type
+# A causal test beyond Table 3: pictures without the features of one type
 
 ALL = "all stages"
 
@@ -265,7 +265,7 @@ def feature_groups(unet: model.UNet) -> dict[tuple[str, str], list[str]]:
 
 
 def compare(image: Image.Image, intact: Image.Image, prompt: str) -> list[float]:
-    """A picture's distance to the intact one, and the judge's scores, nan for prompts not the toy's."""
+    """A picture's distance to the intact one, and the judge's scores, nan if the prompt is not the toy's."""
     try:
         scores = shapes.judge(image, prompt).values()
     except ValueError:

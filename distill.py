@@ -1,7 +1,7 @@
 """
 Teacher to student: KOALA's knowledge distillation with self-attention features (sections 4.2, 5.1 and A.1).
 
-    python distill.py --student 700m                                   # the embedded toy: minutes on a laptop
+    python distill.py --student 700m                                   # the toy: minutes on a laptop
     python distill.py --student 700m --teacher sdxl --data laion/ --vae madebyollin/sdxl-vae-fp16-fix
     torchrun --nproc-per-node 4 --shutdown-timeout 600 distill.py ...  # the same on four GPUs
 
@@ -198,7 +198,7 @@ def distill_batch(batch: Batch, networks: Networks, dtype: torch.dtype,
         with torch.no_grad(), networks.teacher_features as teacher_captured:
             teacher_prediction = networks.teacher(
                 batch.noisy.to(dtype), batch.timesteps, batch.context.to(dtype), batch.pooled.to(dtype),
-                batch.time_ids)                                  # not cast: bf16 has no 1023
+                batch.time_ids)                                  # not cast: bf16 rounds 1023
     autocast = torch.autocast(batch.noisy.device.type, dtype, enabled=dtype != torch.float32)
     with autocast, networks.student_features as captured:        # the student's weights are float32
         prediction = networks.student(
@@ -289,7 +289,7 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
             if rank == 0:
                 log.write(bar, state, dict(zip(("task", "outKD", "featKD", "total"), means)), args.batch,
                           time.perf_counter() - start, lr=lr, norm=norm)
-                if done == first_step + 2 and device.startswith("cuda"):  # Adam's moments are there by now
+                if done == first_step + 2 and device.startswith("cuda"):  # Adam's moments exist by now
                     say(bar, f"peak memory: {peak_memory(device):.1f} GB")
                 if done % args.save_every == 0 or finished or stopping:
                     state["scaler"] = scaler.state_dict()
@@ -353,7 +353,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch", count, None, "images per step, over all processes")
     add("--micro-batch", count, None, "images per GPU at a time; gradients are accumulated")
     add("--lr", number(float, 1e-12, 1), None, "learning rate of AdamW")
-    add("--decay", number(float, 0, 1), None, "last fraction of the steps: the rate falls to 0")
+    add("--decay", number(float, 0, 1), None, "the rate falls to 0 over this last fraction")
     add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's")
     add("--workers", number(int, 0, 1000), None, "data workers per GPU [half of cores, at most 8; shapes: 0]")
     add("--save-every", count, None, "steps between checkpoints")

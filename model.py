@@ -5,7 +5,7 @@ The U-Net of SDXL and KOALA, the KOALA surgery, features for distillation, weigh
     student = UNet(student_config(teacher.config, "700m"))           # section 4.1
     inherit(student, teacher)                                        # section 5.1
 
-KOALA: Lee et al., arXiv 2312.04005. SDXL: Podell et al., arXiv 2307.01952.
+KOALA: Lee et al., arXiv 2312.04005v1. SDXL: Podell et al., arXiv 2307.01952.
 
 All models are one class, UNet, configured by a UNetConfig; `student_config` derives a student's config from
 its teacher's. Stages have the paper's names:
@@ -330,7 +330,7 @@ class UpStage(Stage):
             x = torch.cat([x, skips.pop()], dim=1)               # (B, C + C of the skip, H, W)
             x = self.pair(i, x, emb, context)                    # (B, C, H, W)
         if hasattr(self, "upsamplers"):
-            x = self.upsamplers[0](x, skips[-1].shape[2:])       # (B, C, 2H, 2W), or as the skip has it
+            x = self.upsamplers[0](x, skips[-1].shape[2:])       # (B, C, 2H, 2W), or the skip's size
         return x                                                 # LF
 
 
@@ -348,7 +348,7 @@ def embedding_mlp(din: int, dout: int) -> nn.Sequential:
 
 
 class UNet(nn.Module):
-    """The U-Net of SDXL, KOALA and their kind (Figures 2 and 3)."""
+    """The U-Net of SDXL, KOALA and the like (Figures 2 and 3)."""
 
     def __init__(self, config: UNetConfig):
         super().__init__()
@@ -570,11 +570,11 @@ def part_folder(folder: str | Path, part: str) -> Path:
 
 
 def read_json(path: Path, parse: Callable[[dict], object] = dict):
-    """What `parse` makes of the object in a JSON file. Raises FileNotFoundError or ValueError."""
+    """Parses the object in a JSON file with `parse`. Raises FileNotFoundError or ValueError."""
     try:
         return parse(json.loads(path.read_text(encoding="utf-8-sig")))
     except (LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or of another kind ({error!r})") from None
+        raise ValueError(f"{path} is damaged or the wrong file ({error!r})") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -634,7 +634,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: Path,
           dtype: torch.dtype | None, device: str = "cpu") -> nn.Module:
-    """The network with these weights, read from `folder`. Raises ValueError unless they fit, all finite."""
+    """The network with these weights, from `folder`. Raises ValueError unless they fit and are finite."""
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
         network = network()
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
@@ -648,7 +648,7 @@ def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: 
         raise ValueError(f"the weights in {folder} do not fit their config.json: {reason}")
     for name, tensor in weights.items():
         if tensor.dtype not in (torch.float32, *HALF) or not tensor.isfinite().all():
-            raise ValueError(f"the weights in {folder} are not finite numbers in float32 or a half ({name}): "
+            raise ValueError(f"the weights in {folder} are not finite, or not fp32, fp16 or bf16 ({name}): "
                              f"download them again")
         weights[name] = tensor.to(device, dtype)  # one by one, so that memory never holds all of them twice
     network.load_state_dict(weights, strict=True, assign=True)

@@ -1,5 +1,5 @@
 """
-Text to image with SDXL, KOALA, Stable Diffusion or the embedded toy, with classifier-free guidance.
+Text to image with SDXL, KOALA, Stable Diffusion or the toy, with classifier-free guidance.
 
     python sample.py --prompt "a red circle left of a blue square"
     python sample.py --prompt "a red circle left of a blue square" --unet runs/toy-700m/unet
@@ -47,7 +47,7 @@ class NoiseSchedule:
     def __init__(self, config: dict, spacing: str | None = None, sampler: str = "euler", device: str = "cpu"):
         name = str(config.get("_class_name"))
         if name.startswith(OTHER_NOISE):
-            raise ValueError(f"scheduler_config.json is of {name}, which is not supported")
+            raise ValueError(f"scheduler_config.json has {name}, which is not supported")
         self.sampler, self.config = sampler, DEFAULTS | SAMPLER_DEFAULTS[sampler] | config
         self.check_entries(NOISE)
         start, end = self.config["beta_start"], self.config["beta_end"]
@@ -68,8 +68,8 @@ class NoiseSchedule:
         for name, value in supported.items():
             found = self.config.get(name, value)
             if (found or None) != (value or None):               # null, false and absent are the same
-                raise ValueError(f"scheduler_config.json has {name}={found!r}, and {self.sampler} has only "
-                                 f"{value!r} here: use another --sampler, or edit the file")
+                raise ValueError(f"scheduler_config.json has {name}={found!r}, but {self.sampler} supports "
+                                 f"only {value!r}: use another --sampler, or edit the file")
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """z_t of scaled latents z and noise, each (B, C, H, W), at integer timesteps (B,)."""
@@ -93,7 +93,7 @@ class NoiseSchedule:
             timesteps = [float(i * (1000 // points) + offset) for i in reversed(range(points))]
         else:  # trailing
             timesteps = [float(round(1000 - i * 1000 / steps) - 1) for i in range(steps)]
-        if self.sampler != "euler":                              # Euler's method reads between the integers
+        if self.sampler != "euler":                              # only Euler uses fractional timesteps
             timesteps = [float(round(t)) for t in timesteps]
         return timesteps[:steps]
 
@@ -243,7 +243,7 @@ class Pipeline:
     def load_vae(self) -> VAE:
         dtype = torch.float32 if self.vae_config.force_upcast else self.dtype
         if dtype == torch.bfloat16 and self.device.startswith("cuda"):
-            dtype = torch.float16                                # ten times as exact, without overflow
+            dtype = torch.float16                                # ten times as precise, no overflow
         return load_vae(self.vae_folder, dtype, self.device).to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
@@ -337,7 +337,7 @@ class Pipeline:
             with torch.autocast(self.device.split(":")[0], enabled=False):  # previews enable it
                 pixels = vae.decode_tiled(part) if self.low_memory else vae.decode(part)
             if not pixels.isfinite().all():
-                raise ValueError("the image is not finite: use --precision fp32, or look at the weights")
+                raise ValueError("the image is not finite: use --precision fp32, or check the weights")
             pixels = ((pixels.float() / 2 + 0.5).clamp(0, 1) * 255).round().byte()
             images += [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
         return images
@@ -421,7 +421,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=number(int, 1, 1000), metavar="N", help="denoising steps [the model's preset]")
     add("--sampler", choices=SAMPLERS, help="dpm is DPM-Solver++(2M) [the model's preset]")
     add("--spacing", choices=SPACINGS, help="timestep spacing [the model's preset or scheduler file]")
-    add("--guidance", type=number(float, 0), metavar="X", help="scale; 0 or 1: off [the model's preset]")
+    add("--guidance", type=number(float, 0), metavar="X", help="scale; <= 1: off [the model's preset]")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, metavar="N", help="seed of the noise")
     add("--count", type=number(int, 1, 1000), default=1, metavar="N",
         help="images per prompt (seeds seed, seed+1, ...)")

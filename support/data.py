@@ -36,7 +36,7 @@ REASONS = ("unreadable", "bad_image", "too_large", "too_small", "no_caption", "b
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "AVIF")  # of Pillow's; EPS would run a program
 KINDS = {ending: "image" for ending, name in Image.registered_extensions().items() if name in FORMATS}
 KINDS |= {".txt": "txt", ".json": "json"}
-LARGEST_FILE = 64 * 2**20  # bytes; a larger file is no image of a training set
+LARGEST_FILE = 64 * 2**20  # bytes; a larger file is not a training image
 
 
 class Skip(Exception):
@@ -65,7 +65,7 @@ class Shapes:
         return picture, caption, picture.size[::-1]
 
     def prompts(self, count: int) -> list[str]:
-        """For previews: captions that are not trained on."""
+        """For previews: captions of new scenes."""
         return shapes.judge_captions(count)
 
 
@@ -119,7 +119,7 @@ class CaptionedImages:
         # A whole shard ends in a block of zeros, which tarfile does not check.
         if self.read(shard, end, 512) != bytes(512):
             self.skipped["bad_shard"] += 1
-            print(f"warning: {path} is cut or damaged; the rest of it is lost", file=sys.stderr)
+            print(f"warning: {path} is truncated or damaged; the rest is lost", file=sys.stderr)
         return members
 
     def pairs(self, shards: list[str]) -> Iterator[dict[str, list]]:
@@ -215,7 +215,7 @@ class CaptionedImages:
             with contextlib.suppress(ValueError, KeyError, TypeError, OverflowError, RecursionError, Skip):
                 info = json.loads(self.read(*pair["json"]))
                 original = [min(max(int(info[f"original_{side}"]), 1), 2**16) for side in ("height", "width")]
-                turned = image.size != stored.size               # by EXIF; the sidecar is unturned
+                turned = image.size != stored.size               # by EXIF; the sidecar is not
                 height, width = reversed(original) if turned else original
         return image, caption, (height, width)
 
@@ -368,7 +368,7 @@ def read_ahead(args: argparse.Namespace, samples: Samples, step: int, device: st
     positions = micro_batches(step, args.steps, args.batch, args.micro_batch, rank, world)
     loader = DataLoader(samples, batch_sampler=positions, num_workers=args.workers, collate_fn=collate,
                         pin_memory=device.startswith("cuda"), worker_init_fn=ignore_signals,
-                        timeout=600 if args.workers else 0)      # a worker without memory may wait for ever
+                        timeout=600 if args.workers else 0)      # a worker out of memory may wait forever
     try:
         yield from loader
     except (ConnectionError, EOFError) as error:
@@ -397,5 +397,5 @@ def load_samples(args: argparse.Namespace, source: Shapes | CaptionedImages, pip
         cache = Cache(args.cache, identity, encode, shape, (text.length, config.context_dim),
                       config.pooled_dim, pipeline.dtype)
         samples.cached, encode = cache.reader(), cache.encode
-    samples[0]                                                   # raises now, not in a reader of data
+    samples[0]                                                   # raises now, not in a data worker
     return samples, encode

@@ -98,4 +98,4 @@ def read_csv(path: Path, numbers: Sequence[str] = ()) -> list[dict[str, str]]:
                 float(row[name])
         return rows
     except (ValueError, KeyError, csv.Error):  # not UTF-8, an empty file, a cut row, a missing column
-        raise ValueError(f"{path} is damaged, or not what its name says; remove it") from None
+        raise ValueError(f"{path} is damaged or the wrong file; remove it") from None

@@ -37,7 +37,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 CHECKPOINTS = "step-" + 8 * "[0-9]"  # pattern of their folders' names
-MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, beside the number of its steps
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's, besides its step count
 
 
 def lock_run_dir(folder: Path):
@@ -58,7 +58,7 @@ def lock_run_dir(folder: Path):
     except OSError as error:                                     # a file system without locks
         print(f"warning: {folder} cannot be locked ({error_summary(error)}); run one process on it at a time",
               file=sys.stderr)
-    for leftover in list(folder.rglob(f"{WRITING}*")):           # by a process that was killed
+    for leftover in list(folder.rglob(f"{WRITING}*")):           # left by a killed process
         shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
     return lock
 
@@ -149,7 +149,7 @@ def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
         except PermissionError:                                  # not damage: another user's run
             raise
         except (OSError, ValueError, KeyError) as error:
-            print(f"warning: {folder} is damaged: {error_summary(error)}; trying the checkpoint before",
+            print(f"warning: {folder} is damaged: {error_summary(error)}; trying the previous one",
                   file=sys.stderr)
     if folders:
         raise ValueError(f"all checkpoints in {run} are damaged; move the folder away to start over")
@@ -316,7 +316,7 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self.received, self.handlers = 0, {}
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:   # as nohup and jobs in the background have it
+            if signal.getsignal(number) is not signal.SIG_IGN:   # nohup and background jobs ignore it
                 self.handlers[number] = signal.signal(number, self.receive)
         return self
 

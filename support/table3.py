@@ -155,7 +155,7 @@ def ablation(args: argparse.Namespace) -> Image.Image:
     settings = distill.parse_args(distill_flags(args, TABLE["3a"]["SA"], 0))  # fails now if a flag is wrong
     teacher = settings.teacher
     prompts, names, shown = tuple(PROMPTS[:args.judge]), [*SCORES], ["distance"]
-    if all_toys([teacher]):                                      # captions that were not trained on
+    if all_toys([teacher]):                                      # captions of new scenes
         prompts, shown = tuple(shapes.judge_captions(args.judge)), [*shapes.SCORES]
     if args.scorer:
         find_clip(args.scorer)                                   # fails now, and not after hours of runs

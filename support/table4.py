@@ -120,7 +120,7 @@ def load_clip(name: str, device: str) -> Callable[[Image.Image, str], float]:
     transformers.logging.disable_progress_bar()
 
     folder = processor_folder = find_clip(name)
-    if not any(folder.glob("*processor_config.json")):           # a conversion; OpenAI's is the same for all
+    if not any(folder.glob("*processor_config.json")):           # converted CLIPs lack it; all use OpenAI's
         processor_folder = local_folder(CLIPS["clip"], ("scorer",), weights=False)
     processor = transformers.AutoProcessor.from_pretrained(processor_folder)
     network, report = transformers.CLIPModel.from_pretrained(

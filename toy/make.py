@@ -227,7 +227,7 @@ def train(args: argparse.Namespace):
 
 
 def judge(args: argparse.Namespace) -> dict[str, float]:
-    """The judge's scores of the bundle on captions not trained on; writes some pictures to grid.png."""
+    """The judge's scores of the bundle on captions of new scenes; writes some pictures to grid.png."""
     captions, seeds = shapes.judge_captions(args.captions), list(range(args.captions))
     pipeline = load_pipeline(args.out / "bundle")
     images = pipeline(captions, guidance=PRESETS["toy"].guidance, seed=seeds, progress="judging")

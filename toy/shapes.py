@@ -39,7 +39,7 @@ SHAPES = {                          # is (u, v) inside? the box around the objec
     "triangle": lambda u, v: (2 * abs(u) <= v + 1) & (v <= 1),
     "cross":    lambda u, v: (np.maximum(abs(u), abs(v)) <= 1) & (np.minimum(abs(u), abs(v)) <= 1 / 3),
 }
-TRAIN_SEED, JUDGE_SEED = 0, 1       # what is judged was not trained on
+TRAIN_SEED, JUDGE_SEED = 0, 1       # judged scenes are not trained on
 SCORES = ("color", "shape", "spatial")  # the judge's
 RELATIONS = ("left of", "right of", "above", "below")
 
@@ -123,7 +123,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def judge_captions(count: int) -> list[str]:
-    """Captions to judge on, which are not trained on."""
+    """Captions to judge on, of scenes not trained on."""
     return [describe(scene(JUDGE_SEED, i)) for i in range(count)]
 
 
@@ -181,9 +181,9 @@ def components(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 def read(image: Image.Image) -> list[Object]:
     """
-    The objects in a picture of SIZE x SIZE, noisy or blurred as it may be, in the order of COLORS.
+    The objects in a picture of SIZE x SIZE, even noisy or blurred, in the order of COLORS.
 
-    `read(render(scene))` gives the objects of the scene back, to about a pixel.
+    `read(render(scene))` returns the scene's objects, to about a pixel.
     Raises ValueError for a picture of another size.
     """
     if image.size != (SIZE, SIZE):
@@ -217,8 +217,8 @@ def judge(image: Image.Image, caption: str) -> dict[str, float]:
     """
     Whether a picture shows what its caption says: 1.0 or 0.0 for each of SCORES.
 
-    color    the objects have exactly the caption's colors: one each, none missing, none besides
-    shape    and each color has its own shape (the binding of attributes)
+    color    the objects have exactly the caption's colors: one each, none missing, none extra
+    shape    and each color has its own shape (attribute binding)
     spatial  each of its two colors is there once, in the caption's relation; nan if the caption has none
 
     Raises ValueError if `parse` rejects the caption or `read` the picture.
