@@ -40,7 +40,7 @@ from toy import shapes
 
 
 def choose_prompts(args: argparse.Namespace, count: int) -> list[str]:
-    """The prompts of `read_prompts`; for toys without a file, `count` captions of two objects."""
+    """The prompts of `read_prompts`; for toys without a file, `count` captions that state a relation."""
     if args.prompts or not all_toys(args.model):
         return sum(read_prompts(args.prompts, args.limit).values(), [])
     count = args.limit or count
@@ -188,12 +188,14 @@ def stage_similarities(pipeline: Pipeline, prompts: list[str], seed: int,
 
     Only blocks of one transformer are compared: between two transformers there are residual blocks.
     """
-    unet, transformers = pipeline.unet, defaultdict(list)        # each with the paths of its blocks
+    unet = pipeline.unet
+    transformers = defaultdict(list)                             # each with the paths of its blocks
     for stage in model.stages(unet.config):
         for path in model.feature_paths(unet, "SA", stage):
             block = path.removesuffix(".attn1")
             transformers[stage, block.rpartition(".")[0]].append(block)
-    features, cosines = model.Features(unet, sum(transformers.values(), [])), defaultdict(list)
+    features = model.Features(unet, sum(transformers.values(), []))
+    cosines = defaultdict(list)                                  # by stage
 
     def measure(step: int):
         for (stage, _), blocks in transformers.items():
@@ -296,7 +298,8 @@ def knockout(args: argparse.Namespace) -> Image.Image:
     prompts, rows, charts = choose_prompts(args, 24), [], []
     seeds = [args.seed + i for i in range(len(prompts))]
     for name in args.model:
-        pipeline, images, results, intact = load_pipeline(name, device=args.device), {}, {}, []
+        pipeline = load_pipeline(name, device=args.device)
+        images, results, intact = {}, {}, []
         groups = {("intact", ALL): []} | feature_groups(pipeline.unet)
         for group, paths in tqdm(groups.items(), f"knockout {name}", unit="batch"):
             with knock_out(pipeline.unet, paths, args.zero):

@@ -134,7 +134,7 @@ def losses(prediction: Tensor, target: Tensor, teacher_prediction: Tensor | None
 
 
 def mean_square(x: Tensor) -> Tensor:
-    """The mean square of a difference; keeps one tensor for the backward pass, `mse_loss` two."""
+    """The mean of squares. For a - b the backward pass needs one tensor, that of `F.mse_loss` two."""
     return x.square().mean()
 
 
@@ -284,7 +284,8 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
             scaler.update()
             optimizer.zero_grad(set_to_none=False)               # else DDP keeps a second set of gradients
 
-            done, finished = step + 1, step + 1 == args.steps
+            done = step + 1
+            finished = done == args.steps
             record_step(state, math.isfinite(norm), dict(zip(REASONS, skips)))
             if rank == 0:
                 log.write(bar, state, dict(zip(("task", "outKD", "featKD", "total"), means)), args.batch,
@@ -324,8 +325,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = ArgumentParser(__doc__)
 
     def add(flag: str, kind, default, meaning: str, metavar: str = "N"):
-        if flag[2:].replace("-", "_") in RECIPES["paper"]:
-            own = [f"{name} {recipe[flag[2:].replace('-', '_')]}" for name, recipe in RECIPES.items()]
+        setting = flag[2:].replace("-", "_")
+        if setting in RECIPES["paper"]:
+            own = [f"{name} {recipe[setting]}" for name, recipe in RECIPES.items()]
             meaning += f" [{', '.join(own)}]"
         how = {"choices": kind} if isinstance(kind, list) else {"type": kind}
         parser.add_argument(flag, default=default, help=meaning, metavar=metavar, **how)
@@ -418,11 +420,10 @@ def check_args(args: argparse.Namespace, parser: ArgumentParser):
 
 
 def model_source(args: argparse.Namespace) -> str:
-    """The source of text encoders and VAE: the teacher, else --init, or the toy if --init has none."""
+    """The source of text encoders and VAE: the teacher, else --init, or the toy for --init random."""
     if args.teacher != "none":
         return args.teacher
-    only_unet = Path(args.init).is_dir() and not Path(args.init, "model_index.json").is_file()  # no encoders
-    return "toy" if args.init == "random" or only_unet else args.init
+    return "toy" if args.init == "random" else args.init
 
 
 def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str) -> model.UNet:
@@ -446,7 +447,7 @@ def new_student(args: argparse.Namespace, config: model.UNetConfig, device: str)
 
 def dry_run(args: argparse.Namespace):
     """Prints what the run would be, without reading weights or data."""
-    texts, vae, config = costs.read_configs(model_source(args))
+    clips, vae, config = costs.read_configs(model_source(args))
     if args.init in ("teacher", "random"):
         student_config = model.student_config(config, args.student)
     else:                                                        # a whole model, or a U-Net alone
@@ -454,9 +455,10 @@ def dry_run(args: argparse.Namespace):
         config_file = model.part_folder(folder, "unet") / "config.json"
         student_config = model.read_json(config_file, model.UNetConfig.from_diffusers)
     with torch.device("meta"):
-        student, teacher = model.UNet(student_config), model.UNet(config) if args.teacher != "none" else None
+        student = model.UNet(student_config)
+        teacher = model.UNet(config) if args.teacher != "none" else None
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
-    costs.print_plan(args, matched, texts, vae, teacher, student)
+    costs.print_plan(args, matched, clips, vae, teacher, student)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -488,7 +490,8 @@ def main(argv: list[str] | None = None) -> int:
     for network in (pipeline.vae, pipeline.text, pipeline.unet):
         network.requires_grad_(False)
     student.set_checkpointing(args.checkpointing)
-    config, teacher = pipeline.unet.config, pipeline.unet if args.teacher != "none" else None
+    config = pipeline.unet.config
+    teacher = pipeline.unet if args.teacher != "none" else None
     pipeline.unet = None
     matched = match_features(student, teacher, args.features, args.sa_blocks) if teacher else {}
     networks = Networks(teacher if args.out_kd or matched else None, student,
@@ -514,8 +517,8 @@ def main(argv: list[str] | None = None) -> int:
 def run_identity(args: argparse.Namespace, samples: Samples, pipeline: Pipeline,
                  teacher: model.UNet | None) -> dict:
     """The settings that must not change when a run is resumed."""
-    flags = ("student", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd", "feat_kd",
-             "batch", "lr", "decay", "seed")
+    flags = ("student", "init", "features", "sa_blocks", "normalize_features", "caption", "task", "out_kd",
+             "feat_kd", "batch", "lr", "decay", "seed")
     return {name: getattr(args, name) for name in flags} | {
         "steps": args.steps if args.decay else None,             # a run of constant rate may be made longer
         "size": samples.size, "precision": str(pipeline.dtype), "cached": bool(args.cache),

@@ -98,7 +98,7 @@ class UNetConfig:
             out_channels=config.get("out_channels", 4),
             sample_size=sample_size,
         )
-        # These have other forms too; and fused attention is exact without `upcast_attention`.
+        # Not checked: the first three may be written in other ways, and fused attention needs no upcast.
         free = ("transformer_layers_per_block", "attention_head_dim", "sample_size", "upcast_attention")
         check_fixed({key: config[key] for key in config if key not in free}, result.to_diffusers())
         return result
@@ -509,8 +509,8 @@ class Features:
         captured[path]  # (B, T, D) or (B, C, H, W)
 
     Each forward pass overwrites the previous one's outputs. Nothing is captured outside `with`, so
-    recomputation in the backward pass keeps no second copy. Create it before the U-Net is wrapped or first
-    called: the hooks are on module objects. Raises RuntimeError if a module did not run.
+    recomputation in the backward pass keeps no second copy. A U-Net to be compiled needs it before its first
+    call: compiled code ignores later hooks. Raises RuntimeError if a module did not run.
     """
 
     def __init__(self, unet: UNet, paths: list[str]):
@@ -555,7 +555,7 @@ def load_unet(folder: str | Path, dtype: torch.dtype | None = None, device: str 
     """
     folder = part_folder(folder, "unet")
     config = read_json(folder / "config.json", UNetConfig.from_diffusers)
-    return build(partial(UNet, config), read_weights(folder, WEIGHTS, dtype), folder, dtype, device)
+    return build(UNet, config, read_weights(folder, WEIGHTS, dtype), folder, dtype, device)
 
 
 def save_unet(unet: UNet, folder: str | Path):
@@ -632,17 +632,18 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                          f"again ({error})") from None
 
 
-def build(network: Callable[[], nn.Module], weights: dict[str, Tensor], folder: Path,
-          dtype: torch.dtype | None, device: str = "cpu") -> nn.Module:
-    """The network with these weights, from `folder`. Raises ValueError unless they fit and are finite."""
+def build(kind: type[nn.Module], config: object, weights: dict[str, Tensor], folder: Path,
+          dtype: torch.dtype | None, device: str) -> nn.Module:
+    """`kind(config)` with weights, read from `folder`. Raises ValueError unless they fit and are finite."""
     with torch.device("meta"):  # takes no memory: the tensors of the file become the parameters
-        network = network()
+        network = kind(config)
     shapes = {name: tensor.shape for name, tensor in network.state_dict().items()}
     missing = [name for name in shapes if name not in weights or weights[name].shape != shapes[name]]
     unexpected = [name for name in weights if name not in shapes]
     if missing or unexpected:
-        reason = "; ".join(f"{len(names)} tensors {kind}, such as {names[0]}" for kind, names in (
-            ("missing or of another shape", missing), ("unexpected", unexpected)) if names)
+        problems = {"missing or of another shape": missing, "unexpected": unexpected}
+        reason = "; ".join(f"{len(names)} tensors {problem}, such as {names[0]}"
+                           for problem, names in problems.items() if names)
         if any(name.startswith(("input_blocks.", "model.diffusion_model.")) for name in unexpected):
             reason = "these are names of a single-file checkpoint; convert it to a folder with diffusers"
         raise ValueError(f"the weights in {folder} do not fit their config.json: {reason}")

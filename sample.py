@@ -308,8 +308,8 @@ class Pipeline:
         batches = torch.arange(len(seeds)).split(images_at_once(height * width))
         bar = tqdm(total=len(batches) * steps, desc=progress, unit="step", disable=progress is None)
         calls, latents = itertools.count(), []
+        guided = guidance > 1
         for batch in batches:
-            guided = guidance > 1
             # With guidance, the unconditional and the conditional row of each image.
             rows = torch.cat([batch, len(seeds) + batch]) if guided else batch
             c, p = context[rows], pooled[rows]
@@ -318,7 +318,8 @@ class Pipeline:
 
             def predict(z_t: Tensor, t: float) -> Tensor:
                 z_t = torch.cat([z_t, z_t]).to(dtype) if guided else z_t.to(dtype)
-                prediction = unet(z_t, torch.full((len(z_t),), t, device=z_t.device), c, p, time_ids).float()
+                timestep = torch.full((len(z_t),), t, device=z_t.device)  # a number would be copied, and wait
+                prediction = unet(z_t, timestep, c, p, time_ids).float()
                 if callback:
                     callback(next(calls))
                 bar.update()
@@ -357,14 +358,15 @@ def load_pipeline(name: str | Path, unet: str | Path | None = None, dtype: torch
     dtype = dtype or resolve_dtype(None, device)
     chosen, half = preset(name), dtype in model.HALF
     chosen = chosen._replace(sampler=sampler or chosen.sampler, spacing=spacing or chosen.spacing)
-    others = {"unet": preset(unet).unet if unet else chosen.student,
-              "vae": preset(vae).source if vae else None}
+    unet = preset(unet).unet if unet else chosen.student
+    vae = preset(vae).source if vae else None
+    others = {"unet": unet, "vae": vae}
     folder = local_folder(chosen.source, tuple(part for part in PARTS if not others.get(part)), half)
+    unet_folder = local_folder(unet, ("unet",), half) if unet else folder
+    vae_folder = local_folder(vae, ("vae",), half) if vae else folder
     if vae:
         local_folder(chosen.source, ("vae",), weights=False)     # its config, for Pipeline to compare
-    for part, source in others.items():
-        others[part] = local_folder(source, (part,), half) if source else folder
-    return Pipeline(folder, others["unet"], others["vae"], chosen, dtype, device, low_memory)
+    return Pipeline(folder, unet_folder, vae_folder, chosen, dtype, device, low_memory)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -399,6 +401,7 @@ def main(argv: list[str] | None = None):
         settings.append({flag: value for flag, value in (vars(args) | used).items() if flag != "out"})
         del pipeline                                             # before the next is loaded
     if len(columns) == 1:
+        images, = columns
         rows = [images[i:i + args.count] for i in range(0, len(images), args.count)]
     else:
         rows = [list(row) for row in zip(*columns)]

@@ -58,7 +58,8 @@ class Cache:
             if not self.full:
                 self.write(batch["index"], records.cpu())        # cached ones are written again, unchanged
         parts = zip(self.layout.items(), records.split(self.sizes, dim=1))
-        return {name: part.clone().view(dtype).view(-1, *shape) for (name, (shape, dtype)), part in parts}
+        return {name: part.clone().view(dtype).view(len(part), *shape)
+                for (name, (shape, dtype)), part in parts}
 
     def write(self, indices: list[int], records: Tensor):
         """Writes records; when the disk is full, the rest of the run does without."""

@@ -114,14 +114,14 @@ def count_unet(unet: model.UNet, inputs: list[Tensor]) -> dict[tuple[str, str], 
 
 
 def step_flops(teacher: model.UNetConfig | None, student: model.UNetConfig, vae: VAEConfig,
-               texts: list[dict], size: int) -> dict[str, tuple[int, int]]:
+               clips: list[dict], size: int) -> dict[str, tuple[int, int]]:
     """Parameters of a distillation's networks, and their FLOPs for one `size` x `size` training image."""
-    counts, networks = {}, build_networks(texts, vae, student, size)
+    counts, networks = {}, build_networks(clips, vae, student, size)
     if teacher:
-        counts["teacher"] = count_network(*build_networks(texts, vae, teacher, size)["U-Net"])
+        counts["teacher"] = count_network(*build_networks(clips, vae, teacher, size)["U-Net"])
     counts["student"] = count_network(*networks["U-Net"], backward=True)
     counts["VAE encoder"] = count_network(*networks["VAE encoder"])
-    return counts | {"text encoders": count_clips(texts)}
+    return counts | {"text encoders": count_clips(clips)}
 
 
 class FusedAttention(TorchFunctionMode):
@@ -154,7 +154,7 @@ def saved_bytes(unet: model.UNet, inputs: list[Tensor], checkpointing: bool) -> 
     return sum(storage.nbytes() for key, storage in saved.items() if key not in weights)
 
 
-def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[dict], vae: VAEConfig,
+def print_plan(args: argparse.Namespace, matched: dict[str, str], clips: list[dict], vae: VAEConfig,
                teacher: model.UNet | None, student: model.UNet):
     """What `distill.py --dry-run` prints of a run: settings, matched features, and what a step costs."""
     for name in sorted(vars(args).keys() - {"dry_run"}):
@@ -163,7 +163,7 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     for path, source in matched.items():
         print(f"  {path} <- {source}")
     size = args.size or student.config.sample_size * vae.downscale
-    counts = step_flops(teacher and teacher.config, student.config, vae, texts, size)
+    counts = step_flops(teacher and teacher.config, student.config, vae, clips, size)
     rows = [[name, parameters, flops / 1e12] for name, (parameters, flops) in counts.items()]
     rows.append(["all", sum(row[1] for row in rows), sum(row[2] for row in rows)])
     print()
@@ -172,10 +172,10 @@ def print_plan(args: argparse.Namespace, matched: dict[str, str], texts: list[di
     # The student's weights, gradients and moments in float32, and copies of all weights in 16 bits.
     # Short-lived tensors, such as a recomputed block's, do not count.
     fixed = 16 * counts["student"][0] + 2 * rows[-1][1]
-    networks = build_networks(texts, vae, student.config, size)
-    image = saved_bytes(*networks["U-Net"], args.checkpointing)
-    print(f"GPU memory in 16 bits, counted: {fixed / 1e9:.1f} GB plus {image / 1e9:.2f} GB per image, or "
-          f"{(fixed + args.micro_batch * image) / 1e9:.1f} GB at --micro-batch {args.micro_batch}")
+    networks = build_networks(clips, vae, student.config, size)
+    per_image = saved_bytes(*networks["U-Net"], args.checkpointing)
+    print(f"GPU memory in 16 bits, counted: {fixed / 1e9:.1f} GB plus {per_image / 1e9:.2f} GB per image, "
+          f"or {(fixed + args.micro_batch * per_image) / 1e9:.1f} GB at --micro-batch {args.micro_batch}")
 
 
 # ------------------------------------------------------------------------------------------------------------

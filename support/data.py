@@ -124,7 +124,8 @@ class CaptionedImages:
 
     def pairs(self, shards: list[str]) -> Iterator[dict[str, list]]:
         """Locations of each pair's files by kind; their names differ only in the extension."""
-        for files in map(self.members, shards) if shards else self.walk():
+        groups = map(self.members, shards) if shards else self.walk()  # a pair is within a shard or folder
+        for files in groups:
             pairs = {}
             for name in sorted(files, key=os.path.splitext):
                 stem, ending = os.path.splitext(name)

@@ -275,7 +275,7 @@ def run(main: Callable[[], int | None], memory_advice: str):
             raise
     finally:
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # PyTorch's handler raises when a reader ends
-        for reader in multiprocessing.active_children():         # they ignore SIGTERM, and Python would wait
-            reader.kill()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)        # PyTorch's handler raises when a worker ends
+        for worker in multiprocessing.active_children():         # they ignore SIGTERM, and Python would wait
+            worker.kill()
     sys.exit("error: " + re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", message))  # names in files may have escapes

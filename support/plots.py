@@ -37,8 +37,8 @@ def format_number(value: object) -> str:
 
 def print_table(header: list[str], rows: list[list]):
     """Prints a table, the first column to the left, the others to the right."""
-    table = [[format_number(value) for value in row] for row in [header, *rows]]
-    widths = [max(len(cell) for cell in column) for column in zip(*table)]
+    table = [list(map(format_number, row)) for row in [header, *rows]]
+    widths = [max(map(len, column)) for column in zip(*table)]
     for first, *rest in table:
         cells = [cell.rjust(width) for cell, width in zip(rest, widths[1:])]
         print(first.ljust(widths[0]), *cells, sep="  ")

@@ -116,14 +116,14 @@ def save_checkpoint(run: Path, identity: dict, state: dict, network: nn.Module,
     folder = run / f"step-{state['step']:08d}"
     shutil.rmtree(folder, ignore_errors=True)                    # damaged, or it would have been resumed
     atomic_write(folder, write)
-    show_unet(run, folder)
+    copy_unet(run, folder)
     kept = sorted(path for path in run.glob(CHECKPOINTS) if path <= folder)[-2:]
     for path in run.glob(CHECKPOINTS):                           # newer ones are damaged
         if path not in kept:
             shutil.rmtree(path)
 
 
-def show_unet(run: Path, checkpoint: Path):
+def copy_unet(run: Path, checkpoint: Path):
     """Copies unet/ of a checkpoint to the run's folder."""
     for path in checkpoint.glob("unet/*"):
         atomic_write(run / "unet" / path.name, partial(shutil.copyfile, path))
@@ -139,16 +139,16 @@ def load_checkpoint(run: Path) -> tuple[Path, dict] | None:
     for folder in folders:
         try:
             text, checksum, _ = (folder / "state.json").read_text(encoding="utf-8").split("\n")
-            files = json.loads(text)["files"]
             if int(checksum) != zlib.crc32(text.encode()):
                 raise ValueError("the checksum of state.json is wrong")
-            for name in files:
-                if file_checksum(folder / name) != files[name]:
+            content = json.loads(text)
+            for name, expected in content["files"].items():
+                if file_checksum(folder / name) != expected:
                     raise ValueError(f"the checksum of {name} is wrong")
-            return folder, json.loads(text)
+            return folder, content
         except PermissionError:                                  # not damage: another user's run
             raise
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             print(f"warning: {folder} is damaged: {error_summary(error)}; trying the previous one",
                   file=sys.stderr)
     if folders:
@@ -178,7 +178,7 @@ def resume(run: Path, identity: dict, state: dict, network: nn.Module, optimizer
             optimizer.state[parameter] = restored
     rank, _ = process_ranks()
     if rank == 0:
-        show_unet(run, folder)
+        copy_unet(run, folder)
     return content["state"]
 
 
@@ -221,7 +221,11 @@ def complete_model(run: Path, teacher: Path, vae: Path, preset: Preset):
                 shutil.copytree(teacher / part, run / part, copy_function=shutil.copyfile, dirs_exist_ok=True)
     write_json(run / "preset.json", {name: value for name, value in preset._asdict().items()
                                      if name not in ("source", "student")})
-    write_json(run / "model_index.json", read_json(teacher / "model_index.json"))  # last: now it is whole
+    index = read_json(teacher / "model_index.json")
+    for part in index:
+        if isinstance(index[part], list) and not (run / part).is_dir():
+            index[part] = [None, None]                           # such as Stable Diffusion's safety checker
+    write_json(run / "model_index.json", index)                  # last: now it is whole
 
 
 class Log:
@@ -232,16 +236,18 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         rows = read_csv(path, self.COLUMNS) if path.exists() else []
-        rows = [[row[name] for name in self.COLUMNS] for row in rows if int(row["step"]) <= step]
+        rows = [list(row.values()) for row in rows if int(row["step"]) <= step]
         write_csv(path, self.COLUMNS, rows)
         self.file = open(path, "a", newline="", encoding="utf-8")
         self.writer = csv.DictWriter(self.file, self.COLUMNS)
 
-    def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float, **more):
+    def write(self, bar: tqdm, state: dict, losses: dict[str, float], images: int, seconds: float,
+              lr: float, norm: float):
         """Writes the row of a step with `images` images, and shows its losses in the progress bar."""
         shown = losses | {"images_per_s": images / seconds}
-        row = shown | more | {
-            "step": state["step"], "seconds": seconds, "images": state["step"] * images,
+        row = shown | {
+            "step": state["step"], "lr": lr, "norm": norm, "seconds": seconds,
+            "images": state["step"] * images,
             "skipped_samples": sum(state["skipped"].values()), "skipped_steps": state["skipped_steps"]}
         self.writer.writerow({name: f"{value:.6g}" if isinstance(value, float) else value
                               for name, value in row.items()})
@@ -298,9 +304,10 @@ def read_results(terms: Tensor, norm: Tensor, skipped: Tensor,
     if dist.is_initialized():
         dist.all_reduce(sums)
         world = dist.get_world_size()
-    sums, count = sums.tolist(), len(terms)
-    means = [number / world for number in sums[:count + 1]]
-    return means[:count], means[count], [int(number) for number in sums[count + 1:-1]], sums[-1] > 0
+    sums = sums.cpu()                                            # waits for the device
+    *means, mean_norm = (sums[:len(terms) + 1] / world).tolist()
+    *counts, stops = sums[len(terms) + 1:].int().tolist()
+    return means, mean_norm, counts, stops > 0
 
 
 SIGNALS = [number for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)) if number]

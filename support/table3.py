@@ -128,15 +128,18 @@ def mean_and_spread(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_finding(better: list[str], worse: list[list[str]], scores: dict[str, np.ndarray],
-                  names: Sequence[str] = SCORES) -> str:
+                  names: Sequence[str]) -> str:
     """
     What each score in `names` says about a finding; `scores` maps its table's rows to (names, seeds).
 
     A gain is clear if its mean is larger than its spread over seeds: runs of a seed share data and noise.
     """
-    best, verdicts = np.mean([scores[row] for row in better], axis=0), []
-    gains = [best - np.mean([scores[row] for row in group], axis=0) for group in worse]
-    means, spreads = mean_and_spread(np.stack(gains))            # (groups, names)
+    def mean(rows: list[str]) -> np.ndarray:
+        return np.mean([scores[row] for row in rows], axis=0)    # (names, seeds)
+
+    gains = np.stack([mean(better) - mean(group) for group in worse])  # (groups, names, seeds)
+    means, spreads = mean_and_spread(gains)                      # (groups, names)
+    verdicts = []
     for name, gain, spread in zip(names, means.T, spreads.T):    # (groups,)
         if name == "distance":                                   # lower is better here only
             gain = -gain

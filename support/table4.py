@@ -238,8 +238,9 @@ def quality(args: argparse.Namespace) -> Image.Image:
         with torch.device("meta"):
             parameters = count_parameters(model.UNet(read_configs(name)[2]))
         lines[name] = parameters, statistics.median(note["seconds"] for note in notes), results
-        for group in groups.keys() & COMPBENCH.keys():
-            print(COMPBENCH[group].format(paths[group][0].parents[1].resolve()))
+        for group in groups:
+            if group in COMPBENCH:
+                print(COMPBENCH[group].format(paths[group][0].parents[1].resolve()))
     columns = list(results)
     for name, (millions, *scores) in PAPER.items():
         known = {column: (mean, math.nan) for column, mean in zip(sum(COLUMNS.values(), ()), scores)

@@ -7,7 +7,6 @@ Modules are named as in the official files. Shapes: B batch, C channels, H W hei
 import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -181,7 +180,7 @@ def load_vae(folder: str | Path, dtype: torch.dtype | None = None, device: str =
     old = re.compile(rf"(?<=attentions\.0\.)({'|'.join(OLD_NAMES)})\b")
     weights = {old.sub(lambda match: OLD_NAMES[match[0]], name): tensor
                for name, tensor in read_weights(folder, WEIGHTS, dtype).items()}
-    return build(partial(VAE, config), weights, folder, dtype, device)
+    return build(VAE, config, weights, folder, dtype, device)
 
 
 def save_vae(vae: VAE, folder: str | Path):

@@ -269,9 +269,9 @@ def test_other_settings_are_refused_and_means_may_change(run, teacher, tmp_path,
     weights = load_file(changed / "unet" / FILE)
     weights["conv_in.bias"][0] += 1e-3
     save_file(weights, changed / "unet" / FILE)
-    changes = {"seed": 5, "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b", "decay": 0.5, "task": 2,
-               "normalize-features": None, "out-kd": 2.0, "feat-kd": 2.0, "sa-blocks": "up",
-               "precision": "fp16", "teacher": changed, "cache": tmp_path / "cache"}
+    changes = {"seed": 5, "init": "random", "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b",
+               "decay": 0.5, "task": 2, "normalize-features": None, "out-kd": 2.0, "feat-kd": 2.0,
+               "sa-blocks": "up", "precision": "fp16", "teacher": changed, "cache": tmp_path / "cache"}
     flags, before = [], contents(copy)
     for name, value in changes.items():
         flags += [f"--{name}"] + ([value] if value else [])

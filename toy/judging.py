@@ -35,7 +35,7 @@ def preview(pipeline: Pipeline, teacher: UNet | None, student: UNet, prompts: li
         except (ValueError, torch.OutOfMemoryError) as error:    # such as overflow in float16
             print(f"warning: no preview of the {name}: {error}", file=sys.stderr)
             side = unet.config.sample_size * pipeline.vae_config.downscale
-            rows.append([Image.new("RGB", (side, side), "grey")] * len(prompts))
+            rows.append([Image.new("RGB", (side, side), "gray")] * len(prompts))
     atomic_write(png, lambda path: image_grid(rows, list(unets), gap=4).save(path))
 
 
