@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None):
 
     for add in (maps, cosines, knockouts, table4):
         add("--prompts", type=path, metavar="FILE", help="one per line, a JSON list, or a folder of those")
-        add("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts per file [all; toys: 24 to 256]")
+        add("--limit", type=number(int, 1, 10**6), metavar="N", help="prompts per file [all; toys: 24-256]")
         add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of the first prompt's noise")
         add("--steps", type=number(int, 1, 1000), metavar="N", help="Euler steps [preset; Table 4 has 50]")
     maps("--at", type=number(float, 0, 1), default=0.5, metavar="X", help="share of steps before the maps")
