@@ -196,7 +196,7 @@ OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with an
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of `pixels` pixels to run at once: about a megapixel, to save memory, and at most 16."""
+    """How many images of `pixels` pixels to run at once: a megapixel, to save memory, but at most 16."""
     return max(1, min(16, 2**20 // pixels))
 
 
