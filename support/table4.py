@@ -140,7 +140,11 @@ def load_clip(name: str, device: str) -> Callable[[Image.Image, str], float]:
 
 def find_clip(name: str) -> Path:
     """The folder of a key of CLIPS or of another CLIPModel. Raises FileNotFoundError."""
-    return local_folder(CLIPS.get(name, name), ("scorer",))
+    folder = local_folder(CLIPS.get(name, name), ("scorer",))
+    if not any(folder.glob("model*.safetensors")):
+        raise FileNotFoundError(f"no model.safetensors in {folder}; a .bin file is a pickle and is not opened: "
+                                f"convert it to safetensors, or choose another --scorer")
+    return folder
 
 
 def mean_and_error(scores: Iterable[float]) -> tuple[float, float]:
