@@ -72,27 +72,12 @@ def test_each_terms_gradient_is_that_of_diffusers_networks(deep):
             assert abs(along(path, gradient) - answer) <= 1e-4 * gradient.norm(), path
 
 
-# Which feature learns from which
-
-
-@pytest.fixture(scope="module")
-def full_size():
-    with torch.device("meta"):
-        return {name: UNet(config) for name, config in model.CONFIGS.items()}
-
-
-def test_the_papers_best_features(full_size):
-    matched = match_features(full_size["700m"], full_size["sdxl"], parse_args([]).features)
-    assert len(matched) == 23 and matched["up_blocks.2"] == "up_blocks.2"
-    block = "up_blocks.0.attentions.{}.transformer_blocks.4.attn1"
-    assert matched[block.format(1)] == block.format(2)
-
-
-def test_the_grammar_of_features(full_size):
+def test_the_grammar_of_features(deep):
+    networks, _ = deep
     assert parse_features(" SA , CA@Mid") == [("SA", None), ("CA", "Mid")] and parse_features("none") == []
     for features in ("SB", "", "SA@", "SA@Mid", "LF@DW-4", "SA@DW-1"):
         with pytest.raises(ValueError, match="--features"):
-            match_features(full_size["700m"], full_size["sdxl"], features)
+            match_features(networks["700m"], networks["teacher"], features)
 
 
 # What the networks read, and which of them learn
@@ -268,6 +253,7 @@ def test_the_recipes():
     assert (paper.steps, paper.batch, paper.lr, paper.decay) == (100_000, 128, 1e-5, 0)
     assert (paper.task, paper.out_kd, paper.feat_kd, paper.features) == (1, 1, 1, "SA,LF@DW-1,LF@UP-3")
     assert (paper.normalize_features, toy.normalize_features) == (False, True)
+    assert toy.features == paper.features
     assert toy.steps <= 1000 and (str(toy.out), str(paper.out)) == ("runs/toy-700m", "runs/sdxl-700m")
     bk = parse_args(["--student", "base", "--teacher", "sd14", "--data", "x", "--steps", "7"])
     assert (bk.steps, bk.batch, bk.lr, bk.features) == (7, 256, 5e-5, "SA")
