@@ -48,17 +48,13 @@ def test_unsupported_values_are_named():
         assert next(iter(changed)) in refusal(VAEConfig.from_diffusers, VAE_FILE | changed)
 
 
-def test_old_and_damaged_files(vae, tmp_path):
+def test_older_files(vae, tmp_path):
     save_vae(vae, tmp_path)
-    stored, whole = load_file(tmp_path / FILE), (tmp_path / FILE).read_bytes()
+    stored = load_file(tmp_path / FILE)
     for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
         stored = {name.replace(f".0.{new}.", f".0.{old}."): tensor for name, tensor in stored.items()}
     save_file(stored, tmp_path / FILE)
     assert same(load_vae(tmp_path), vae.state_dict())
-    (tmp_path / FILE).write_bytes(whole[:-1])
-    assert FILE in refusal(load_vae, tmp_path)
-    save_file(vae.state_dict() | {"stranger": torch.zeros(1)}, tmp_path / FILE)
-    assert "stranger" in refusal(load_vae, tmp_path)
 
 
 @torch.inference_mode()
