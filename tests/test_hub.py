@@ -1,15 +1,16 @@
 """Names of models, which of their files are downloaded, errors in one line, whole files."""
 
 import errno
-import fnmatch
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from common import FILE, HALF_FILE, WEIGHTS, contents, refusal
 from support import files, hub
@@ -39,13 +40,10 @@ SHARDS = [f"unet/{WEIGHTS}-0000{i}-of-00002{half}.safetensors" for i in (1, 2) f
     (["unet/config.json", f"unet/{FILE}"], ("unet",), {"half": True}, ["unet/config.json", f"unet/{FILE}"]),
     (["unet/config.json", *SHARDS], ("unet",), {}, ["unet/config.json", *SHARDS[::2]])])
 def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expected):
-    def snapshot_download(source, allow_patterns, ignore_patterns=()):
-        def matches(name, patterns):
-            return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-        for name in files:
-            if matches(name, allow_patterns) and not matches(name, ignore_patterns):
-                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-                (tmp_path / name).touch()
+    def snapshot_download(source, **patterns):
+        for name in filter_repo_objects(files, **patterns):      # as the hub does
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
@@ -54,10 +52,8 @@ def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expect
 
 
 def test_a_model_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
-    def fail(*args, **options):
-        raise ConnectionError("It went wrong.\n\nA second line")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    failing = mock.Mock(side_effect=ConnectionError("It went wrong.\n\nA second line"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     assert "hf download a/model" in refusal(local_folder, "a/model")
     monkeypatch.chdir(tmp_path)
     Path("a/model").mkdir(parents=True)
@@ -87,11 +83,7 @@ def test_presets(tmp_path):
     (RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."), "--workers 0"),
     (KeyError("x"), None), (RuntimeError("NCCL error"), None)], ids=repr)
 def test_errors_are_one_line_and_mistakes_keep_their_traceback(error, expected):
-    def main() -> int:
-        if error:
-            raise error
-        return 0
-
+    main = mock.Mock(side_effect=error, return_value=0)
     with pytest.raises(type(error) if expected is None else SystemExit) as caught:
         hub.run(main, "advice")
     code = getattr(caught.value, "code", None)
@@ -153,7 +145,7 @@ def test_csv(tmp_path):
         table.write_bytes(damaged)
         assert str(table) in refusal(read_csv, table, ["value"])
     with pytest.raises(OSError, match=f"{table} cannot be written"):
-        atomic_write(table, lambda path: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space")))
+        atomic_write(table, mock.Mock(side_effect=OSError(errno.ENOSPC, "No space")))
 
 
 def test_csv_is_utf8_in_any_locale(tmp_path):
