@@ -8,6 +8,7 @@ None of it uses our networks: both sides fill theirs with numbers made from the 
 
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -127,13 +128,11 @@ def outputs(unet: nn.Module) -> dict[str, Tensor]:
     schedule = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     found = {}
 
-    def keep(name: str):
-        def hook(module, args, output):
-            found[name] = output if isinstance(output, Tensor) else output[0]
-        return hook
+    def keep(name: str, module, args, output):
+        found[name] = output if isinstance(output, Tensor) else output[0]
 
     for name, module in unet.named_modules():
-        module.register_forward_hook(keep(name))
+        module.register_forward_hook(partial(keep, name))
     predict(unet, schedule.add_noise(LATENTS, NOISE, CONDITIONS["timestep"]), **CONDITIONS)
     return found
 

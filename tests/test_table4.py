@@ -35,7 +35,6 @@ def clip(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Prompts in two files."""
     write_json(tmp_path / "prompts" / "anime.json", ["a red box", "my sky", "blue sky on my box"])
     write_json(tmp_path / "prompts" / "photo.json", ["a blue box", "a red sky"])
     return tmp_path / "prompts"
