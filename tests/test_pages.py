@@ -1,11 +1,13 @@
-"""Every command of the pages is one its program takes, and every file that they name is there."""
+"""Commands of the pages are those of the programs, files they name exist, and the tour shows what is true."""
 
+import doctest
 import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+from _pytest.doctest import _get_checker, _get_number_flag
 
 from support.hub import ArgumentParser
 
@@ -14,6 +16,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OFFICIAL = {"sdxl", "sd14", "etri-vilab/koala-700m"}  # a word that needs official weights
 LONG = {"ablation"}  # 38 trainings; tests/test_table3.py runs it with one step and two captions
 CHECKED = {"pip install -r requirements.txt", "python -m pytest"}  # by CI, which starts with them
+TOUR = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+SOURCES = [(ROOT / f"{name}.py").read_text(encoding="utf-8")
+           for name in ("model", "sample", "distill", "analysis")]
+QUOTES = re.findall(r"^```python\n(.*?)^```", TOUR, re.M | re.S)
 
 
 def commands(page: Path) -> list[str]:
@@ -56,3 +62,20 @@ def test_the_files_it_names_exist(page):
     assert all((page.parent / name).exists() for name in linked), linked
     for name in re.findall(r"`((?:[a-z_]+/)*[a-z_0-9]+\.(?:py|md))`", text):
         assert any((place / name).exists() for place in (ROOT, page.parent, ROOT / "support")), name
+
+
+@pytest.mark.parametrize("quote", QUOTES, ids=[quote.split("\n")[0].strip()[:40] for quote in QUOTES])
+def test_quotes_of_the_tour_stand_in_the_source(quote):
+    assert any(quote in source for source in SOURCES)
+    assert quote.count("\n") <= 15
+
+
+def test_what_the_tour_types_prints_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tolerant = _get_number_flag()                                # as many digits as the page has
+    typed = "\n".join(re.findall(r"^```pycon\n(.*?)^```", TOUR, re.M | re.S))
+    test = doctest.DocTestParser().get_doctest(typed, {}, "tour.md", "docs/tour.md", 0)
+    slow = ("rows = [", "guidance.png")                          # many pictures, and nothing is printed
+    test.examples = [one for one in test.examples if not any(word in one.source for word in slow)]
+    results = doctest.DocTestRunner(_get_checker(), optionflags=tolerant).run(test)
+    assert results.attempted > 40 and results.failed == 0
