@@ -231,7 +231,6 @@ def log_rows(run: Path) -> list[dict[str, str]]:
 
 
 def analyze(*words):
-    """Runs analysis.py in this process."""
     analysis.main([str(word) for word in words])
 
 
@@ -243,5 +242,4 @@ def checkpoint(run: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """What is in the files of a folder, by their names."""
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

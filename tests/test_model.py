@@ -146,7 +146,6 @@ def test_a_feature_that_is_not_captured_is_an_error():
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with a very small U-Net."""
     save_unet(fill(UNet(TINY)), tmp_path / "net")
     return tmp_path / "net"
 
