@@ -52,7 +52,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path, files, parts, options, expect
 
 
 def test_a_model_that_cannot_be_had_is_one_line(monkeypatch, tmp_path):
-    failing = mock.Mock(side_effect=ConnectionError("It went wrong.\n\nA second line"))
+    failing = mock.Mock(side_effect=RuntimeError("It went wrong.\n\nA second line"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
     assert "hf download a/model" in refusal(local_folder, "a/model")
     monkeypatch.chdir(tmp_path)

@@ -262,7 +262,7 @@ def test_two_runs_in_one_folder_are_refused(run, copy, capfd):
 def test_other_settings_are_refused_and_means_may_change(run, teacher, tmp_path, copy, short_run):
     changed, moved = (shutil.copytree(teacher, tmp_path / name) for name in ("changed", "moved"))
     weights = load_file(changed / "unet" / FILE)
-    weights["conv_in.bias"][0] += 1e-3
+    weights["conv_in.bias"][-1] += 1e-3
     save_file(weights, changed / "unet" / FILE)
     changes = {"seed": 5, "init": "random", "lr": 1e-4, "batch": 4, "features": "SA", "student": "1b",
                "decay": 0.5, "task": 2, "normalize-features": None, "out-kd": 2.0, "feat-kd": 2.0,
@@ -274,6 +274,7 @@ def test_other_settings_are_refused_and_means_may_change(run, teacher, tmp_path,
     assert contents(copy) == before
     for name in [*changes, "steps"]:                             # as --decay depends on them
         assert f" {name.replace('-', '_').replace('cache', 'cached')} was " in message
+    assert " teacher was " in refusal(run, "--teacher", changed)  # above, other precision changes it too
     means = ["--teacher", moved, "--micro-batch", 1, "--workers", 1, "--checkpointing"]
     assert run("--steps", 3, *means) == 0
     assert len(log_rows(copy)) == 3 and log_rows(copy)[:2] == log_rows(short_run)

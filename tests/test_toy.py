@@ -3,15 +3,17 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from common import CAPTION_WORDS
+from PIL import Image
 
 import model
 from sample import load_pipeline
 from support.hub import STUDENTS, TOY
-from toy import make, shapes
+from toy import judging, make, shapes
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +86,23 @@ def test_a_stopped_run_resumes_and_is_published(means, tmp_path, monkeypatch):
     published = weights(tmp_path / "published")
     for name, tensors in whole.items():
         assert all(torch.equal(published[name][key], tensor.half()) for key, tensor in tensors.items())
+
+
+def test_a_longer_run_is_judged_again(toy, tmp_path, monkeypatch):
+    def blank(pipeline, unet, prompts, progress):
+        return [Image.new("RGB", (64, 64))] * len(prompts)
+
+    draw = mock.Mock(side_effect=blank)
+    monkeypatch.setattr(judging, "draw", draw)
+    unets = {"teacher": None, "student before": toy.unet, "student after": toy.unet}
+    for steps, drawn in ((1, [8, 9]), (1, [8, 9]), (2, [8, 9, 8, 9])):
+        judging.judge_run(tmp_path, steps, 9, toy, unets)
+        assert [len(call.args[2]) for call in draw.mock_calls] == drawn
+
+
+def test_a_preview_that_fails_is_gray(toy, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(judging, "draw", mock.Mock(side_effect=ValueError("the image is not finite")))
+    judging.preview(toy, None, toy.unet, ["a red box"], tmp_path / "preview.png")
+    with Image.open(tmp_path / "preview.png") as image:
+        assert image.getpixel((image.width - 1, 0)) == (128, 128, 128)
+    assert "no preview of the student: the image is not finite" in capsys.readouterr().err
