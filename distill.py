@@ -313,11 +313,11 @@ def train(args: argparse.Namespace, pipeline: Pipeline, networks: Networks, samp
 KOALA_FEATURES = "SA,LF@DW-1,LF@UP-3"  # SA at every stage that has it, and LF at the others (Table 3d)
 RECIPES = {  # the paper's (sections 5.1 and A.1), BK-SDM's for its students, and a quick one for the toy
     "paper": {"steps": 100_000, "batch": 128, "micro_batch": 8, "lr": 1e-5, "decay": 0.0, "save_every": 500,
-              "preview_every": 1000, "features": KOALA_FEATURES, "normalize_features": False},
+              "features": KOALA_FEATURES, "normalize_features": False},
     "bk": {"steps": 50_000, "batch": 256, "micro_batch": 8, "lr": 5e-5, "decay": 0.0, "save_every": 500,
-           "preview_every": 1000, "features": "SA", "normalize_features": False},
+           "features": "SA", "normalize_features": False},
     "toy": {"steps": 900, "batch": 8, "micro_batch": 8, "lr": 2e-3, "decay": 0.5, "save_every": 100,
-            "preview_every": 450, "features": KOALA_FEATURES, "normalize_features": True},
+            "features": KOALA_FEATURES, "normalize_features": True},
 }
 
 
@@ -359,7 +359,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--size", number(int, 0, 4096, 8), 0, "height and width of training images; 0: the teacher's")
     add("--workers", number(int, 0, 1000), None, "data workers per GPU [half of cores, at most 8; shapes: 0]")
     add("--save-every", count, None, "steps between checkpoints")
-    add("--preview-every", number(int, 0), None, "steps between previews, 0 for none")
+    add("--preview-every", number(int, 0), 1000, "steps between previews; one at the end; 0 for none")
     add("--judge", number(int, 0), 64, "captions to judge the toy on at the end, 0 for none")
     add("--seed", number(int, 0, 2**31 - 1), 0, "seed of data and noise")
     add("--precision", list(PRECISIONS), None, "fp32 (TF32 on a GPU), fp16, bf16 [bf16 on a GPU]", "NAME")
