@@ -196,8 +196,8 @@ OTHER_NOISE = ("EDM", "FlowMatch", "LCM", "TCD")  # schedulers of models with an
 
 
 def images_at_once(pixels: int) -> int:
-    """How many images of `pixels` pixels to run at once: a megapixel, to save memory, but at most 16."""
-    return max(1, min(16, 2**20 // pixels))
+    """How many images of `pixels` pixels to run at once: about a megapixel, to save memory."""
+    return max(1, min(16, 2**20 // pixels))                      # more small ones are slower on a CPU
 
 
 class Pipeline:
@@ -318,7 +318,8 @@ class Pipeline:
 
             def predict(z_t: Tensor, t: float) -> Tensor:
                 z_t = torch.cat([z_t, z_t]).to(dtype) if guided else z_t.to(dtype)
-                timestep = torch.full((len(z_t),), t, device=z_t.device)  # a number would be copied, and wait
+                # `t` itself would be copied to the device, and the host would wait for it.
+                timestep = torch.full((len(z_t),), t, device=z_t.device)
                 prediction = unet(z_t, timestep, c, p, time_ids).float()
                 if callback:
                     callback(next(calls))

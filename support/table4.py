@@ -142,8 +142,8 @@ def find_clip(name: str) -> Path:
     """The folder of a key of CLIPS or of another CLIPModel. Raises FileNotFoundError."""
     folder = local_folder(CLIPS.get(name, name), ("scorer",))
     if not any(folder.glob("model*.safetensors")):
-        raise FileNotFoundError(f"no model.safetensors in {folder}; a .bin file is a pickle and is not opened: "
-                                f"convert it to safetensors, or choose another --scorer")
+        raise FileNotFoundError(f"no model.safetensors in {folder}; a .bin file is a pickle and is not "
+                                f"opened: convert it to safetensors, or choose another --scorer")
     return folder
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import (
     ANSWERS, RUN, SCHEDULER, SMALL_RUN, UNETS, VAE_OF_RUNS, bundle, checkpoint, contents, filled, log_rows,
-    networks_of, same)
+    networks_of, refusal, same)
 from oracle import CONDITIONS, GRADIENTS, LATENTS, LOSSES, NOISE, STUDENTS, TEACHER, along, weaken
 from safetensors.torch import load_file
 
@@ -173,6 +173,9 @@ def test_where_the_student_starts(teacher, tmp_path):
     assert same(student("--init", tmp_path / "begun"), random.state_dict())
     with pytest.raises(ValueError, match="--init.*1b"):
         student("--student", "1b", "--init", tmp_path / "begun")
+    assert distill.model_source(parse_args(["--teacher", "none", "--init", "random"])) == "toy"
+    alone = ["--teacher", "none", "--init", str(tmp_path / "begun"), "--out", str(tmp_path / "run")]
+    assert "model_index.json" in refusal(distill.main, alone)    # it has no text encoders
 
 
 # A run, and what is in its folder
